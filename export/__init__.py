@@ -1,0 +1,1 @@
+"""SSD-ResNet34 in PyTorch and its export to ONNX. The only room that imports torch."""

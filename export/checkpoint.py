@@ -1,0 +1,166 @@
+"""Weights from a file into a model: formats, checks, errors that name every finding."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.config import BOXES_PER_CELL, SSDConfig
+from export.errors import ExportError
+from export.model import SSDResNet34
+from export.unpickle import LEGACY_MAGIC, load_pickle
+
+CONFIG_KEY = "ssd_config"
+"""Metadata key of the configuration, in .safetensors checkpoints and in the ONNX file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights as read from a file.
+
+    Attributes
+    ----------
+    path, sha256
+        The file and the SHA-256 of its bytes.
+    tensors
+        Name to tensor, not yet checked against a model.
+    config
+        The configuration that the file itself states, if it does.
+    """
+
+    path: Path
+    sha256: str
+    tensors: Mapping[str, Tensor]
+    config: SSDConfig | None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a .safetensors file or any ``torch.save`` file (by content, not by suffix).
+
+    Nothing in the file is executed. A PyTorch file may hold a whole pickled module of any class
+    path, ``{"model": state_dict}`` or a state dict.
+
+    Raises
+    ------
+    ExportError
+        Missing, truncated, unknown or unsafe file.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ExportError(f"{path}: cannot read the weights ({error.strerror})") from error
+    config = None
+    if head.startswith(b"PK\x03\x04") or head == LEGACY_MAGIC[: len(head)] != b"":
+        tensors = load_pickle(path)
+    elif head[8:9] == b"{":
+        tensors, config = _read_safetensors(path)
+    else:
+        raise ExportError(
+            f"{path}: unknown format; expected .safetensors or a file of torch.save "
+            "(whole module, {'model': state_dict} or state_dict)"
+        )
+    wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if wrong or not tensors:
+        found = f"{wrong[0]!r} is no tensor" if wrong else "no tensor in it"
+        raise ExportError(f"{path}: not a state_dict: {found}")
+    checked = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    return Checkpoint(path, digest, checked, config)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, object], SSDConfig | None]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # keys() is sorted by offset in the file, not by name
+            tensors: dict[str, object] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ExportError(f"{path}: truncated or corrupt ({error})") from error
+    text = metadata.get(CONFIG_KEY)
+    return tensors, SSDConfig.from_json(text) if text else None
+
+
+def infer_config(checkpoint: Checkpoint, image_size: int | None = None) -> SSDConfig:
+    """Configuration of a checkpoint: what it states, else what its shapes tell.
+
+    Width and classes are read off the weights. The image size cannot be; it is `image_size`, else
+    what the file states, else 1200.
+
+    Raises
+    ------
+    ExportError
+        When the tensors that tell are missing.
+    """
+    stem = checkpoint.tensors.get("model.layer1.0.weight")
+    conf = checkpoint.tensors.get("conf.0.bias")
+    if stem is None or conf is None or stem.ndim != 4 or conf.ndim != 1:
+        # Let the comparison with the MLPerf model list everything that is wrong.
+        check_tensors(checkpoint, SSDConfig())
+        raise ExportError(f"{checkpoint.path}: not an SSD-ResNet34")
+    config = checkpoint.config or SSDConfig()
+    return replace(
+        config,
+        width=stem.shape[0],
+        num_classes=conf.shape[0] // BOXES_PER_CELL[0],
+        image_size=image_size or config.image_size,
+    )
+
+
+def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
+    """Compare names, shapes and values with a model of `config`.
+
+    Raises
+    ------
+    ExportError
+        One line per missing or unexpected name (with the nearest expected one), wrong shape and
+        tensor with NaN or infinite values.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in SSDResNet34(config).state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
+    missing = [n for n in expected if n not in found and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in found if n not in expected]
+    problems = [f"missing {name} {list(expected[name])}" for name in missing]
+    for name in unexpected:
+        near = difflib.get_close_matches(name, missing or expected, n=1, cutoff=0.0)
+        problems.append(f"unexpected {name} {list(found[name])}; nearest expected: {near[0]}")
+    problems += [
+        f"wrong shape {name}: {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems += [
+        f"not finite {name}: {int((~t.isfinite()).sum())} of {t.numel()} values"
+        for name, t in checkpoint.tensors.items()
+        if not t.isfinite().all()
+    ]
+    if problems:
+        raise ExportError(
+            f"{checkpoint.path}: {len(problems)} problems against {config}\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def load_model(checkpoint: Checkpoint, config: SSDConfig) -> SSDResNet34:
+    """Build the model in eval mode with the checkpoint's weights as float32.
+
+    Raises
+    ------
+    ExportError
+        See `check_tensors`.
+    """
+    check_tensors(checkpoint, config)
+    model = SSDResNet34(config)
+    # num_batches_tracked only matters for training and old checkpoints lack it
+    model.load_state_dict(dict(checkpoint.tensors), strict=False)
+    return model.eval()

@@ -1,0 +1,82 @@
+"""``export-onnx``: weights to ONNX."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from export.errors import ExportError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Fail before the work, not after it."""
+    if output.exists() and not force:
+        raise ExportError(f"{output}: exists already; remove it or pass --force")
+    if not output.parent.is_dir():
+        raise ExportError(f"{output.parent}: no such folder to write {output.name} to")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ExportError(f"{output}: not writable")
+
+
+@app.command()
+def export_onnx(
+    weights: Annotated[
+        Path, typer.Option(help=".safetensors, or any file of torch.save with the weights")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side of the input image [default: the checkpoint's own, else 1200]"),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing output")] = False,
+) -> None:
+    """Export SSD-ResNet34 weights to one ONNX file: image in, detections out.
+
+    The file has a dynamic batch, folded batch norms and standard operators only. Before it is
+    written, PyTorch and ONNX Runtime run it on the same images and must agree.
+    """
+    _check_output(output, force)
+    try:
+        from export import checkpoint, onnx_export
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"{error.name} is missing; exporting needs it: pip install 'ssd-resnet34-trt[export]'"
+        ) from error
+
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        typer.echo(f"[{time.monotonic() - start:5.1f} s] {text}")
+
+    loaded = checkpoint.read_checkpoint(weights)
+    config = checkpoint.infer_config(loaded, image_size)
+    detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
+    say(f"read {weights}: {config}, {config.num_priors} default boxes")
+    model = onnx_export.export_detector(detector)
+    say(f"exported {len(model.graph.node)} nodes, opset {onnx_export.OPSET}; onnx.checker passed")
+    agreement = onnx_export.compare_with_onnxruntime(detector, model)
+    say(
+        f"PyTorch and ONNX Runtime agree: loc {agreement.loc:.1e} and conf {agreement.conf:.1e} of "
+        f"their spread, {agreement.detections} detections, boxes within {agreement.box:.1e}, "
+        f"scores within {agreement.score:.1e}"
+    )
+    model = onnx_export.without_heads(model)
+    onnx_export.add_metadata(model, loaded, config.to_json())
+    onnx_export.save(model, output)
+    say(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
+
+
+def main() -> None:
+    """Entry point: a user error is one message and exit code 2, without a traceback."""
+    try:
+        app(prog_name="export-onnx")
+    except ExportError as error:
+        print(f"export-onnx: error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)

@@ -1,0 +1,292 @@
+"""SSD-ResNet34 with its postprocess to one ONNX file, and the proof that both say the same."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from export.checkpoint import CONFIG_KEY, Checkpoint
+from export.errors import ExportError
+from export.model import SSDResNet34
+from export.postprocess import PostProcess, join_levels
+
+OPSET = 18
+HEAD_OUTPUTS = ("loc", "conf")
+"""Extra outputs [N, 4, P] and [N, C, P] that the check reads and the file does not keep."""
+
+HEAD_TOLERANCE = 1e-4
+"""Largest head difference between PyTorch and ONNX Runtime, relative to the heads' spread."""
+
+DETECTION_TOLERANCE = 1e-4
+"""Largest difference of a score or a normalised coordinate between the two."""
+
+
+class Detector(nn.Module):
+    """Image to detections, and the joined head tensors for the check."""
+
+    def __init__(self, model: SSDResNet34) -> None:
+        super().__init__()
+        self.model = fold_batch_norms(model)
+        self.postprocess = PostProcess(model.config)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[N, 3, S, S] to detections, num_detections, loc [N, 4, P], conf [N, C, P]."""
+        loc, conf = self.model(image)
+        detections, num_detections = self.postprocess(loc, conf)
+        num_classes = self.model.config.num_classes
+        return detections, num_detections, join_levels(loc, 4), join_levels(conf, num_classes)
+
+
+def fold_batch_norms(model: SSDResNet34) -> SSDResNet34:
+    """Return a copy in eval mode in which every BatchNorm is folded into its convolution."""
+    model = deepcopy(model).eval()
+    for module in list(model.modules()):
+        children = list(module.named_children())
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    return model
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """ONNX for the two custom operators of `postprocess`."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18  # its stubs do not know that Python numbers are promoted
+
+    def topk(values: Any, k: int) -> Any:
+        # ONNX TopK: of equal values the one with the lower index comes first.
+        return op.TopK(values, op.Constant(value_ints=[k]), axis=-1)
+
+    def nms(boxes: Any, scores: Any, iou_threshold: float, score_threshold: float) -> Any:
+        rows = op.Shape(scores)
+        selected = op.NonMaxSuppression(
+            boxes,
+            op.Unsqueeze(scores, op.Constant(value_ints=[1])),
+            op.Gather(rows, op.Constant(value_ints=[1])),
+            op.Constant(value_floats=[iou_threshold]),
+            op.Constant(value_floats=[score_threshold]),
+        )  # [kept, 3]: row, class (always 0), box
+        where = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)
+        ones = op.Expand(op.Constant(value_int=1), op.Shape(selected, start=0, end=1))
+        zeros = op.Expand(op.Constant(value_int=0), rows)
+        return op.Cast(op.ScatterND(zeros, where, ones), to=onnx.TensorProto.BOOL)
+
+    ops = torch.ops.ssd_resnet34
+    return {ops.stable_topk.default: topk, ops.greedy_nms.default: nms}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress chatter off the user's screen."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def export_detector(detector: Detector) -> onnx.ModelProto:
+    """Export to ONNX opset 18 with a dynamic batch.
+
+    Returns
+    -------
+    Input ``image`` float32 [batch, 3, S, S]; outputs ``detections`` float32 [batch, 200, 7],
+    ``num_detections`` int32 [batch] and the two `HEAD_OUTPUTS`. Checked by onnx.checker.
+
+    Raises
+    ------
+    ExportError
+        When the exported graph is not a valid ONNX model.
+    """
+    size = detector.model.config.image_size
+    with _quiet():
+        program = torch.onnx.export(
+            detector,
+            (torch.zeros(2, 3, size, size),),
+            input_names=["image"],
+            output_names=["detections", "num_detections", *HEAD_OUTPUTS],
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            opset_version=OPSET,
+            dynamo=True,
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("the exporter returned no model")
+    model = program.model_proto
+    for node in model.graph.node:  # the exporter's trace of Python files: paths of this machine
+        del node.metadata_props[:]
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.metadata_props[:]
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported graph is invalid: {error}") from error
+    return model
+
+
+def without_heads(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop the outputs that only the check needs, and the nodes that made only them."""
+    kept = [output.name for output in model.graph.output if output.name not in HEAD_OUTPUTS]
+    slim = onnx.utils.Extractor(model).extract_model(["image"], kept)
+    slim.producer_name, slim.producer_version = model.producer_name, model.producer_version
+    return slim
+
+
+def add_metadata(model: onnx.ModelProto, checkpoint: Checkpoint, config_json: str) -> None:
+    """Write what the file was made from into its metadata."""
+    from importlib.metadata import version
+
+    onnx.helper.set_model_props(
+        model,
+        {
+            CONFIG_KEY: config_json,
+            "weights_sha256": checkpoint.sha256,
+            "ssd_resnet34_trt_version": version("ssd-resnet34-trt"),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far PyTorch and ONNX Runtime are apart on the same images.
+
+    Attributes
+    ----------
+    loc, conf
+        Largest head difference over the heads' spread (largest minus smallest value).
+    detections
+        Detections of the PyTorch model on the images of the check.
+    box, score
+        Largest difference of a normalised coordinate and of a score.
+    """
+
+    loc: float
+    conf: float
+    detections: int
+    box: float
+    score: float
+
+
+def _check_images(size: int, count: int) -> NDArray[np.float32]:
+    """Smooth seeded noise with the mean and deviation of a normalised photograph."""
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.normal(size=(count, 3, size // 25, size // 25)))
+    images = nn.functional.interpolate(coarse, (size, size), mode="bicubic").numpy()
+    return np.asarray(images, np.float32)
+
+
+def compare_with_onnxruntime(
+    detector: Detector, model: onnx.ModelProto, images: NDArray[np.float32] | None = None
+) -> Agreement:
+    """Run both on the same images and compare heads and detections.
+
+    Parameters
+    ----------
+    images
+        float32 [N, 3, S, S]; two images of smooth noise when not given.
+
+    Raises
+    ------
+    ExportError
+        When heads or detections differ by more than the tolerances.
+    """
+    import onnxruntime as ort
+
+    if images is None:
+        images = _check_images(detector.model.config.image_size, 2)
+    with torch.inference_mode():
+        expected = [t.numpy() for t in detector(torch.from_numpy(images))]
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = ["detections", "num_detections", *HEAD_OUTPUTS]
+    actual = session.run(names, {"image": images})
+    loc, conf = (
+        float(np.abs(a - e).max() / np.ptp(e))
+        for a, e in zip(actual[2:], expected[2:], strict=True)
+    )
+    for name, difference in (("loc", loc), ("conf", conf)):
+        if not difference <= HEAD_TOLERANCE:
+            raise ExportError(
+                f"ONNX Runtime and PyTorch differ in {name} by {difference:.1e} of its spread; "
+                f"at most {HEAD_TOLERANCE:.0e} is rounding"
+            )
+    box, score = 0.0, 0.0
+    for image in range(len(images)):
+        found = actual[0][image, : actual[1][image]]
+        wanted = expected[0][image, : expected[1][image]]
+        pairs = match_detections(found, wanted)
+        box = max(box, float(np.abs(found[pairs] - wanted)[:, 1:5].max(initial=0.0)))
+        score = max(score, float(np.abs(found[pairs] - wanted)[:, 5].max(initial=0.0)))
+    return Agreement(loc, conf, int(expected[1].sum()), box, score)
+
+
+def match_detections(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Pair the rows [n, 7] of two detection lists that differ by rounding only.
+
+    Rounding may swap neighbours of nearly equal score, so rows are paired by content.
+
+    Returns
+    -------
+    intp [n]: for each wanted row the index of its found row.
+
+    Raises
+    ------
+    ExportError
+        When the lists are not the same up to `DETECTION_TOLERANCE`.
+    """
+    if len(found) != len(wanted):
+        raise ExportError(
+            f"ONNX Runtime finds {len(found)} detections, PyTorch {len(wanted)} on the same image"
+        )
+    free = np.ones(len(found), bool)
+    pairs = np.zeros(len(wanted), np.intp)
+    for i, row in enumerate(wanted):
+        distance = np.where(free, np.abs(found - row).max(axis=1, initial=0.0), np.inf)
+        pairs[i] = int(distance.argmin())
+        if not distance[pairs[i]] <= DETECTION_TOLERANCE:
+            raise ExportError(f"PyTorch's detection {row.tolist()} has no equal in ONNX Runtime")
+        free[pairs[i]] = False
+    return pairs
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write the model under a temporary name, then rename.
+
+    Raises
+    ------
+    ExportError
+        When the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        onnx.save(model, partial)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ExportError(f"{path}: cannot write ({error.strerror})") from error
