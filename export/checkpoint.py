@@ -59,7 +59,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise ExportError(f"{path}: cannot read the weights ({error.strerror})") from error
     config = None
-    if head.startswith(b"PK\x03\x04") or head == LEGACY_MAGIC[: len(head)] != b"":
+    if head.startswith((b"PK\x03\x04", LEGACY_MAGIC)):
         tensors = load_pickle(path)
     elif head[8:9] == b"{":
         tensors, config = _read_safetensors(path)

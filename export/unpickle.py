@@ -7,6 +7,7 @@ filled (a pickled ``nn.Module`` of any class path is just that), but calling it 
 
 from __future__ import annotations
 
+import _compat_pickle
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -22,10 +23,21 @@ from export.errors import ExportError
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """First bytes of a file of torch.save before its zip format (torch < 1.6)."""
 
+
+class _InertValue:
+    """A numpy scalar or array among a module's attributes: made, never looked at."""
+
+    def __init__(self, *_args: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+
 _CALLABLE: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
+    ("_codecs", "encode"): _InertValue,  # the bytes of a numpy scalar
     ("torch", "Size"): torch.Size,
     ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
@@ -62,21 +74,16 @@ def _inert(module: str, name: str) -> _InertMeta:
     return _InertMeta(name, (_Inert,), {"__module__": module})
 
 
-class _InertValue:
-    """A numpy scalar or array among a module's attributes: made, never looked at."""
-
-    def __init__(self, *_args: object) -> None:
-        pass
-
-    def __setstate__(self, _state: object) -> None:
-        pass
-
-
 class RestrictedUnpickler(pickle.Unpickler):
     """Resolves names to tensor rebuilders and inert classes only."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return what stands for ``module.name``; imports nothing."""
+        # torch.save writes pickle protocol 2, which has the names of Python 2.
+        module_name, global_name = _compat_pickle.NAME_MAPPING.get(
+            (module_name, global_name),
+            (_compat_pickle.IMPORT_MAPPING.get(module_name, module_name), global_name),
+        )
         known = _CALLABLE.get((module_name, global_name))
         if known is not None:
             return known
@@ -126,11 +133,11 @@ def load_pickle(path: Path) -> dict[str, object]:
     ExportError
         When the file is no such file, is truncated, or holds something else.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise ExportError(f"{path}: a TorchScript archive; save the state_dict instead")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise ExportError("a TorchScript archive; save the state_dict instead")
         root = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
     except ExportError as error:
         raise type(error)(f"{path}: {error}") from None

@@ -1,0 +1,67 @@
+"""What several test modules share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference data beside the checkout."""
+    folder = ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"golden data not found beside the checkout: {folder.name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """A narrow SSD-ResNet34 at 400x400 with random weights and sane activations."""
+    import torch
+
+    from export.config import SSDConfig
+    from export.model import SSDResNet34
+
+    torch.manual_seed(1)
+    model = SSDResNet34(SSDConfig(image_size=400, width=4))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # cumulative average: statistics of the images below
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 400, 400))
+        for head in (*model.loc, *model.conf):
+            head.weight.mul_(4)  # spread the logits, so that some scores pass the threshold
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_model, tmp_path_factory) -> Path:
+    """The small model as a .safetensors checkpoint that states its configuration."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_file(small_model.state_dict(), path, {"ssd_config": small_model.config.to_json()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(small_checkpoint, tmp_path_factory) -> Path:
+    """The small model exported by the command that users call."""
+    import subprocess
+    import sys
+
+    path = tmp_path_factory.mktemp("onnx") / "small.onnx"
+    command = [sys.executable, "-m", "export", "--weights", small_checkpoint, "-o", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch and ONNX Runtime agree" in done.stdout
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_images() -> np.ndarray:
+    """Three normalised images for the small model, float32 [3, 3, 400, 400]."""
+    return np.random.default_rng(5).standard_normal((3, 3, 400, 400), np.float32)
