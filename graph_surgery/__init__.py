@@ -1,0 +1,1 @@
+"""Graph surgery: everything behind the head convolutions becomes one NMS_OPT_TRT node."""

@@ -1,0 +1,63 @@
+"""``graph-surgery``: look at the postprocessing of a detector, and replace it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graph_surgery.errors import SurgeryError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Replace the postprocessing of an SSD detector by one NMS_OPT_TRT node.",
+)
+
+
+@app.command()
+def nms(
+    model: Annotated[Path, typer.Argument(metavar="IN.onnx", help="Detector to read")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="File to write")],
+) -> None:
+    """Make everything behind the head convolutions one NMS_OPT_TRT node.
+
+    The old postprocessing and the new node run on the same random head tensors first; nothing is
+    written unless they agree. A model that has the node already is copied as it is.
+    """
+    if output.exists() and model.exists() and output.samefile(model):
+        raise SurgeryError(f"{output}: is the input; give the output another name")
+    if not output.parent.is_dir():
+        raise SurgeryError(f"{output.parent}: no such folder to write {output.name} to")
+    from graph_surgery.files import load, save
+    from graph_surgery.replace import insert_nms
+
+    result = insert_nms(load(model))
+    save(result.model, output)
+    for change in result.changes:
+        typer.echo(change)
+    typer.echo(f"{'wrote' if result.modified else 'copied to'} {output}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Detector to read")],
+) -> None:
+    """Show heads, priors and attributes, before or after the surgery."""
+    from rich.console import Console
+
+    from graph_surgery.files import load
+    from graph_surgery.inspect import read_tail, tables
+
+    Console().print(tables(*read_tail(load(model))))
+
+
+def main() -> None:
+    """Entry point: a user error is one line and exit code 2, without a traceback."""
+    try:
+        app(prog_name="graph-surgery")
+    except SurgeryError as error:
+        print(f"graph-surgery: error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)

@@ -1,0 +1,85 @@
+"""What the surgery sees in a model, as tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import onnx
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from graph_surgery.nms_function import OP_TYPE
+from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
+from graph_surgery.topology import Topology
+
+
+def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:
+    """Read the detection tail of a model, and whether it is an NMS_OPT_TRT node already.
+
+    Raises
+    ------
+    SurgeryError
+        When there is no tail that the surgery understands.
+    """
+    node = find_nms_node(model)
+    topology = Topology(model)
+    if node is None:
+        return find_tail(topology), False
+    return read_surgered(topology, node), True
+
+
+def tables(tail: DetectionTail, surgered: bool) -> Group:
+    """Format heads, priors and attributes for a terminal."""
+    return Group(_heads(tail), _priors(tail), _attributes(tail, surgered))
+
+
+def _heads(tail: DetectionTail) -> Table:
+    heads = tail.heads
+    batch = "dynamic" if heads.batch is None else f"fixed at {heads.batch}"
+    table = Table(title=f"Heads: {heads.num_classes} classes, batch {batch}")
+    for name in ("level", "grid, h x w", "anchors"):
+        table.add_column(name, justify="right")
+    for name in ("loc", "conf"):
+        table.add_column(escape(f"{name} [channels]"), overflow="fold")
+    for index, level in enumerate(heads.levels):
+        table.add_row(
+            str(index),
+            f"{level.height} x {level.width}",
+            str(level.anchors),
+            escape(f"{level.loc} [{4 * level.anchors}]"),
+            escape(f"{level.conf} [{heads.num_classes * level.anchors}]"),
+        )
+    return table
+
+
+def _priors(tail: DetectionTail) -> Table:
+    table = Table(title=f"Priors: {tail.heads.num_priors}, in fractions of the image")
+    table.add_column("level", justify="right")
+    table.add_column("priors", justify="right")
+    table.add_column("sizes, w x h")
+    ltrb = tail.priors[0].reshape(-1, 4)
+    start = 0
+    for index, level in enumerate(tail.heads.levels):
+        block = ltrb[start : start + level.priors].reshape(level.anchors, -1, 4)
+        start += level.priors
+        sizes = np.median(block[..., 2:] - block[..., :2], axis=1)
+        text = [f"{width:.3f}x{height:.3f}" for width, height in sizes]
+        table.add_row(str(index), str(level.priors), " ".join(text))
+    return table
+
+
+def _attributes(tail: DetectionTail, surgered: bool) -> Table:
+    state = "in the graph" if surgered else "that the graph's postprocessing stands for"
+    table = Table(title=f"{OP_TYPE} {state}")
+    table.add_column("attribute")
+    table.add_column("value")
+    for name, value in asdict(tail.attributes).items():
+        table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))
+    variances = np.unique(tail.priors[1].reshape(-1, 4), axis=0)
+    table.add_row("variances", ", ".join(f"{value:g}" for value in variances[0]))
+    table.add_row("outputs", escape(", ".join(tail.outputs)))
+    if tail.capped_after_suppression:
+        table.add_row("topK", "counted after suppression by the graph, before it by the operator")
+    return table

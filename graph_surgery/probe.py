@@ -1,0 +1,177 @@
+"""Learning by experiment what the tensors behind the heads mean.
+
+The part of the graph from the head tensors to its NonMaxSuppression runs on chosen deltas and
+logits; a tensor holds the decoded boxes, or the scores, when its values say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graph_surgery.errors import SurgeryError
+from graph_surgery.heads import Heads
+from graph_surgery.topology import Arrays
+
+Floats = NDArray[np.floating[Any]]
+Run = Callable[[NDArray[np.float32], NDArray[np.float32]], Arrays]
+
+TOLERANCE = 1e-5
+"""Largest difference, absolute or relative, that counts as rounding of float32."""
+
+BOX_ORDERS = {"ltrb": (0, 1, 2, 3), "yxyx": (1, 0, 3, 2)}
+"""Where xmin, ymin, xmax, ymax stand in a decoded box."""
+
+
+def decode(priors: Floats, variances: Floats, deltas: Floats) -> Floats:
+    """CENTER_SIZE (SSD, Liu et al. 2016): priors ltrb [P, 4], deltas [P, 4] to ltrb [P, 4]."""
+    size = priors[:, 2:] - priors[:, :2]
+    with np.errstate(all="ignore"):  # what is no box may overflow
+        centre = (priors[:, :2] + priors[:, 2:]) / 2 + deltas[:, :2] * variances[:2] * size
+        half = np.exp(deltas[:, 2:] * variances[2:]) * size / 2
+    return np.concatenate([centre - half, centre + half], axis=1)
+
+
+_SHIFT = np.array([[100.0], [100.0], [0.0], [0.0]])
+_STRETCH = np.array([[0.0], [0.0], [10.0], [10.0]])
+"""Deltas that bring out a variance well above the rounding of a coordinate."""
+
+_BOOST = 8.0
+"""Added to one logit of each prior: its score is then near 1, for up to a few hundred classes."""
+
+
+def probe_boxes(run: Run, heads: Heads) -> NDArray[np.float32]:
+    """Find the decoded boxes and read priors and variances from them.
+
+    Returns
+    -------
+    float32 [2, P * 4, 1]: ltrb of the priors, and their variances.
+
+    Raises
+    ------
+    SurgeryError
+        When no tensor holds boxes decoded as CENTER_SIZE from priors on a grid.
+    """
+    batch, count = heads.batch or 1, heads.num_priors
+    logits = np.zeros((batch, heads.num_classes, count), np.float32)
+    noise = _representable(np.random.default_rng(0).normal(size=(4, count)))
+    probes = [
+        run(np.broadcast_to(deltas, (batch, 4, count)).astype(np.float32), logits)
+        for deltas in (np.zeros((4, 1)), _SHIFT, _STRETCH, noise)
+    ]
+    tried = []
+    for name in reversed(probes[0]):
+        found = [rows for p in probes if (rows := _rows(p[name], count, 4)) is not None]
+        if not found:
+            continue
+        for order, columns in BOX_ORDERS.items():
+            zero, shifted, stretched, random = (rows[:, columns] for rows in found)
+            variances = _variances(zero, shifted, stretched)
+            if variances.min() <= 0:  # does not follow the deltas, as the scores do not
+                continue
+            expected = decode(zero, variances, noise.T)
+            difference = float(np.max(np.abs(random - expected) / np.maximum(1, np.abs(expected))))
+            on_grid = _lies_on_grid(zero, heads)
+            if on_grid and difference <= TOLERANCE:
+                planes = [zero.reshape(-1), np.tile(variances, count)]
+                return np.stack(planes)[:, :, None].astype(np.float32)
+            tried.append((not on_grid, difference, f"{name!r} read as {order}"))
+    if not tried:
+        raise SurgeryError(
+            f"no decoded boxes: no tensor behind the heads, [N, {count}, 4] or [N, 4, {count}], "
+            "moves with dx, dy and grows with exp(dw), exp(dh) of coordinate-major channels"
+        )
+    off_grid, difference, what = min(tried)
+    lacks = (
+        "its priors do not lie on the grids of the heads, anchor by anchor; " if off_grid else ""
+    )
+    raise SurgeryError(
+        "no tensor behind the heads holds boxes decoded as CENTER_SIZE, channels coordinate-major; "
+        f"nearest is {what}: {lacks}its boxes differ by {difference:.2g}"
+    )
+
+
+def _representable(values: Floats) -> Floats:
+    """Round to float16, so that heads of that type hold the same values."""
+    return values.astype(np.float16).astype(np.float64)
+
+
+def _rows(values: NDArray[Any], count: int, width: int) -> Floats | None:
+    """First image of [N, count, width] or [N, width, count] as float64 [count, width], or None."""
+    if values.dtype.kind != "f" or values.ndim != 3:
+        return None
+    rows = values[0] if values.shape[1:] == (count, width) else values[0].T
+    return rows.astype(np.float64) if rows.shape == (count, width) else None
+
+
+def _variances(zero: Floats, shifted: Floats, stretched: Floats) -> Floats:
+    """Four variances from boxes at no deltas, at `_SHIFT` and at `_STRETCH`, to six digits."""
+    size = zero[:, 2:] - zero[:, :2]
+    with np.errstate(all="ignore"):
+        shift = (shifted - zero)[:, :2] / size / _SHIFT[:2].T
+        stretch = np.log((stretched[:, 2:] - stretched[:, :2]) / size) / _STRETCH[2:].T
+    medians = np.median(np.concatenate([shift, stretch], axis=1), axis=0)
+    medians[~np.isfinite(medians)] = 0.0
+    return np.array([float(f"{value:.6g}") for value in medians])
+
+
+def _lies_on_grid(priors: Floats, heads: Heads) -> bool:
+    """Whether centres vary in x along the columns only, and in y along the rows only."""
+    start = 0
+    for level in heads.levels:
+        block = priors[start : start + level.priors]
+        start += level.priors
+        centre = (block[:, :2] + block[:, 2:]).reshape(level.anchors, level.height, level.width, 2)
+        x_by_row, y_by_column = np.ptp(centre[..., 0], axis=1), np.ptp(centre[..., 1], axis=2)
+        if max(x_by_row.max(), y_by_column.max()) > TOLERANCE:
+            return False
+    return True
+
+
+def probe_scores(run: Run, heads: Heads) -> int:
+    """Find the scores and which class they leave out.
+
+    A score may be masked by a number that is not positive.
+
+    Returns
+    -------
+    The background class: one that is sliced off or masked everywhere; -1 when there is none.
+
+    Raises
+    ------
+    SurgeryError
+        When no tensor holds the softmax of the logits over the classes.
+    """
+    batch, classes, count = heads.batch or 1, heads.num_classes, heads.num_priors
+    logits = np.random.default_rng(1).normal(size=(classes, count))
+    logits[np.arange(count) % classes, np.arange(count)] += _BOOST
+    logits[:] = _representable(logits)
+    every = np.broadcast_to(logits, (batch, classes, count)).astype(np.float32)
+    tensors = run(np.zeros((batch, 4, count), np.float32), every)
+    softmax = np.exp(logits - logits.max(axis=0))
+    softmax = (softmax / softmax.sum(axis=0)).T
+    slices = {(0, classes): -1, (1, classes): 0, (0, classes - 1): classes - 1}
+    nearest = np.inf
+    for values in reversed(tensors.values()):
+        for (first, last), background in slices.items():
+            expected = softmax[:, first:last]
+            scores = _rows(values, *expected.shape)
+            if scores is None:
+                continue
+            shown, clear = scores > 0, expected > 0.5
+            difference = float(np.max(np.abs(scores - expected), where=shown, initial=0.0))
+            masked = np.flatnonzero(clear.any(axis=0) & ~(shown & clear).any(axis=0))
+            if len(masked) > (1 if background == -1 else 0):
+                continue
+            if difference <= TOLERANCE:
+                return int(masked[0]) if len(masked) else background
+            nearest = min(nearest, difference)
+    what = f"; the nearest differs by {nearest:.2g}" if np.isfinite(nearest) else ""
+    raise SurgeryError(
+        f"no tensor behind the heads holds the softmax of the logits over {classes} classes, "
+        f"[N, {classes} or {classes - 1}, {count}] or transposed{what}; other activations are not "
+        "supported"
+    )

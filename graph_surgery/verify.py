@@ -1,0 +1,192 @@
+"""The proof of a surgery: the old tail and the new node, run on the same head tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from graph_surgery.errors import SurgeryError
+from graph_surgery.heads import HeadRunner, Heads
+from graph_surgery.nms_function import OP_TYPE, NmsAttributes
+from graph_surgery.pattern import DetectionTail
+from graph_surgery.topology import Arrays, Runner, Topology
+
+Floats = NDArray[np.float32]
+
+TOLERANCE = 1e-5
+"""Largest difference of a score or a normalised coordinate."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What both tails said.
+
+    Attributes
+    ----------
+    images, detections
+        How many were compared; the same number of detections on both sides.
+    difference
+        Largest difference of a score or a coordinate.
+    box_order
+        How the old outputs write a box.
+    """
+
+    images: int
+    detections: int
+    difference: float
+    box_order: str
+
+
+_BOX_COLUMNS = {"ymin, xmin, ymax, xmax": (1, 2, 3, 4), "xmin, ymin, xmax, ymax": (2, 1, 4, 3)}
+"""Where the corners of the new rows stand in the old ones."""
+
+
+def verify_tail(old: Topology, new: Topology, tail: DetectionTail) -> Agreement:
+    """Run the old tail and the new node on seeded random head tensors.
+
+    The images: one with candidates in every class, one with a class of more than topK candidates
+    (left out where the old tail caps its classes after suppression), one with none.
+
+    Raises
+    ------
+    SurgeryError
+        When a row of one has no equal in the other, or the old outputs are not understood.
+    """
+    heads, attributes = tail.heads, tail.attributes
+    images = [_sparse_image(heads, attributes), _empty_image(heads, attributes)]
+    if not tail.capped_after_suppression:
+        images.append(_crowded_image(heads, attributes))
+    batch = heads.batch or len(images)
+    run_old = HeadRunner(old, heads, tail.outputs)
+    run_new = HeadRunner(new, heads, ["detections", "num_detections"])
+    pairs: list[tuple[Floats, Floats]] = []
+    for start in range(0, len(images), batch):
+        chosen = [images[index % len(images)] for index in range(start, start + batch)]
+        loc, conf = (np.stack(part) for part in zip(*chosen, strict=True))
+        pairs += zip(_rows(run_old(loc, conf)), _rows(run_new(loc, conf)), strict=True)
+    differences = {
+        order: [_difference(rows[:, [0, *columns, 5, 6]], new_rows) for rows, new_rows in pairs]
+        for order, columns in _BOX_COLUMNS.items()
+    }
+    order = min(differences, key=lambda name: max(differences[name]))
+    worst = int(np.argmax(differences[order]))
+    if not differences[order][worst] <= TOLERANCE:
+        counts = " and ".join(str(len(rows)) for rows in pairs[worst])
+        raise SurgeryError(
+            f"the graph and {OP_TYPE} disagree on the same head tensors: {counts} detections, "
+            f"rows differ by {differences[order][worst]:.2g} (image {worst} of the check); the "
+            "tail does something that the operator does not"
+        )
+    detections = sum(len(rows) for _, rows in pairs)
+    if not detections:
+        raise SurgeryError(
+            f"nothing on the check's images scores above {attributes.confidenceThreshold}: the "
+            "surgery cannot be proved"
+        )
+    return Agreement(len(pairs), detections, max(differences[order]), order)
+
+
+def verify_heads(old: onnx.ModelProto, new: onnx.ModelProto, heads: Heads) -> float:
+    """Run both models up to their heads on a random image.
+
+    Returns
+    -------
+    Largest difference of a head, relative to its spread.
+
+    Raises
+    ------
+    SurgeryError
+        When it is more than rounding.
+    """
+    topology = Topology(old)
+    constants = topology.constants
+    rng = np.random.default_rng(0)
+    feeds = {
+        value.name: rng.normal(
+            size=[size or heads.batch or 1 for size in topology.shape(value.name)]
+        ).astype(topology.dtype(value.name))
+        for value in old.graph.input
+        if value.name not in constants
+    }
+    names = list(feeds)
+    expected = Runner(topology.part(names, heads.names))(feeds)
+    actual = Runner(Topology(new).part(names, heads.names))(feeds)
+    spread = {name: max(np.ptp(expected[name]), np.finfo(np.float32).tiny) for name in heads.names}
+    differences = [np.abs(actual[name] - expected[name]).max() / spread[name] for name in spread]
+    worst = float(np.max(differences))  # unlike max, it lets a NaN through
+    if not worst <= TOLERANCE:
+        raise SurgeryError(
+            f"the heads change by {worst:.2g} of their spread by the opset conversion"
+        )
+    return worst
+
+
+def _rows(outputs: Arrays) -> list[Floats]:
+    """Detections of every image as [n, 7]: image index, box with its corners clipped, score, label.
+
+    Understood are [N, K, 7] with the valid rows counted in [N], and boxes [N, n, 4] with scores
+    and integer labels [N, n], whatever their names.
+    """
+    by_kind = {(value.ndim, value.dtype.kind): value for value in outputs.values()}
+    if len(outputs) == 2 and (3, "f") in by_kind and (1, "i") in by_kind:
+        detections, counts = by_kind[3, "f"], by_kind[1, "i"]
+        if detections.shape[2] == 7:
+            return [rows[:count] for rows, count in zip(detections, counts, strict=True)]
+    if len(outputs) == 3 and by_kind.keys() == {(3, "f"), (2, "f"), (2, "i")}:
+        boxes, scores, labels = by_kind[3, "f"], by_kind[2, "f"], by_kind[2, "i"]
+        index = np.broadcast_to(np.arange(len(boxes))[:, None], scores.shape)
+        columns = [index[..., None], boxes.clip(0, 1), scores[..., None], labels[..., None]]
+        return list(np.concatenate(columns, axis=2).astype(np.float32))
+    found = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in outputs.items())
+    raise SurgeryError(
+        f"the outputs behind NonMaxSuppression are {found}; understood are detections [N, K, 7] "
+        "with counts [N], or boxes [N, n, 4] with scores and integer labels [N, n]"
+    )
+
+
+def _difference(old: Floats, new: Floats) -> float:
+    """Largest distance of a row to the nearest row of the other side; infinite for other counts.
+
+    Rows are compared as sets: rounding may swap two neighbours of nearly equal score.
+    """
+    if len(old) != len(new):
+        return np.inf
+    distance = np.nan_to_num(np.abs(old[:, None] - new[None]).max(axis=2), nan=np.inf)
+    return float(max(distance.min(axis=axis, initial=np.inf).max(initial=0.0) for axis in (0, 1)))
+
+
+def _empty_image(heads: Heads, attributes: NmsAttributes) -> tuple[Floats, Floats]:
+    """Deltas [4, P] and logits [C, P] that say background everywhere, if there is one."""
+    rng = np.random.default_rng(0)
+    loc = rng.normal(size=(4, heads.num_priors)).astype(np.float32)
+    conf = rng.normal(0.0, 0.1, (heads.num_classes, heads.num_priors)).astype(np.float32)
+    if attributes.backgroundLabelId >= 0:
+        conf[attributes.backgroundLabelId] += 8.0
+    return loc, conf
+
+
+def _sparse_image(heads: Heads, attributes: NmsAttributes) -> tuple[Floats, Floats]:
+    """As `_empty_image`, with up to topK candidates in a class: runs of overlapping neighbours."""
+    loc, conf = _empty_image(heads, attributes)
+    rng = np.random.default_rng(1)
+    run, classes = 3, heads.num_classes
+    count = min(heads.num_priors // 2, classes * min(attributes.topK, 24)) // run
+    starts = rng.choice(heads.num_priors // run, count, replace=False) * run
+    for index, start in enumerate(starts):
+        where = slice(start, start + run)
+        conf[index % classes, where] += rng.uniform(6.0, 12.0, run).astype(np.float32)
+    return loc, conf
+
+
+def _crowded_image(heads: Heads, attributes: NmsAttributes) -> tuple[Floats, Floats]:
+    """As `_empty_image`, with more than topK candidates in one class where there are priors."""
+    loc, conf = _empty_image(heads, attributes)
+    rng = np.random.default_rng(2)
+    count = min(heads.num_priors, attributes.topK + 50)
+    where = rng.choice(heads.num_priors, count, replace=False)
+    label = (attributes.backgroundLabelId + 1) % heads.num_classes
+    conf[label, where] += rng.uniform(6.0, 12.0, count).astype(np.float32)
+    return loc, conf

@@ -1,0 +1,1 @@
+"""The harness: data sets, preprocessing, LoadGen runs, accuracy and reports."""

@@ -1,0 +1,275 @@
+"""Three measurements of the harness itself: ``python -m harness.bench``.
+
+1. efficiency: Offline samples/s through LoadGen over those of the bare engine in a plain loop, at
+   the same batch and threads, in turns; 2. latency: Server p99 with an engine that does nothing at
+   1,000 queries/s; 3. preprocessing: images/s over those of a plain OpenCV loop on one core times
+   the processes used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from engine.load import load_engine
+from engine.protocol import DETECTION_FIELDS, Engine, EngineError, InputSpec, Session
+from harness.dataset import Dataset, known_dataset, load_map
+from harness.errors import HarnessError
+from harness.files import write_atomically
+from harness.loadgen import Outcome, RunFailedError, run_test
+from harness.preprocess import preprocess
+from harness.qsl import SampleSource
+from harness.result import command_line, commit, cpu_name, now
+from harness.settings import Offline, Server, Settings
+
+_SAMPLES_IN_MEMORY = 64
+_NULL_QPS = 1000.0
+_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as MLPerf's pre_process_coco_resnet34
+_STD = (0.229, 0.224, 0.225)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(help="Model for the efficiency.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.")],
+    *,
+    engine: Annotated[str, typer.Option(help="Its engine.")] = "onnxruntime",
+    dataset: Annotated[str, typer.Option(help="Images to preprocess: coco or demo.")] = "demo",
+    image_size: Annotated[int, typer.Option(help="Size to preprocess to.")] = 1200,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="Threads and processes.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns; medians count.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a turn.")] = 10.0,
+    build_dir: Annotated[Path, typer.Option(envvar="BUILD_DIR", help="Build folder.")] = Path(
+        "build"
+    ),
+) -> None:
+    """Measure the harness and write the figures to a JSON file."""
+    loaded = load_engine(engine, model, threads=threads)
+    data = known_dataset(dataset, "val", build_dir)
+    document: dict[str, Any] = {
+        "finished": now(),
+        "commit": commit(),
+        "command": command_line(),
+        "cpu": cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "versions": {
+            name: metadata.version(name)
+            for name in ("mlcommons-loadgen", "numpy", "onnxruntime", "opencv-python-headless")
+        },
+        "engine": dict(loaded.manifest),
+    }
+    steps: dict[str, Callable[[], dict[str, object]]] = {
+        "efficiency": lambda: measure_efficiency(loaded, batch, rounds, seconds),
+        "null_server": lambda: measure_null_server(rounds, seconds),
+        "preprocessing": lambda: measure_preprocessing(data, image_size, threads, rounds),
+    }
+    for name, measure in steps.items():
+        document[name] = measure()
+        typer.echo(f"{name}: {json.dumps(document[name])}")
+    document["finished"] = now()
+    write_document(document, output)
+
+
+def measure_efficiency(
+    engine: Engine, batch: int, rounds: int, seconds: float
+) -> dict[str, object]:
+    """Compare Offline samples/s through LoadGen with a plain loop over the same images.
+
+    Beside it, the share of the Offline time that passed inside the engine: on a machine that is
+    not quiet, it tells what the harness itself costs.
+    """
+    source = _RandomImages(engine.input_spec)
+    images = source.load(range(_SAMPLES_IN_MEMORY))
+    session = engine.session()
+    session.infer(images[:batch])
+    batches = max(1, round(_loop_rate(session, images, batch, 2) * seconds / batch))
+    samples = batches * batch
+    settings = Offline(min_duration_ms=1, min_query_count=samples, target_qps=1.0, batch_size=batch)
+    loop, offline, share = [], [], []
+    for _ in range(rounds):
+        loop.append(_loop_rate(session, images, batch, batches))
+        outcome = _run(engine, source, settings)
+        offline.append(outcome.detail.values["result_samples_per_second"])
+        share.append(sum(outcome.batch_seconds) * offline[-1] / samples)
+    return {
+        "batch": batch,
+        "samples": samples,
+        "loop_samples_per_second": loop,
+        "offline_samples_per_second": offline,
+        "share_inside_engine": share,
+        "efficiency": statistics.median(offline) / statistics.median(loop),
+    }
+
+
+def measure_null_server(rounds: int, seconds: float) -> dict[str, object]:
+    """Server latency when the engine does nothing."""
+    engine = _NullEngine()
+    settings = Server(
+        min_duration_ms=round(seconds * 1000), target_qps=_NULL_QPS, batch_delay_ms=0.0
+    )
+    p99 = [
+        _run(engine, _RandomImages(engine.input_spec), settings).detail.latency_ms["p99"]
+        for _ in range(rounds)
+    ]
+    return {
+        "queries_per_second": _NULL_QPS,
+        "p99_ms": p99,
+        "median_p99_ms": statistics.median(p99),
+    }
+
+
+def measure_preprocessing(
+    dataset: Dataset, image_size: int, workers: int, rounds: int
+) -> dict[str, object]:
+    """Compare `harness.preprocess` with a plain OpenCV loop on one core times the processes.
+
+    The rate is that of the images after the start of the processes, which takes as long for 5,000
+    images as for the few that are measured here: the time for all, less that for one each.
+    """
+    spec = InputSpec("image", (3, image_size, image_size), "float32")
+    names = load_map(dataset.map_file)
+
+    def ours(count: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            some = Path(folder) / "map.txt"
+            some.write_text("".join(f"{name}\n" for name in names[:count]))
+            start = time.perf_counter()
+            preprocess(
+                dataclasses.replace(dataset, map_file=some),
+                spec,
+                Path(folder) / "out",
+                workers=workers,
+                overwrite=True,
+                skip_bad=False,
+                progress=False,
+            )
+            return time.perf_counter() - start
+
+    start_up, whole, plain = [], [], []
+    for _ in range(rounds):
+        plain.append(len(names) / _plain_preprocess(dataset.image_dir, names, image_size))
+        start_up.append(ours(workers))
+        whole.append(ours(len(names)))
+    rates = [
+        (len(names) - workers) / (long - short) for short, long in zip(start_up, whole, strict=True)
+    ]
+    return {
+        "images": len(names),
+        "image_size": image_size,
+        "workers": workers,
+        "plain_images_per_second": plain,
+        "start_up_seconds": start_up,
+        "whole_seconds": whole,
+        "images_per_second": rates,
+        "efficiency": statistics.median(rates) / (statistics.median(plain) * workers),
+    }
+
+
+def write_document(document: Mapping[str, object], output: Path) -> None:
+    """Write the JSON file, whole or not at all."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, (json.dumps(document, indent=2) + "\n").encode())
+    except OSError as error:
+        raise HarnessError(f"cannot write {output}: {error.strerror}") from error
+
+
+class _RandomImages:
+    """Normalised noise, the same in every load."""
+
+    def __init__(self, spec: InputSpec) -> None:
+        self.files = tuple(f"{number}.jpg" for number in range(_SAMPLES_IN_MEMORY))
+        random = np.random.default_rng(0)
+        images = random.standard_normal((_SAMPLES_IN_MEMORY, *spec.shape), np.float32)
+        if spec.scale is not None:
+            images = np.clip(np.rint(images / spec.scale), -127, 127)
+        self._images = images.astype(spec.dtype)
+
+    def load(self, indices: Sequence[int]) -> NDArray[np.generic]:
+        return np.ascontiguousarray(self._images[list(indices)])
+
+
+class _NullEngine:
+    """Answers at once: ten detections for every image."""
+
+    input_spec = InputSpec("image", (3, 8, 8), "float32")
+    max_batch = None
+    manifest: Mapping[str, object] = {"backend": "null"}
+
+    def session(self) -> _NullEngine:
+        return self
+
+    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        detections = np.zeros((len(images), 200, DETECTION_FIELDS), np.float32)
+        return detections, np.full(len(images), 10, np.int32)
+
+
+def _loop_rate(session: Session, images: NDArray[np.generic], batch: int, batches: int) -> float:
+    """Samples per second of a plain loop over whole batches of the images."""
+    starts = range(0, len(images) - batch + 1, batch)
+    begin = time.perf_counter()
+    for number in range(batches):
+        start = starts[number % len(starts)]
+        session.infer(images[start : start + batch])
+    return batches * batch / (time.perf_counter() - begin)
+
+
+def _run(engine: Engine, source: SampleSource, settings: Settings) -> Outcome:
+    with tempfile.TemporaryDirectory() as folder:
+        return run_test(engine, source, settings, "PerformanceOnly", Path(folder), timeout_s=600)
+
+
+def _plain_preprocess(image_dir: Path, names: tuple[str, ...], size: int) -> float:
+    """Seconds of what MLPerf's reference does, image by image, on one core."""
+    import cv2
+
+    mean, std = np.array(_MEAN, np.float32), np.array(_STD, np.float32)
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        for name in names:
+            image = cv2.imread(str(image_dir / name))
+            if image is None:
+                raise HarnessError(f"{image_dir / name} cannot be read")
+            rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
+            large = cv2.resize(rgb, (size, size), interpolation=cv2.INTER_LINEAR)
+            pixels = (large / 255 - mean) / std
+            np.save(Path(folder) / f"{name}.npy", np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        seconds = time.perf_counter() - start
+    cv2.setNumThreads(threads)
+    return seconds
+
+
+def main() -> None:
+    """Run the command; a user error is one line and exit code 2."""
+    try:
+        app()
+    except (HarnessError, EngineError) as error:
+        typer.echo(f"harness: error: {error}", err=True)
+        sys.exit(2)
+    except RunFailedError as error:
+        typer.echo(f"harness: error: {error}", err=True)
+        sys.stdout.flush()
+        os._exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

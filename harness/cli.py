@@ -1,0 +1,305 @@
+"""The ``harness`` command. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from engine.load import BACKENDS, load_engine
+from engine.protocol import Engine, EngineError, InputSpec
+from harness.dataset import Dataset, known_dataset, load_map
+from harness.errors import HarnessError
+from harness.settings import MODEL, MODES, SCENARIOS, load_settings
+
+if TYPE_CHECKING:
+    from harness.loadgen import Progress
+    from harness.report import Runs
+
+app = typer.Typer(
+    help="Preprocess data, run MLPerf LoadGen on an engine, evaluate and report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_Model = Annotated[Path, typer.Argument(help="Model file, e.g. an .onnx.", show_default=False)]
+_Backend = Annotated[str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}.")]
+_DatasetName = Annotated[str, typer.Option("--dataset", help="coco or demo.")]
+_Split = Annotated[str, typer.Option(help="val or cal (calibration).")]
+_BuildDir = Annotated[
+    Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
+]
+_Preprocessed = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the preprocessed images.",
+        show_default="preprocessed_data/<dataset>-<split>/<dtype>_<size> in the build folder",
+    ),
+]
+
+_Name = TypeVar("_Name", bound=str)
+
+
+@app.command()
+def preprocess(
+    model: _Model,
+    *,
+    engine: _Backend = "onnxruntime",
+    dataset: _DatasetName = "coco",
+    split: _Split = "val",
+    preprocessed: _Preprocessed = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.", show_default="one per CPU")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Do finished images again.")] = False,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out missing and corrupt images.")] = False,
+    build_dir: _BuildDir = Path("build"),
+) -> None:
+    """Turn the images of a data set into the input that MODEL takes, once."""
+    from harness.preprocess import preprocess as preprocess_images
+
+    spec = load_engine(engine, model).input_spec
+    data = known_dataset(dataset, split, build_dir)
+    directory = preprocessed or _preprocessed_dir(build_dir, data, spec)
+    done = preprocess_images(
+        data,
+        spec,
+        directory,
+        workers=workers or len(os.sched_getaffinity(0)),
+        overwrite=overwrite,
+        skip_bad=skip_bad,
+        progress=sys.stderr.isatty(),
+    )
+    typer.echo(f"{len(done.files)} images in {directory}")
+
+
+@app.command()
+def run(
+    model: _Model,
+    *,
+    engine: _Backend = "onnxruntime",
+    dataset: _DatasetName = "coco",
+    split: _Split = "val",
+    preprocessed: _Preprocessed = None,
+    scenarios: Annotated[
+        str, typer.Option(help=f"Comma-separated, of: {', '.join(SCENARIOS)}.")
+    ] = "Offline",
+    test_mode: Annotated[
+        str, typer.Option("--test_mode", help=f"Comma-separated, of: {', '.join(MODES)}.")
+    ] = "PerformanceOnly",
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; see harness/settings.py.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Batch size (Offline, Server).", show_default="8")
+    ] = None,
+    target_qps: Annotated[
+        float | None,
+        typer.Option(help="Samples per second (Offline, Server).", show_default="from a warm-up"),
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            help="Milliseconds: the bound in Server, the expectation in Single- and MultiStream.",
+            show_default="100 in Server, else from a warm-up",
+        ),
+    ] = None,
+    min_duration: Annotated[
+        float | None,
+        typer.Option(help="Seconds of a performance run at least.", show_default="600"),
+    ] = None,
+    min_queries: Annotated[
+        int | None,
+        typer.Option(
+            help="Queries of a performance run at least; in Offline, samples.",
+            show_default="24576 in Offline, else LoadGen's",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples in memory together.", show_default="64")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that one batch may take before the run ends.")
+    ] = 300.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="one per CPU")
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="Draw the detections of an accuracy run on N images.")
+    ] = 0,
+    system: Annotated[
+        str | None, typer.Option(help="Name of the machine.", show_default="host name")
+    ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the logs.", show_default="logs/<time> in the build folder"),
+    ] = None,
+    build_dir: _BuildDir = Path("build"),
+) -> None:
+    """Run LoadGen on MODEL: every scenario in every test mode.
+
+    Each test leaves LoadGen's logs, its user.conf and a result.json in
+    LOG_DIR/SYSTEM/ssd-resnet34/SCENARIO/MODE. An INVALID result is a result (exit code 0); a run
+    that fails has exit code 1.
+    """
+    chosen = _choices(scenarios, tuple(SCENARIOS), "scenario")
+    modes = _choices(test_mode, MODES, "test mode")
+    settings = load_settings(
+        chosen,
+        config,
+        {
+            "batch_size": batch,
+            "target_qps": target_qps,
+            "target_latency_ms": _whole(target_latency),
+            "min_duration_ms": None if min_duration is None else round(min_duration * 1000),
+            "min_query_count": min_queries,
+            "performance_sample_count": samples,
+        },
+    )
+    from harness.loadgen import RunFailedError
+    from harness.preprocess import load_preprocessed
+    from harness.report import print_table
+    from harness.run import Benchmark
+    from harness.run import run as run_benchmark
+
+    loaded: Engine = load_engine(engine, model, device=device, threads=threads)
+    data = known_dataset(dataset, split, build_dir)
+    source = load_preprocessed(
+        preprocessed or _preprocessed_dir(build_dir, data, loaded.input_spec), loaded.input_spec
+    )
+    benchmark = Benchmark(loaded, source, data, timeout, pictures)
+    root = log_dir or build_dir / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S")
+    results = []
+    try:
+        for mode in modes:
+            for setting in settings:
+                where = root / (system or platform.node()) / MODEL / setting.scenario / mode
+                with _progress(f"{setting.scenario} {mode}") as progress:
+                    results.append(
+                        (where, run_benchmark(benchmark, setting, mode, where, progress))
+                    )
+    except RunFailedError as error:
+        if results:
+            print_table(results)
+        # LoadGen cannot be stopped, and an ordinary exit would abort in its threads
+        _complain(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+    print_table(results)
+
+
+@app.command()
+def accuracy(
+    log: Annotated[Path, typer.Argument(help="mlperf_log_accuracy.json of any run.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="coco or demo: its annotations and its map.")
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help="COCO annotations instead; the sample order is that of its images."),
+    ] = None,
+    build_dir: _BuildDir = Path("build"),
+) -> None:
+    """Compute the COCO mAP of an accuracy log as MLPerf's accuracy-coco.py does."""
+    from harness.accuracy import evaluate
+
+    files = None
+    if dataset is not None and annotations is None:
+        data = known_dataset(dataset, "val", build_dir)
+        annotations, files = data.annotations, load_map(data.map_file)
+    if annotations is None or (dataset is not None and files is None):
+        raise HarnessError("give either --dataset or --annotations")
+    result = evaluate(log, annotations, files)
+    for name, value in result.stats.items():
+        typer.echo(f"{name:>6} {value:.4f}")
+    typer.echo(f"{result.images_seen} of {result.images_total} images, ", nl=False)
+    typer.echo(f"{result.detections} detections")
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"mAP={100 * result.mAP:.3f}%")  # the line that MLPerf's tools look for
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Folders of or above runs.")],
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Print the results of runs again."""
+    from harness.report import find_results, print_table, to_json
+
+    results: Runs = find_results(directories)
+    if json:
+        typer.echo(to_json(results))
+    else:
+        print_table(results)
+
+
+def main() -> None:
+    """Run the command; a user error is one line and exit code 2."""
+    try:
+        app()
+    except (HarnessError, EngineError) as error:
+        _complain(error)
+        sys.exit(2)
+
+
+def _complain(error: Exception) -> None:
+    typer.echo(f"harness: error: {error}", err=True)
+
+
+def _preprocessed_dir(build_dir: Path, dataset: Dataset, spec: InputSpec) -> Path:
+    _, height, width = spec.shape
+    return build_dir / "preprocessed_data" / dataset.name / f"{spec.dtype}_{height}x{width}"
+
+
+def _choices(text: str, known: tuple[_Name, ...], what: str) -> tuple[_Name, ...]:
+    """Names of a comma-separated list, in any case, each once."""
+    names = {name.lower(): name for name in known}
+    chosen: dict[_Name, None] = {}
+    for word in text.split(","):
+        if word.strip().lower() not in names:
+            raise HarnessError(f"unknown {what} {word!r}; choose of: {', '.join(known)}")
+        chosen[names[word.strip().lower()]] = None
+    return tuple(chosen)
+
+
+def _whole(value: float | None) -> float | int | None:
+    """Server's bound is a whole number of milliseconds, the other latencies need not be."""
+    return int(value) if value is not None and value.is_integer() else value
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Progress | None]:
+    """Progress bar on stderr; nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # no refreshing thread: it would take the GIL from the run ten times a second
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
+        task = bar.add_task(title, total=None)
+
+        def show(completed: int, total: int | None) -> None:
+            bar.update(task, completed=completed, total=total)
+            bar.refresh()
+
+        yield show

@@ -1,0 +1,37 @@
+"""Files that are whole or absent: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Write the parts one after the other to a file that appears only when it is complete.
+
+    Parameters
+    ----------
+    path
+        Target; replaced when it exists. Until the rename the data lies beside it under a name
+        that ends in ``.tmp``.
+    parts
+        Bytes or C-contiguous buffers of bytes.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            for part in parts:
+                rest = memoryview(part)
+                while rest:  # a raw write is partial when the disk fills up or a signal comes
+                    rest = rest[file.write(rest) :]
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""One LoadGen test: from settings to complete log files, or to an error, but never to a hang."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlperf_loadgen as lg
+
+from engine.protocol import Engine, EngineError
+from harness.errors import HarnessError
+from harness.loadgen_log import DetailLog, read_complete
+from harness.qsl import SampleLibrary, SampleSource
+from harness.settings import Mode, Settings, apply, fitted
+from harness.sut import Sut
+
+USER_CONF = "user.conf"
+
+Progress = Callable[[int, int | None], None]
+"""Takes the samples that are completed, and all samples of the test when they are known."""
+
+_POLL_SECONDS = 0.2
+_POLLS_PER_REPORT = 5  # drawing takes the GIL for some milliseconds, which the latencies feel
+_GRACE_SECONDS = 2.0
+
+
+class RunFailedError(Exception):
+    """A run that started and did not come to a good end. One line.
+
+    LoadGen cannot be stopped, so its threads may still be there, and an ordinary interpreter exit
+    would abort in them: a program that does not go on must leave with ``os._exit(exit_code)``.
+
+    Attributes
+    ----------
+    exit_code
+        1, or 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a complete test left.
+
+    Attributes
+    ----------
+    detail
+        LoadGen's detail log.
+    settings
+        As used, estimates filled in.
+    batch_seconds
+        Seconds that the engine took for each batch, in order.
+    """
+
+    detail: DetailLog
+    settings: Settings
+    batch_seconds: tuple[float, ...]
+
+
+def run_test(
+    engine: Engine,
+    source: SampleSource,
+    settings: Settings,
+    mode: Mode,
+    directory: Path,
+    *,
+    timeout_s: float,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Run one LoadGen test and read its logs back.
+
+    Parameters
+    ----------
+    engine
+        The engine under test.
+    source
+        Preprocessed images that fit the engine's input.
+    settings
+        Scenario and its settings; None values are estimated in a warm-up.
+    mode
+        ``PerformanceOnly`` or ``AccuracyOnly``.
+    directory
+        Existing folder for user.conf and LoadGen's logs.
+    timeout_s
+        Longest time in seconds that the engine may take for one batch.
+    progress
+        Called about once a second and at the end.
+
+    Raises
+    ------
+    HarnessError
+        When the engine or LoadGen refuses the settings, or its logs are not complete.
+    RunFailedError
+        When the engine fails, does not answer in time, or the user interrupts.
+    """
+    settings = fitted(settings, engine.max_batch)
+    library = SampleLibrary(source)
+    batch = min(settings.batch, engine.max_batch or settings.batch)
+    sut = Sut(engine, library, batch=batch, max_wait_s=settings.max_wait_s)
+    total = len(source.files)
+    warm_up = source.load([index % total for index in range(batch)])
+    try:
+        sut.start(warm_up)
+        if not sut.wait_ready(timeout_s):
+            sut.fail(_timeout(timeout_s))
+        if sut.failure is None:
+            settings = settings.estimated(sut.warm_up_seconds * settings.batch / batch)
+            thread = _StartTest(
+                sut=sut,
+                library=library,
+                test=apply(settings, mode, directory / USER_CONF),
+                directory=directory,
+                sizes=(total, settings.performance_sample_count),
+            )
+            _watch(sut, thread, timeout_s, _reporter(sut, progress, settings, mode, total))
+        sut.stop(_GRACE_SECONDS)
+        _raise_failure(sut)
+    except KeyboardInterrupt:
+        raise RunFailedError("interrupted", exit_code=130) from None
+    return Outcome(
+        read_complete(directory, accuracy=mode == "AccuracyOnly"),
+        settings,
+        tuple(sut.batch_seconds),
+    )
+
+
+class _StartTest(threading.Thread):
+    """StartTest on its own thread, so that the caller's can watch it and take signals."""
+
+    def __init__(
+        self,
+        *,
+        sut: Sut,
+        library: SampleLibrary,
+        test: Any,
+        directory: Path,
+        sizes: tuple[int, int],
+    ) -> None:
+        super().__init__(name="loadgen", daemon=True)
+        self._sut = sut
+        self._library = library
+        self._test = test
+        self._directory = directory
+        self._sizes = sizes
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Run the test; nothing is raised, an error is the SUT's failure."""
+        try:
+            output = lg.LogOutputSettings()
+            output.outdir = str(self._directory)
+            log = lg.LogSettings()
+            log.log_output = output
+            log.enable_trace = False  # hundreds of megabytes
+            qsl = lg.ConstructQSL(*self._sizes, self._load, self._library.unload)
+            sut = lg.ConstructSUT(self._sut.issue, self._sut.flush)
+            # the empty name: LoadGen would else obey an audit.config in the working directory
+            lg.StartTestWithLogSettings(sut, qsl, self._test, log, "")
+            lg.DestroySUT(sut)
+            lg.DestroyQSL(qsl)
+        except BaseException as error:
+            self._sut.fail(error)
+        finally:
+            self.ended.set()
+
+    def _load(self, indices: list[int]) -> None:
+        try:
+            self._library.load(indices)
+        except BaseException as error:  # an exception in a callback kills LoadGen
+            self._sut.fail(error)
+
+
+def _watch(sut: Sut, test: _StartTest, timeout_s: float, report: Callable[[], None]) -> None:
+    """Start the test and stay until it ends or fails."""
+    test.start()
+    polls = 0
+    while not test.ended.wait(_POLL_SECONDS):
+        if sut.failure is None and sut.stalled_for() > timeout_s:
+            sut.fail(_timeout(timeout_s))
+        if sut.failure is not None:
+            # All samples are completed, so LoadGen may end by itself; if not, it is left behind.
+            if not test.ended.wait(_GRACE_SECONDS):
+                _raise_failure(sut)
+            return
+        polls += 1
+        if polls % _POLLS_PER_REPORT == 0:
+            report()
+    report()
+
+
+def _reporter(
+    sut: Sut, progress: Progress | None, settings: Settings, mode: Mode, total: int
+) -> Callable[[], None]:
+    def report() -> None:
+        if progress is None:
+            return
+        known = None
+        if mode == "AccuracyOnly":
+            known = total
+        elif settings.scenario == "Offline":
+            known = sut.issued or None
+        progress(sut.completed, known)
+
+    return report
+
+
+def _timeout(seconds: float) -> EngineError:
+    return EngineError(
+        f"no sample was completed for {seconds:g} s; give a slow engine more time with --timeout"
+    )
+
+
+def _raise_failure(sut: Sut) -> None:
+    error = sut.failure
+    if error is None:
+        return
+    if isinstance(error, EngineError | HarnessError):
+        raise RunFailedError(str(error)) from error
+    raise RunFailedError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,325 @@
+"""Preprocessed sets: every image of a map as a .npy file, once, with a manifest.
+
+A set that is interrupted is resumed: a journal names every image that is done together with the
+size and modification time of its source. An image is done again when either has changed, when
+its .npy lacks bytes or holds another shape or dtype, or when the transform differs. (A hash of
+every source would also notice a change that keeps both size and time stamp, for the price of
+reading the whole data set at every start; ``overwrite`` is there for that.)
+
+The manifest's image list is the truth about sample indices. A bad image that the user chose to
+skip is not in it, so later images have a lower index than their line in the map: look images up
+by name through ``PreprocessedSet.files``, never by position in the map.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.protocol import InputSpec
+from harness.dataset import Dataset, load_map
+from harness.errors import HarnessError
+from harness.files import write_atomically
+from harness.npy import has_npy_size, is_npy, npy_path, read_npy
+from harness.preprocess_pool import Job, Stamp, run
+from harness.transform import INTERPOLATION, MEAN, STD
+
+MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
+BAD_IMAGES = "bad_images.txt"
+
+_NAMED = 5  # bad images that the error message names; BAD_IMAGES names all
+
+
+@dataclass(frozen=True)
+class PreprocessedSet:
+    """A complete set of preprocessed images.
+
+    Attributes
+    ----------
+    directory
+        Folder of the .npy files and the manifest.
+    files
+        Image file names; the position is the sample index.
+    spec
+        The input that the images were made for.
+    manifest
+        Content of the manifest file.
+    """
+
+    directory: Path
+    files: tuple[str, ...]
+    spec: InputSpec
+    manifest: Mapping[str, Any]
+
+    def load(self, indices: Sequence[int]) -> NDArray[np.generic]:
+        """Read images.
+
+        Parameters
+        ----------
+        indices
+            Sample indices, 0 <= index < len(files).
+
+        Returns
+        -------
+        ndarray
+            [len(indices), channels, height, width] of the spec's dtype, C-contiguous.
+
+        Raises
+        ------
+        HarnessError
+            A file is missing, cut short or holds another shape or dtype.
+        """
+        batch = np.empty((len(indices), *self.spec.shape), self.spec.dtype)
+        for image, index in zip(batch, indices, strict=True):
+            path = npy_path(self.directory, self.files[index])
+            try:
+                intact = read_npy(path, self.spec, image)
+            except OSError as error:
+                raise HarnessError(f"{path} cannot be read: {error.strerror}") from error
+            if not intact:
+                raise HarnessError(
+                    f"{path} is damaged or holds no {self.spec.dtype} {list(self.spec.shape)}; "
+                    "run `harness preprocess` again"
+                )
+        return batch
+
+
+def preprocess(
+    dataset: Dataset,
+    spec: InputSpec,
+    out_dir: Path,
+    *,
+    workers: int,
+    overwrite: bool,
+    skip_bad: bool,
+    progress: bool,
+) -> PreprocessedSet:
+    """Preprocess a data set in parallel processes, or finish what an earlier call began.
+
+    Parameters
+    ----------
+    dataset
+        Images and their order.
+    spec
+        The engine's input.
+    out_dir
+        Folder of the result, one per data set and input spec; made when absent.
+    workers
+        Number of processes.
+    overwrite
+        Do every image again.
+    skip_bad
+        Leave missing and corrupt images out of the set (the manifest names them) instead of
+        stopping. Sample indices are positions in ``PreprocessedSet.files`` in any case.
+    progress
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    PreprocessedSet
+        The complete set.
+
+    Raises
+    ------
+    HarnessError
+        Bad images (after all others are done; counted, and listed in ``bad_images.txt``), no
+        image folder, an unusable spec, a full disk, a worker that died.
+    """
+    _check_spec(spec)
+    if workers < 1:
+        raise HarnessError(f"{workers} workers; at least 1 is needed")
+    files = load_map(dataset.map_file)
+    if not dataset.image_dir.is_dir():
+        raise HarnessError(
+            f"image folder {dataset.image_dir} not found; download the data set {dataset.name}"
+        )
+    settings = _settings(spec)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in out_dir.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        (out_dir / BAD_IMAGES).unlink(missing_ok=True)
+        earlier = {} if overwrite else _read_finished(out_dir, settings)
+        finished = {
+            name: earlier[name]
+            for name in files
+            if name in earlier
+            and earlier[name] == _stamp(dataset.image_dir / name)
+            and is_npy(npy_path(out_dir, name), spec)
+        }
+        bad: dict[str, str] = {}
+        if len(finished) < len(files):
+            # the manifest goes first: without it the folder never passes for a complete set
+            _write_text(out_dir / JOURNAL, _lines([settings, *_entries(finished)]))
+            (out_dir / MANIFEST).unlink(missing_ok=True)
+            job = Job(dataset.image_dir, out_dir, spec)
+            todo = [name for name in files if name not in finished]
+            with (out_dir / JOURNAL).open("a", encoding="utf-8") as journal:
+                for results in run(job, todo, workers=workers, progress=progress):
+                    good = {name: r for name, r in results.items() if isinstance(r, Stamp)}
+                    bad |= {name: r for name, r in results.items() if isinstance(r, str)}
+                    finished |= good
+                    journal.write(_lines(_entries(good)))
+                    journal.flush()
+        bad = {name: bad[name] for name in files if name in bad}
+        if bad:
+            _write_text(out_dir / BAD_IMAGES, "".join(f"{name}\t{bad[name]}\n" for name in bad))
+        if bad and not (skip_bad and finished):
+            raise HarnessError(_describe_bad(bad, len(files), dataset.image_dir, out_dir))
+        manifest = {
+            "dataset": dataset.name,
+            "map_sha256": sha256(dataset.map_file.read_bytes()).hexdigest(),
+            **settings,
+            "images": _entries({name: finished[name] for name in files if name in finished}),
+            "bad": [{"file": name, "reason": reason} for name, reason in bad.items()],
+        }
+        _write_text(out_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        (out_dir / JOURNAL).unlink(missing_ok=True)
+    except OSError as error:
+        raise HarnessError(
+            f"cannot write {error.filename or out_dir}: {error.strerror}; mend that and run "
+            "again, finished images are kept"
+        ) from error
+    return _as_set(out_dir, spec, manifest)
+
+
+def load_preprocessed(out_dir: Path, spec: InputSpec) -> PreprocessedSet:
+    """Open a set that `preprocess` made, and check it against an engine's input.
+
+    Parameters
+    ----------
+    out_dir
+        Folder of the set.
+    spec
+        The engine's input.
+
+    Returns
+    -------
+    PreprocessedSet
+        The set.
+
+    Raises
+    ------
+    HarnessError
+        No complete set in `out_dir`; image size, dtype, scale or normalisation differ (names
+        both values); .npy files missing or of the wrong size.
+    """
+    _check_spec(spec)
+    path = out_dir / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        names = [entry["file"] for entry in manifest["images"]]
+    except FileNotFoundError:
+        state = "is unfinished" if (out_dir / JOURNAL).exists() else "holds no preprocessed images"
+        raise HarnessError(f"{out_dir} {state}; run `harness preprocess`") from None
+    except OSError as error:
+        raise HarnessError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise HarnessError(f"{path} is damaged; run `harness preprocess` again") from error
+    for key, wanted in _settings(spec).items():
+        # another OpenCV rounds differently by less than a float32 resize needs
+        if manifest.get(key) != wanted and key != "opencv":
+            raise HarnessError(
+                f"{out_dir} was preprocessed with {key} {manifest.get(key)}, the engine takes "
+                f"{wanted}; run `harness preprocess` for this engine"
+            )
+    broken = [name for name in names if not has_npy_size(npy_path(out_dir, name), spec)]
+    if broken:
+        raise HarnessError(
+            f"{out_dir}: {len(broken)} of {len(names)} preprocessed files are missing or have a "
+            f"wrong size, the first is {broken[0]}.npy; run `harness preprocess` again"
+        )
+    return _as_set(out_dir, spec, manifest)
+
+
+def _as_set(out_dir: Path, spec: InputSpec, manifest: Mapping[str, Any]) -> PreprocessedSet:
+    files = tuple(entry["file"] for entry in manifest["images"])
+    return PreprocessedSet(directory=out_dir, files=files, spec=spec, manifest=manifest)
+
+
+def _check_spec(spec: InputSpec) -> None:
+    if spec.shape[0] != 3:
+        raise HarnessError(f"input {spec.name} takes {spec.shape[0]} channels; images have 3")
+    if spec.dtype == "int8" and not (spec.scale is not None and 0 < spec.scale < np.inf):
+        raise HarnessError(f"INT8 input {spec.name} needs a positive scale, not {spec.scale}")
+    if spec.dtype == "float32" and spec.scale is not None:
+        raise HarnessError(f"float32 input {spec.name} takes no scale, but has {spec.scale}")
+
+
+def _settings(spec: InputSpec) -> dict[str, Any]:
+    """Everything that a .npy depends on besides its source image."""
+    import cv2
+
+    return {
+        "format": 1,
+        "image_size": list(spec.shape[1:]),
+        "dtype": spec.dtype,
+        # graphs store scales as float32; compare what both sides can represent
+        "scale": None if spec.scale is None else float(np.float32(spec.scale)),
+        "mean": list(MEAN),
+        "std": list(STD),
+        "interpolation": INTERPOLATION,
+        "opencv": cv2.__version__,
+    }
+
+
+def _describe_bad(bad: Mapping[str, str], total: int, image_dir: Path, out_dir: Path) -> str:
+    named = ", ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:_NAMED])
+    rest = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    return (
+        f"{len(bad)} of {total} images in {image_dir} cannot be used: {named}{rest}; all are "
+        f"listed in {out_dir / BAD_IMAGES}; restore them, or leave them out with --skip-bad"
+    )
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return Stamp(state.st_size, state.st_mtime_ns)
+
+
+def _entries(stamps: Mapping[str, Stamp]) -> list[dict[str, object]]:
+    return [{"file": name, **stamp._asdict()} for name, stamp in stamps.items()]
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())
+
+
+def _lines(entries: Iterable[Mapping[str, object]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+def _read_finished(out_dir: Path, settings: Mapping[str, Any]) -> dict[str, Stamp]:
+    """Images that the manifest, or else the journal, calls finished with the same settings."""
+    try:
+        if (out_dir / MANIFEST).exists():
+            head = json.loads((out_dir / MANIFEST).read_bytes())
+            entries = head["images"]
+        else:
+            head, *entries = _read_journal(out_dir / JOURNAL)
+        if any(head[key] != value for key, value in settings.items()):
+            return {}
+        return {entry["file"]: Stamp(entry["size"], entry["mtime_ns"]) for entry in entries}
+    except (ValueError, KeyError, TypeError):  # damaged: nothing is known to be finished
+        return {}
+
+
+def _read_journal(path: Path) -> Iterator[Any]:
+    """Lines of a journal up to one that a crash cut short."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return

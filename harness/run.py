@@ -1,0 +1,194 @@
+"""A benchmark run: LoadGen tests, evaluation, pictures and result.json, in one folder per test."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.protocol import Engine
+from harness.accuracy import evaluate, read_accuracy_log
+from harness.dataset import Dataset, category_names, load_map
+from harness.errors import HarnessError
+from harness.loadgen import Outcome, Progress, RunFailedError, run_test
+from harness.loadgen_log import ACCURACY
+from harness.pictures import draw_detections
+from harness.qsl import SampleSource
+from harness.result import (
+    RunResult,
+    commit,
+    latency_summary,
+    now,
+    performance_figures,
+    versions,
+)
+from harness.settings import Mode, Settings
+
+PICTURES = "pictures"
+ERROR = "error.txt"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What all tests of a run share.
+
+    Attributes
+    ----------
+    engine
+        The engine under test.
+    source
+        Preprocessed images that fit the engine.
+    dataset
+        Where the images and annotations are; None: accuracy runs are not evaluated.
+    timeout_s
+        Longest time in seconds that the engine may take for one batch.
+    pictures
+        Number of images on which an accuracy run draws its detections.
+    """
+
+    engine: Engine
+    source: SampleSource
+    dataset: Dataset | None
+    timeout_s: float
+    pictures: int = 0
+
+
+def run(
+    benchmark: Benchmark,
+    settings: Settings,
+    mode: Mode,
+    directory: Path,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run one test and leave its logs and result.json.
+
+    All is written to ``<directory>.partial``, which gets its name only when it is complete. After
+    a failure it stays, with the traceback in `ERROR`.
+
+    Parameters
+    ----------
+    benchmark
+        Engine and data.
+    settings, mode
+        The test.
+    directory
+        Folder to be made.
+    progress
+        Called about once a second during the test.
+
+    Raises
+    ------
+    HarnessError
+        When `directory` exists or cannot be written, or the logs are not complete.
+    RunFailedError
+        When the engine fails, does not answer in time, or the user interrupts.
+    """
+    if directory.exists():
+        raise HarnessError(f"{directory} exists; choose another log directory or remove it")
+    partial = directory.with_name(f"{directory.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        outcome = run_test(
+            benchmark.engine,
+            benchmark.source,
+            settings,
+            mode,
+            partial,
+            timeout_s=benchmark.timeout_s,
+            progress=progress,
+        )
+        result = _result(benchmark, outcome, mode, partial)
+        result.write(partial)
+        partial.rename(directory)
+    except OSError as error:
+        raise HarnessError(
+            f"cannot write the run's files to {partial}: {error.strerror}"
+        ) from error
+    except RunFailedError as error:
+        # LoadGen may have filled it with the empty answers that ended the run
+        (partial / ACCURACY).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (partial / ERROR).write_text("".join(traceback.format_exception(error)))
+        raise RunFailedError(
+            f"{settings.scenario} {mode}: {error}; its unfinished logs: {partial}",
+            error.exit_code,
+        ) from error
+    return result
+
+
+def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path) -> RunResult:
+    detail = outcome.detail
+    if mode == "AccuracyOnly":
+        figures = _accuracy_figures(benchmark, directory)
+    else:
+        figures = performance_figures(outcome)
+    dataset = benchmark.dataset
+    return RunResult(
+        **{
+            "scenario": outcome.settings.scenario,
+            "mode": mode,
+            "valid": detail.valid,
+            "samples_per_second": None,
+            "latency_ms": {} if mode == "AccuracyOnly" else detail.latency_ms,
+            "batch_latency_ms": latency_summary(outcome.batch_seconds),
+            "errors": detail.complaints,
+            "warnings": _skipped(benchmark),
+            "accuracy": None,
+            "pictures": None,
+            "dataset": {
+                "name": dataset.name if dataset else None,
+                "samples": len(benchmark.source.files),
+            },
+            "engine": benchmark.engine.manifest,
+            "settings": {
+                **dataclasses.asdict(outcome.settings),
+                "timeout_s": benchmark.timeout_s,
+                "loadgen": detail.effective,
+            },
+            "versions": versions(str(detail.values.get("loadgen_version"))),
+            "commit": commit(),
+            "finished": now(),
+            **figures,
+        }
+    )
+
+
+def _accuracy_figures(benchmark: Benchmark, directory: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = {"metric": "mAP", "value": None}
+    dataset = benchmark.dataset
+    if dataset is None or dataset.annotations is None:
+        return figures
+    files = benchmark.source.files
+    log = directory / ACCURACY
+    accuracy = evaluate(log, dataset.annotations, files)
+    figures["value"] = accuracy.mAP
+    figures["accuracy"] = dataclasses.asdict(accuracy)
+    figures["warnings"] = (*_skipped(benchmark), *accuracy.warnings)
+    if benchmark.pictures:
+        draw_detections(
+            dataset.image_dir,
+            files,
+            read_accuracy_log(log).rows,
+            category_names(dataset.annotations),
+            directory / PICTURES,
+            limit=benchmark.pictures,
+            annotations=dataset.annotations,
+        )
+        figures["pictures"] = PICTURES
+    return figures
+
+
+def _skipped(benchmark: Benchmark) -> tuple[str, ...]:
+    """Say so when the preprocessed set lacks images of the map."""
+    if benchmark.dataset is None:
+        return ()
+    expected, present = len(load_map(benchmark.dataset.map_file)), len(benchmark.source.files)
+    if expected == present:
+        return ()
+    return (f"the preprocessed set holds {present} of the {expected} images of the map",)

@@ -1,0 +1,388 @@
+"""LoadGen settings of each scenario for ssd-resnet34, and the user.conf that carries them.
+
+LoadGen 6 no longer knows the model, so every value that the benchmark fixed is set here: the MLPerf
+Inference v2.0 rules (64 samples in memory, Server within 100 ms, MultiStream of 8 samples, Offline
+of 24,576 samples, 600 s) on top of LoadGen's own defaults, which its embedded configuration holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from harness.errors import HarnessError
+
+MODEL = "ssd-resnet34"
+"""LoadGen's name of the benchmark."""
+
+Mode = Literal["PerformanceOnly", "AccuracyOnly"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+DEFAULT_BATCH = 8
+
+_NS_PER_MS = 1_000_000
+
+
+def _loadgen(key: str, attribute: str, scale: int = 1) -> dict[str, Any]:
+    """Tie a field to its user.conf key, and to the TestSettings attribute it must end up in."""
+    return {"key": key, "attribute": attribute, "scale": scale}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all scenarios share.
+
+    Attributes
+    ----------
+    min_duration_ms
+        Shortest duration of a performance run, in milliseconds.
+    min_query_count
+        Fewest queries of a performance run (Offline: samples).
+    performance_sample_count
+        Samples that are in memory together; a performance run uses only these.
+    """
+
+    scenario: ClassVar[str]
+
+    min_duration_ms: int = field(
+        default=600_000, metadata=_loadgen("min_duration", "min_duration_ms")
+    )
+    min_query_count: int = field(
+        default=100, metadata=_loadgen("min_query_count", "min_query_count")
+    )
+    performance_sample_count: int = field(
+        default=64,
+        metadata=_loadgen("performance_sample_count_override", "performance_sample_count_override"),
+    )
+
+    @property
+    def batch(self) -> int:
+        """Largest batch that the engine shall get."""
+        return 1
+
+    @property
+    def max_wait_s(self) -> float:
+        """Seconds for which a batch that is not full waits for more samples."""
+        return 0.0
+
+    def estimated(self, batch_seconds: float) -> Settings:
+        """Fill what is None from the time the engine took for one full batch.
+
+        LoadGen draws the queries before the run, from an expected speed: too low a speed leaves it
+        without queries before the minimum duration (the run is INVALID), too high a speed costs
+        only memory or a longer Offline run. So the estimates err on the fast side.
+        """
+        del batch_seconds
+        return self
+
+
+@dataclass(frozen=True)
+class SingleStream(Settings):
+    """One sample at a time; the next one follows the answer.
+
+    Attributes
+    ----------
+    target_latency_ms
+        Expected latency of a query; None: estimated from the warm-up.
+    """
+
+    scenario: ClassVar[str] = "SingleStream"
+
+    target_latency_ms: float | None = field(
+        default=None,
+        metadata=_loadgen("target_latency", "single_stream_expected_latency_ns", _NS_PER_MS),
+    )
+
+    def estimated(self, batch_seconds: float) -> SingleStream:
+        """See `Settings.estimated`: half the measured latency."""
+        if self.target_latency_ms is not None:
+            return self
+        return dataclasses.replace(self, target_latency_ms=max(500 * batch_seconds, 1e-3))
+
+
+@dataclass(frozen=True)
+class MultiStream(Settings):
+    """A query of several samples at a time; the next one follows the answer.
+
+    Attributes
+    ----------
+    samples_per_query
+        Samples of a query, which are one batch.
+    target_latency_ms
+        Expected latency of a query; None: estimated from the warm-up.
+    """
+
+    scenario: ClassVar[str] = "MultiStream"
+
+    min_query_count: int = field(
+        default=662, metadata=_loadgen("min_query_count", "min_query_count")
+    )
+    samples_per_query: int = field(
+        default=8, metadata=_loadgen("samples_per_query", "multi_stream_samples_per_query")
+    )
+    target_latency_ms: float | None = field(
+        default=None,
+        metadata=_loadgen("target_latency", "multi_stream_expected_latency_ns", _NS_PER_MS),
+    )
+
+    @property
+    def batch(self) -> int:
+        """The whole query."""
+        return self.samples_per_query
+
+    def estimated(self, batch_seconds: float) -> MultiStream:
+        """See `Settings.estimated`: half the measured latency."""
+        if self.target_latency_ms is not None:
+            return self
+        return dataclasses.replace(self, target_latency_ms=max(500 * batch_seconds, 1e-3))
+
+
+@dataclass(frozen=True)
+class Server(Settings):
+    """Samples arrive one by one at random times; 99 % must be answered in time.
+
+    Attributes
+    ----------
+    target_qps
+        Arrivals per second; None: half of what the engine reached in the warm-up.
+    target_latency_ms
+        Time for an answer, whole milliseconds.
+    batch_size
+        Largest batch; None: `DEFAULT_BATCH`, or what the engine takes.
+    batch_delay_ms
+        Milliseconds for which a batch that is not full waits for more samples.
+    """
+
+    scenario: ClassVar[str] = "Server"
+
+    target_qps: float | None = field(
+        default=None, metadata=_loadgen("target_qps", "server_target_qps")
+    )
+    target_latency_ms: int = field(
+        default=100, metadata=_loadgen("target_latency", "server_target_latency_ns", _NS_PER_MS)
+    )
+    batch_size: int | None = None
+    batch_delay_ms: float = 2.0
+
+    @property
+    def batch(self) -> int:
+        """The chosen batch size."""
+        return self.batch_size or DEFAULT_BATCH
+
+    @property
+    def max_wait_s(self) -> float:
+        """The batch delay."""
+        return self.batch_delay_ms / 1000
+
+    def estimated(self, batch_seconds: float) -> Server:
+        """See `Settings.estimated`: half the measured throughput, which leaves room to queue."""
+        if self.target_qps is not None:
+            return self
+        return dataclasses.replace(self, target_qps=0.5 * self.batch / batch_seconds)
+
+
+@dataclass(frozen=True)
+class Offline(Settings):
+    """All samples at once.
+
+    Attributes
+    ----------
+    target_qps
+        Expected samples per second; None: estimated from the warm-up.
+    batch_size
+        Batch, of which only the last may be smaller; None: `DEFAULT_BATCH`, or what the engine
+        takes.
+    """
+
+    scenario: ClassVar[str] = "Offline"
+
+    min_query_count: int = field(
+        default=24_576, metadata=_loadgen("min_query_count", "min_query_count")
+    )
+    target_qps: float | None = field(
+        default=None, metadata=_loadgen("target_qps", "offline_expected_qps")
+    )
+    batch_size: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """The chosen batch size."""
+        return self.batch_size or DEFAULT_BATCH
+
+    def estimated(self, batch_seconds: float) -> Offline:
+        """See `Settings.estimated`: a tenth more than measured, beside LoadGen's own tenth."""
+        if self.target_qps is not None:
+            return self
+        return dataclasses.replace(self, target_qps=1.1 * self.batch / batch_seconds)
+
+
+SCENARIOS: Mapping[str, type[Settings]] = {
+    kind.scenario: kind for kind in (Offline, Server, SingleStream, MultiStream)
+}
+
+
+def load_settings(
+    scenarios: Sequence[str], config: Path | None, overrides: Mapping[str, object]
+) -> tuple[Settings, ...]:
+    """Settings of the chosen scenarios: defaults, then the file, then the overrides.
+
+    Parameters
+    ----------
+    scenarios
+        Keys of `SCENARIOS`.
+    config
+        TOML file or None. Keys are the fields of the classes in this module; on the top level they
+        hold for every scenario that has the field, in a table named as a scenario for that one.
+    overrides
+        Field to value, above the file; a None is no override. Each must be a field of at least one
+        chosen scenario, and holds for those that have it.
+
+    Raises
+    ------
+    HarnessError
+        For an unreadable file, an unknown name or a value of the wrong kind.
+    """
+    tables = _read(config) if config else {}
+    shared = {key: value for key, value in tables.items() if not isinstance(value, dict)}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    kinds = [SCENARIOS[scenario] for scenario in scenarios]
+    for key in given:
+        if not any(key in _fields(kind) for kind in kinds):
+            raise HarnessError(f"{key} is no setting of {', '.join(scenarios)}")
+    result = []
+    for kind in kinds:
+        merged = {**shared, **tables.get(kind.scenario, {}), **given}
+        values: dict[str, Any] = {
+            key: _checked(kind, key, value) for key, value in merged.items() if key in _fields(kind)
+        }
+        result.append(kind(**values))
+    return tuple(result)
+
+
+def fitted(settings: Settings, max_batch: int | None) -> Settings:
+    """Settings with a batch size that the engine takes.
+
+    Raises
+    ------
+    HarnessError
+        When a larger one was asked for.
+    """
+    if not isinstance(settings, Server | Offline):
+        return settings
+    if settings.batch_size is None:
+        return dataclasses.replace(
+            settings, batch_size=min(DEFAULT_BATCH, max_batch or DEFAULT_BATCH)
+        )
+    if max_batch is not None and settings.batch_size > max_batch:
+        raise HarnessError(
+            f"{settings.scenario}: batch size {settings.batch_size}, but the engine takes at most "
+            f"{max_batch}; choose a smaller one or build the engine for it"
+        )
+    return settings
+
+
+def user_conf(settings: Settings) -> str:
+    """LoadGen's user.conf: one ``model.scenario.key = number`` per line, spaces around ``=``."""
+    return "".join(
+        # fixed notation, because nothing says that LoadGen reads exponents
+        f"{MODEL}.{settings.scenario}.{entry['key']} = "
+        f"{value if isinstance(value, int) else format(value, '.9f')}\n"
+        for entry, value in _entries(settings)
+    )
+
+
+def apply(settings: Settings, mode: Mode, conf: Path) -> Any:
+    """Write `conf`, let LoadGen read it, and see that it took every value.
+
+    Parameters
+    ----------
+    settings
+        Without None (see `Settings.estimated`).
+    mode
+        The LoadGen test mode.
+    conf
+        user.conf to write.
+
+    Returns
+    -------
+    mlperf_loadgen.TestSettings
+        Ready for a test.
+
+    Raises
+    ------
+    HarnessError
+        When LoadGen refuses the file or ends up with another value.
+    """
+    import mlperf_loadgen as lg
+
+    conf.write_text(user_conf(settings))
+    test = lg.TestSettings()
+    # Type 0 is LoadGen's embedded mlperf.conf, which brings the seeds; type 2 reads only the file.
+    # Type 1 would do both, but only once in a process.
+    for path, kind in (("", 0), (str(conf), 2)):
+        code = test.FromConfig(path, MODEL, settings.scenario, kind)
+        if code != 0:
+            raise HarnessError(f"LoadGen refused {path or 'its own mlperf.conf'} (code {code})")
+    test.scenario = getattr(lg.TestScenario, settings.scenario)
+    test.mode = getattr(lg.TestMode, mode)
+    for entry, value in _entries(settings):
+        taken = getattr(test, entry["attribute"])
+        wanted = value * entry["scale"]
+        if not math.isclose(taken, wanted, rel_tol=1e-5):
+            raise HarnessError(
+                f"LoadGen took {entry['attribute']} = {taken} instead of {wanted} from {conf}"
+            )
+    return test
+
+
+def _entries(settings: Settings) -> list[tuple[Mapping[str, Any], int | float]]:
+    return [
+        (item.metadata, getattr(settings, item.name))
+        for item in dataclasses.fields(settings)
+        if item.metadata
+    ]
+
+
+def _fields(kind: type[Settings]) -> dict[str, dataclasses.Field[Any]]:
+    return {item.name: item for item in dataclasses.fields(kind)}
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(config.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise HarnessError(f"{config}: cannot read the settings: {error}") from error
+    every = {key for kind in SCENARIOS.values() for key in _fields(kind)}
+    for key, value in tables.items():
+        if not isinstance(value, dict):
+            known: set[str] = every
+        elif key in SCENARIOS:
+            for inner in value:
+                if inner not in _fields(SCENARIOS[key]):
+                    raise HarnessError(
+                        f"{config}: {key} has no setting {inner!r}; "
+                        f"it has: {', '.join(_fields(SCENARIOS[key]))}"
+                    )
+            continue
+        else:
+            known = set(SCENARIOS)
+        if key not in known:
+            raise HarnessError(f"{config}: {key!r} is unknown; known: {', '.join(sorted(known))}")
+    return tables
+
+
+def _checked(kind: type[Settings], key: str, value: object) -> int | float:
+    whole = not str(_fields(kind)[key].type).startswith("float")
+    zero = key == "batch_delay_ms"
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[arg-type, operator]
+        raise HarnessError(
+            f"{kind.scenario}.{key} is {value!r}; a positive "
+            f"{'whole number' if whole else 'number'} expected"
+        )
+    return value if whole else float(value)  # type: ignore[arg-type, return-value]

@@ -1,0 +1,85 @@
+"""NMS_OPT_TRT by brute force: the rules of the operator, one loop each, float32."""
+
+import numpy as np
+
+
+def decode(loc: np.ndarray, priors: np.ndarray) -> np.ndarray:
+    """Deltas [N, 4, P] and priors [2, P * 4, 1] to boxes [N, P, 4], ltrb, not clipped."""
+    corners, variances = np.float32(priors).reshape(2, -1, 4)
+    boxes = np.empty((len(loc), len(corners), 4), np.float32)
+    half = np.float32(0.5)
+    with np.errstate(all="ignore"):
+        for n, image in enumerate(np.float32(loc)):
+            for p, (x0, y0, x1, y1) in enumerate(corners):
+                dx, dy, dw, dh = image[:, p] * variances[p]
+                w, h = np.exp(dw) * (x1 - x0), np.exp(dh) * (y1 - y0)
+                x, y = dx * (x1 - x0) + (x0 + x1) * half, dy * (y1 - y0) + (y0 + y1) * half
+                boxes[n, p] = x - w * half, y - h * half, x + w * half, y + h * half
+    return boxes
+
+
+def softmax(conf: np.ndarray) -> np.ndarray:
+    """Logits [N, C, P] to probabilities over C."""
+    logits = np.float32(conf)
+    with np.errstate(all="ignore"):
+        e = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> np.float32:
+    """IoU of two boxes [4], ltrb; a box without positive width and height overlaps nothing."""
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return np.float32(0)
+    area_a, area_b = (
+        (box[2] - box[0]) * (box[3] - box[1]) if box[2] > box[0] and box[3] > box[1] else 0
+        for box in (a, b)
+    )
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if not (area_a > 0 and area_b > 0 and w > 0 and h > 0):
+        return np.float32(0)
+    with np.errstate(all="ignore"):
+        return w * h / (area_a + area_b - w * h)
+
+
+def nms_opt(
+    loc: np.ndarray,
+    conf: np.ndarray,
+    priors: np.ndarray,
+    *,
+    top_k: int,
+    keep_top_k: int,
+    confidence_threshold: float,
+    nms_threshold: float,
+    background: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Joined head tensors to detections [N, keep_top_k, 7] and num_detections [N]."""
+    batch, classes, count = conf.shape
+    boxes, scores = decode(loc, priors), softmax(conf)
+    detections = np.zeros((batch, keep_top_k, 7), np.float32)
+    detections[..., 6] = -1
+    numbers = np.zeros(batch, np.int32)
+    score_threshold, iou_threshold = np.float32(confidence_threshold), np.float32(nms_threshold)
+    for n in range(batch):
+        detections[n, :, 0] = n
+        survivors = []
+        for c in range(classes):
+            if c == background:
+                continue
+            candidates = [
+                p
+                for p in range(count)
+                if np.isfinite(conf[n, :, p]).all()
+                and np.isfinite(boxes[n, p]).all()
+                and scores[n, c, p] > score_threshold
+            ]
+            candidates.sort(key=lambda p: (-scores[n, c, p], p))
+            kept = []
+            for p in candidates[:top_k]:
+                if not any(iou(boxes[n, p], boxes[n, q]) > iou_threshold for q in kept):
+                    kept.append(p)
+            survivors += [(-scores[n, c, p], c, p) for p in kept]
+        for row, (score, c, p) in enumerate(sorted(survivors)[:keep_top_k]):
+            x0, y0, x1, y1 = boxes[n, p].clip(0, 1)
+            detections[n, row] = n, y0, x0, y1, x1, -score, c
+            numbers[n] += 1
+    return detections, numbers

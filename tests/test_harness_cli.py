@@ -1,0 +1,309 @@
+"""The harness command from image files to the table, with a model whose mAP is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+ROOT = Path(__file__).resolve().parent.parent
+GREYS = [10, 40, 20, 50, 30, 60]  # image i is grey; its one object has label grey / 10
+BOX = [0.25, 0.125, 0.75, 0.5]  # ymin, xmin, ymax, xmax of every object
+CATEGORY_IDS = [1, 2, 4, 8, 16, 90]
+FP32 = TensorProto.FLOAT
+
+
+def grey_detector(path):
+    """ONNX: one detection at BOX, its label the grey value / 10, found again from channel 0."""
+    mean, std = 0.485, 0.229  # ImageNet's, of the red channel
+    constants = {
+        "axes": np.array([1, 2]),
+        "zero": np.array(0),
+        "last": np.array([-1]),
+        "gain": np.array(std * 255 / 10, np.float32),
+        "offset": np.array(mean * 255 / 10, np.float32),
+        "fields": np.array([[0, *BOX, 0.9]], np.float32),
+        "six": np.array([6]),
+    }
+    nodes = [
+        helper.make_node("Gather", ["image", "zero"], ["red"], axis=1),
+        helper.make_node("ReduceMean", ["red", "axes"], ["level"], keepdims=0),
+        helper.make_node("Mul", ["level", "gain"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "offset"], ["value"]),
+        helper.make_node("Round", ["value"], ["label"]),
+        helper.make_node("Unsqueeze", ["label", "last"], ["column"]),
+        helper.make_node("Shape", ["label"], ["batch"]),
+        helper.make_node("Concat", ["batch", "six"], ["wide"], axis=0),
+        helper.make_node("Expand", ["fields", "wide"], ["boxes"]),
+        helper.make_node("Concat", ["boxes", "column"], ["row"], axis=1),
+        helper.make_node("Unsqueeze", ["row", "one"], ["detections"]),
+        helper.make_node(
+            "ConstantOfShape",
+            ["batch"],
+            ["num_detections"],
+            value=helper.make_tensor("v", TensorProto.INT32, [1], [1]),
+        ),
+    ]
+    constants["one"] = np.array([1])
+    graph = helper.make_graph(
+        nodes,
+        "grey",
+        [helper.make_tensor_value_info("image", FP32, ["batch", 3, 8, 8])],
+        [
+            helper.make_tensor_value_info("detections", FP32, ["batch", 1, 7]),
+            helper.make_tensor_value_info("num_detections", TensorProto.INT32, ["batch"]),
+        ],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working directory with a data set as `harness download` would leave it, and a model."""
+    place = tmp_path_factory.mktemp("place")
+    images = place / "build" / "data" / "coco" / "val2017"
+    images.mkdir(parents=True)
+    entries, annotations = [], []
+    for number, grey in enumerate(GREYS):
+        height, width = 20 + number, 40 - number
+        name = f"{number:012d}.png"
+        cv2.imwrite(str(images / name), np.full((height, width, 3), grey, np.uint8))
+        entries.append({"id": 1000 - number, "file_name": name, "height": height, "width": width})
+        top, left, bottom, right = BOX
+        box = [left * width, top * height, (right - left) * width, (bottom - top) * height]
+        annotations.append(
+            {
+                "id": number + 1,
+                "image_id": 1000 - number,
+                "category_id": CATEGORY_IDS[grey // 10 - 1],
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+        )
+    categories = [{"id": number, "name": f"grey {number}"} for number in CATEGORY_IDS]
+    folder = images.parent / "annotations"
+    folder.mkdir()
+    (folder / "instances_val2017.json").write_text(
+        json.dumps({"images": entries, "annotations": annotations, "categories": categories})
+    )
+    maps = place / "data_maps" / "coco"
+    maps.mkdir(parents=True)
+    # not the order of the annotations: the position in the map is what counts
+    names = [entry["file_name"] for entry in entries]
+    (maps / "val_map.txt").write_text("\n".join(names[::-1]) + "\n")
+    grey_detector(place / "grey.onnx")
+    return place
+
+
+def harness(place, *arguments, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "harness", *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **more,
+    )
+
+
+@pytest.fixture(scope="module")
+def preprocessed(place):
+    done = harness(place, "preprocess", "grey.onnx", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(GREYS)} images in build/preprocessed_data/coco-val/float32_8x8" in done.stdout
+    return place
+
+
+RUN = ["run", "grey.onnx", "--min-duration", "0.2", "--min-queries", "20", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def logs(preprocessed):
+    """A run in two scenarios and both modes."""
+    done = harness(
+        preprocessed,
+        *RUN,
+        *("--scenarios", "Offline,singlestream"),
+        *("--test_mode", "AccuracyOnly,PerformanceOnly"),
+        *("--batch", "4", "--pictures", "2", "--log-dir", "logs", "--system", "box"),
+    )
+    assert done.returncode == 0, done.stderr
+    logs = preprocessed / "logs"
+    (logs / "stdout.txt").write_text(done.stdout)
+    return logs
+
+
+def test_run_finds_the_known_accuracy(logs):
+    folder = logs / "box" / "ssd-resnet34"
+    for scenario in ("Offline", "SingleStream"):
+        result = json.loads((folder / scenario / "AccuracyOnly" / "result.json").read_text())
+        assert result["value"] == pytest.approx(1.0)
+        assert result["accuracy"]["AP50"] == pytest.approx(1.0)
+        assert result["accuracy"]["images_seen"] == len(GREYS)
+        assert result["engine"]["backend"] == "onnxruntime"
+        result = json.loads((folder / scenario / "PerformanceOnly" / "result.json").read_text())
+        assert result["value"] > 0
+        assert result["settings"]["min_duration_ms"] == 200
+        conf = folder / scenario / "PerformanceOnly" / "user.conf"
+        assert f"ssd-resnet34.{scenario}.min_query_count = 20\n" in conf.read_text()
+    pictures = list((folder / "Offline" / "AccuracyOnly" / "pictures").iterdir())
+    assert len(pictures) == 3  # two, and both in one
+
+
+def test_run_prints_one_table(logs):
+    text = (logs / "stdout.txt").read_text()
+    for word in ("mAP", "AP50", "samples/s", "p50 ms", "p99 ms", "1.0000", "SingleStream"):
+        assert word in text
+    for mode in ("AccuracyOnly", "PerformanceOnly"):
+        assert f"logs/box/ssd-resnet34/Offline/{mode}" in text
+    assert "logs/box/ssd-resnet34/Offline/AccuracyOnly/pictures" in text
+
+
+def test_report_prints_it_again(logs, preprocessed):
+    done = harness(preprocessed, "report", "logs")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == sorted(
+        (logs / "stdout.txt").read_text().splitlines()
+    )
+    done = harness(preprocessed, "report", "logs", "--json")
+    results = json.loads(done.stdout)
+    assert [(item["scenario"], item["mode"]) for item in results] == [
+        ("Offline", "AccuracyOnly"),
+        ("Offline", "PerformanceOnly"),
+        ("SingleStream", "AccuracyOnly"),
+        ("SingleStream", "PerformanceOnly"),
+    ]
+
+
+def test_accuracy_of_a_log(logs, preprocessed):
+    log = logs / "box" / "ssd-resnet34" / "Offline" / "AccuracyOnly" / "mlperf_log_accuracy.json"
+    done = harness(preprocessed, "accuracy", log, "--dataset", "coco")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "mAP=100.000%"
+    annotations = preprocessed / "build" / "data" / "coco" / "annotations"
+    # the order of the annotation file is the reverse of the map's, so all labels are wrong
+    done = harness(
+        preprocessed, "accuracy", log, "--annotations", annotations / "instances_val2017.json"
+    )
+    assert done.stdout.splitlines()[-1] == "mAP=0.000%"
+
+
+def test_a_skipped_image_is_not_forgotten(preprocessed):
+    """Sample numbers shift when an image is left out; names must not."""
+    images = preprocessed / "build" / "data" / "coco" / "val2017"
+    bad = images / "000000000002.png"
+    content = bad.read_bytes()
+    bad.write_bytes(content[:30])
+    arguments = ["--workers", "1", "--preprocessed", "five"]
+    done = harness(preprocessed, "preprocess", "grey.onnx", *arguments)
+    assert done.returncode == 2 and bad.name in done.stderr
+    done = harness(preprocessed, "preprocess", "grey.onnx", *arguments, "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    bad.write_bytes(content)
+    done = harness(
+        preprocessed,
+        *(*RUN, "--preprocessed", "five", "--test_mode", "AccuracyOnly", "--log-dir", "five_logs"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1.0000" in done.stdout
+    assert "holds 5 of the 6 images of the map" in done.stdout
+
+
+def test_ctrl_c(preprocessed):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", "run", "grey.onnx", "--log-dir", "interrupted"],
+        cwd=preprocessed,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list((preprocessed / "interrupted").rglob("mlperf_log_detail.txt")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    assert stderr.startswith("harness: error: Offline PerformanceOnly: interrupted")
+    assert stdout == ""
+    assert not list((preprocessed / "interrupted").rglob("result.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "none.onnx"], "none.onnx: no such model file"),
+        (["run", "grey.onnx", "--scenarios", "Offline,Sever"], "unknown scenario 'Sever'"),
+        (["run", "grey.onnx", "--test_mode", "Accuracy"], "unknown test mode 'Accuracy'"),
+        (["run", "grey.onnx", "--engine", "trt"], "unknown engine 'trt'"),
+        (["run", "grey.onnx", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
+        (["run", "grey.onnx", "--preprocessed", "nowhere"], "nowhere"),
+        (["run", "grey.onnx", "--batch", "0"], "Offline.batch_size is 0"),
+        (["run", "grey.onnx", "--config", "none.toml"], "none.toml"),
+        (["accuracy", "none.json"], "give either --dataset or --annotations"),
+        (["report", "."], "no result.json"),
+    ],
+)
+def test_user_errors_are_one_line(arguments, message, preprocessed, tmp_path):
+    if arguments[0] == "report":
+        arguments = ["report", tmp_path]
+    done = harness(preprocessed, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("harness: error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_bench_writes_its_figures(preprocessed):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "harness.bench", "grey.onnx", "-o", "docs/bench.json"),
+            *("--dataset", "coco", "--image-size", "32", "--rounds", "1", "--seconds", "0.1"),
+        ],
+        cwd=preprocessed,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads((preprocessed / "docs" / "bench.json").read_text())
+    assert document["command"].endswith("--seconds 0.1")
+    efficiency = document["efficiency"]
+    assert efficiency["efficiency"] == pytest.approx(
+        efficiency["offline_samples_per_second"][0] / efficiency["loop_samples_per_second"][0]
+    )
+    assert 0 < efficiency["share_inside_engine"][0] <= 1
+    assert document["null_server"]["median_p99_ms"] > 0
+    assert document["preprocessing"]["images"] == len(GREYS)
+
+
+def test_help_needs_no_heavy_module(preprocessed):
+    code = (
+        "import sys, harness.cli\n"
+        "heavy = {'torch', 'onnxruntime', 'cv2', 'mlperf_loadgen', 'pycocotools', 'rich.table'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == ""
+    assert "preprocess" in harness(preprocessed, "--help").stdout
