@@ -1,0 +1,1 @@
+"""Generator of the demo data set and training of the demo checkpoint."""
