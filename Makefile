@@ -13,6 +13,7 @@ DEMO_LOGS := $(BUILD_DIR)/logs/demo
 # The virtual environment: the project and what its commands need, at the tested versions.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	@echo "installing into .venv; this takes a minute or two"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export]' tox
 	touch $@
 
@@ -32,7 +33,7 @@ test: .venv/installed
 
 # Ratios against peers in one run, to docs/measurements/. Wants a quiet machine.
 bench: .venv/installed
-	$(BIN)/python -m harness.bench
+	$(BIN)/python -m harness.bench $(SURGERED) -o docs/measurements/harness.json
 
 clean:
 	rm -rf $(BUILD_DIR)
