@@ -87,7 +87,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, object], SSDConfig | None]:
     except SafetensorError as error:
         raise ExportError(f"{path}: truncated or corrupt ({error})") from error
     text = metadata.get(CONFIG_KEY)
-    return tensors, SSDConfig.from_json(text) if text else None
+    try:
+        return tensors, SSDConfig.from_json(text) if text else None
+    except ExportError as error:
+        raise ExportError(f"{path}: {CONFIG_KEY} in its metadata: {error}") from error
 
 
 def infer_config(checkpoint: Checkpoint, image_size: int | None = None) -> SSDConfig:
@@ -99,21 +102,18 @@ def infer_config(checkpoint: Checkpoint, image_size: int | None = None) -> SSDCo
     Raises
     ------
     ExportError
-        When the tensors that tell are missing.
+        When no model can have that image size.
     """
     stem = checkpoint.tensors.get("model.layer1.0.weight")
     conf = checkpoint.tensors.get("conf.0.bias")
-    if stem is None or conf is None or stem.ndim != 4 or conf.ndim != 1:
-        # Let the comparison with the MLPerf model list everything that is wrong.
-        check_tensors(checkpoint, SSDConfig())
-        raise ExportError(f"{checkpoint.path}: not an SSD-ResNet34")
-    config = checkpoint.config or SSDConfig()
-    return replace(
-        config,
-        width=stem.shape[0],
-        num_classes=conf.shape[0] // BOXES_PER_CELL[0],
-        image_size=image_size or config.image_size,
+    config = replace(
+        checkpoint.config or SSDConfig(), **({"image_size": image_size} if image_size else {})
     )
+    if stem is not None and stem.ndim == 4 and stem.shape[0] % 2 == 0:
+        config = replace(config, width=stem.shape[0])
+    if conf is not None and conf.ndim == 1 and conf.shape[0] >= 2 * BOXES_PER_CELL[0]:
+        config = replace(config, num_classes=conf.shape[0] // BOXES_PER_CELL[0])
+    return config  # what does not tell is listed by check_tensors
 
 
 def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
@@ -122,8 +122,8 @@ def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
     Raises
     ------
     ExportError
-        One line per missing or unexpected name (with the nearest expected one), wrong shape and
-        tensor with NaN or infinite values.
+        One line per missing or unexpected name (with the nearest expected one), wrong shape or
+        type, and tensor with NaN or infinite values.
     """
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in SSDResNet34(config).state_dict().items()}
@@ -138,6 +138,13 @@ def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
         f"wrong shape {name}: {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
+    ]
+    problems += [
+        f"not floating point {name}: {checkpoint.tensors[name].dtype}"
+        for name in expected
+        if name in found
+        and not name.endswith("num_batches_tracked")
+        and not checkpoint.tensors[name].is_floating_point()
     ]
     problems += [
         f"not finite {name}: {int((~t.isfinite()).sum())} of {t.numel()} values"

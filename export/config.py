@@ -113,6 +113,8 @@ class SSDConfig:
         """Inverse of `to_json`. Raises ExportError on anything else."""
         try:
             fields = json.loads(text)
-            return cls(**{name: int(value) for name, value in fields.items()})
+            if not all(type(value) is int for value in fields.values()):
+                raise TypeError("whole numbers expected")
+            return cls(**fields)
         except (ValueError, TypeError, AttributeError) as error:
             raise ExportError(f"not an SSD configuration: {text[:80]!r} ({error})") from error

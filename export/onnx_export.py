@@ -151,19 +151,24 @@ def without_heads(model: onnx.ModelProto) -> onnx.ModelProto:
     """Drop the outputs that only the check needs, and the nodes that made only them."""
     slim = onnx.utils.Extractor(model).extract_model(["image"], [*DETECTION_OUTPUTS])
     slim.producer_name, slim.producer_version = model.producer_name, model.producer_version
+    onnx.checker.check_model(slim, full_check=True)
     return slim
 
 
 def add_metadata(model: onnx.ModelProto, checkpoint: Checkpoint, config_json: str) -> None:
     """Write what the file was made from into its metadata."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
+    try:
+        ours = version("ssd-resnet34-trt")
+    except PackageNotFoundError:  # run from a checkout
+        ours = "not installed"
     onnx.helper.set_model_props(
         model,
         {
             CONFIG_KEY: config_json,
             "weights_sha256": checkpoint.sha256,
-            "ssd_resnet34_trt_version": version("ssd-resnet34-trt"),
+            "ssd_resnet34_trt_version": ours,
         },
     )
 
@@ -230,7 +235,13 @@ def compare_with_onnxruntime(
         images = _check_images(detector.model.config.image_size, 2)
     with torch.inference_mode():
         expected_heads = [t.numpy() for t in detector(torch.from_numpy(images))[2:]]
-    actual_heads = _run(model, {"image": images}, HEAD_OUTPUTS)
+    *shipped, loc_joined, conf_joined = _run(
+        model, {"image": images}, [*DETECTION_OUTPUTS, *HEAD_OUTPUTS]
+    )
+    actual_heads = [loc_joined, conf_joined]
+    alone = _run(without_heads(model), {"image": images}, DETECTION_OUTPUTS)
+    if not all(np.array_equal(a, b) for a, b in zip(shipped, alone, strict=True)):
+        raise ExportError("the file without the extra head outputs gives other detections")
     loc, conf = (
         float(np.abs(a - e).max() / np.ptp(e))
         for a, e in zip(actual_heads, expected_heads, strict=True)
