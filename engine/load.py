@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from engine.protocol import Engine, EngineError
 
-_MODULES = {"onnxruntime": "engine.backends.onnxruntime"}
+_LOADERS = {
+    "onnxruntime": "engine.backends.onnxruntime:load",
+    "tensorrt": "engine.backends.tensorrt:load_tensorrt",
+    "tensorrt-rtx": "engine.backends.tensorrt:load_tensorrt_rtx",
+}
 
-BACKENDS = tuple(_MODULES)
+BACKENDS = tuple(_LOADERS)
 """Names that `load_engine` knows."""
 
 
@@ -23,9 +27,9 @@ def load_engine(
     backend
         One of `BACKENDS`.
     model
-        The model file.
+        The model file: ONNX for ``onnxruntime``, an engine file for the others.
     device
-        ``cpu`` or ``cuda``.
+        ``cpu`` or ``cuda``; the TensorRT family also takes ``cuda:N``, and no ``cpu``.
     threads
         Threads that work on one batch; None: one for each CPU the process may use.
 
@@ -34,8 +38,7 @@ def load_engine(
     EngineError
         When the backend is unknown, not installed, or refuses the model or the device.
     """
-    if backend not in _MODULES:
+    if backend not in _LOADERS:
         raise EngineError(f"unknown engine {backend!r}; choose one of: {', '.join(BACKENDS)}")
-    module = import_module(_MODULES[backend])
-    engine: Engine = module.load(model, device=device, threads=threads)
+    engine: Engine = resolve_name(_LOADERS[backend])(model, device=device, threads=threads)
     return engine

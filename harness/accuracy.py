@@ -15,8 +15,6 @@ that are not in the log.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,25 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.coco import coco_stats, load_annotations, positions_by_name
 from engine.protocol import DETECTION_FIELDS
-from harness.dataset import load_annotations, positions_by_name
 from harness.errors import HarnessError
-
-STATS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APs",
-    "APm",
-    "APl",
-    "AR1",
-    "AR10",
-    "AR100",
-    "ARs",
-    "ARm",
-    "ARl",
-)
-"""Names of COCOeval's twelve numbers, in its order (https://cocodataset.org/#detection-eval)."""
 
 _SAMPLE_LIMIT = 2**24  # payloads carry the sample index as float32
 _FAR = 4.0  # unclipped boxes reach a little over the edge; pixel coordinates reach hundreds
@@ -211,42 +193,21 @@ def evaluate(
     log = read_accuracy_log(log_path)
     content = load_annotations(annotations)
     images = _images_of_samples(log, log_path, content, annotations, files)
-    categories = np.array([0, *(entry["id"] for entry in content["categories"])])
+    categories = len(content["categories"])
     labels = log.rows[:, 6]
-    wrong = (labels != np.trunc(labels)) | (labels < 0) | (labels >= len(categories))
+    wrong = (labels != np.trunc(labels)) | (labels < 0) | (labels > categories)
     if wrong.any():
         first = int(wrong.argmax())
         raise HarnessError(
             f"{log_path}: {wrong.sum()} detection rows have a label outside 1.."
-            f"{len(categories) - 1}, the first is {labels[first]:g} of qsl_idx "
+            f"{categories}, the first is {labels[first]:g} of qsl_idx "
             f"{log.rows[first, 0]:.0f}; were padding rows logged, or other annotations used?"
         )
     slot_of_sample = np.zeros(max(log.samples) + 1, np.int64)
     slot_of_sample[list(log.samples)] = np.arange(len(log.samples))
-    slots = slot_of_sample[log.rows[:, 0].astype(np.int64)]
-    boxes = _pixel_boxes(log.rows, slots, images)
-    detections = [
-        {
-            "id": number,
-            "image_id": images[slot]["id"],
-            "category_id": category,
-            "bbox": box,
-            "area": box[2] * box[3],
-            "score": score,
-            "iscrowd": 0,
-        }
-        for number, (slot, category, box, score) in enumerate(
-            zip(
-                slots.tolist(),
-                categories[labels.astype(np.int64)].tolist(),
-                boxes.tolist(),
-                log.rows[:, 5].tolist(),
-                strict=True,
-            ),
-            start=1,  # COCOeval takes id 0 for "no match"
-        )
-    ]
-    stats = _coco_stats(content, detections, [image["id"] for image in images])
+    rows = log.rows.copy()
+    rows[:, 0] = slot_of_sample[log.rows[:, 0].astype(np.int64)]
+    stats = coco_stats(content, images, rows)
     total = len(content["images"])
     return AccuracyResult(
         mAP=stats["AP"],
@@ -254,7 +215,7 @@ def evaluate(
         stats=stats,
         images_seen=len(images),
         images_total=total,
-        detections=len(detections),
+        detections=len(rows),
         duplicates=log.duplicates,
         empties=log.empties,
         warnings=_warnings(log, content, total, stats["AP"]),
@@ -302,36 +263,6 @@ def _images_of_samples(
             f"{annotations} lacks {len(missing)} images of the log, the first is {missing[0]}"
         )
     return [images[positions[files[sample]]] for sample in log.samples]
-
-
-def _pixel_boxes(
-    rows: NDArray[np.float32], slots: NDArray[np.int64], images: Sequence[Mapping[str, Any]]
-) -> NDArray[np.float64]:
-    """[R, 4] x, y, width, height in pixels; float32 arithmetic as in accuracy-coco.py."""
-    size = np.array([[image["height"], image["width"]] for image in images], np.float32)
-    ymin, xmin, ymax, xmax = (rows[:, 1:5] * np.tile(size, 2)[slots]).T
-    return np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=1).astype(np.float64)
-
-
-def _coco_stats(
-    content: dict[str, Any], detections: list[dict[str, Any]], image_ids: list[int]
-) -> dict[str, float]:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth, found = COCO(), COCO()
-        # COCO.loadRes fails on an empty list and adds a polygon to every box
-        truth.dataset = content
-        found.dataset = {**content, "annotations": detections}
-        truth.createIndex()
-        found.createIndex()
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.imgIds = image_ids
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return dict(zip(STATS, (float(value) for value in evaluation.stats), strict=True))
 
 
 def _warnings(

@@ -24,15 +24,15 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from engine.environment import command_line, commit, cpu_count, cpu_name, now
+from engine.files import write_atomically
 from engine.load import load_engine
 from engine.protocol import DETECTION_FIELDS, Engine, EngineError, InputSpec, Session
 from harness.dataset import Dataset, known_dataset, load_map
 from harness.errors import HarnessError
-from harness.files import write_atomically
 from harness.loadgen import Outcome, RunFailedError, run_test
 from harness.preprocess import preprocess
 from harness.qsl import SampleSource
-from harness.result import command_line, commit, cpu_name, now
 from harness.settings import Offline, Server, Settings
 
 _SAMPLES_IN_MEMORY = 64
@@ -67,7 +67,7 @@ def bench(
         "commit": commit(),
         "command": command_line(),
         "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": cpu_count(),
         "load_average": os.getloadavg()[0],
         "versions": {
             name: metadata.version(name)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -14,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from engine.load import BACKENDS, load_engine
+from engine.progress import progress_bar
 from engine.protocol import Engine, EngineError, InputSpec
 from harness.dataset import Dataset, known_dataset, load_map
 from harness.errors import HarnessError
 from harness.settings import MODEL, MODES, SCENARIOS, load_settings
 
 if TYPE_CHECKING:
-    from harness.loadgen import Progress
     from harness.report import Runs
 
 app = typer.Typer(
@@ -165,8 +163,8 @@ def run(
             "performance_sample_count": samples,
         },
     )
+    from engine.preprocessed import load_preprocessed
     from harness.loadgen import RunFailedError
-    from harness.preprocess import load_preprocessed
     from harness.report import print_table
     from harness.run import Benchmark
     from harness.run import run as run_benchmark
@@ -183,7 +181,7 @@ def run(
         for mode in modes:
             for setting in settings:
                 where = root / (system or platform.node()) / MODEL / setting.scenario / mode
-                with _progress(f"{setting.scenario} {mode}") as progress:
+                with progress_bar(f"{setting.scenario} {mode}") as progress:
                     results.append(
                         (where, run_benchmark(benchmark, setting, mode, where, progress))
                     )
@@ -276,30 +274,3 @@ def _choices(text: str, known: tuple[_Name, ...], what: str) -> tuple[_Name, ...
 def _whole(value: float | None) -> float | int | None:
     """Server's bound is a whole number of milliseconds, the other latencies need not be."""
     return int(value) if value is not None and value.is_integer() else value
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Progress | None]:
-    """Progress bar on stderr; nothing where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # no refreshing thread: it would take the GIL from the run ten times a second
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
-        task = bar.add_task(title, total=None)
-
-        def show(completed: int, total: int | None) -> None:
-            bar.update(task, completed=completed, total=total)
-            bar.refresh()
-
-        yield show

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from engine.coco import load_annotations
 from harness.errors import HarnessError
 
 _COCO_FOLDERS = {"val": "val2017", "cal": "train2017"}
@@ -121,73 +118,12 @@ def load_map(path: Path) -> tuple[str, ...]:
     return tuple(first_line)
 
 
-def load_annotations(path: Path) -> dict[str, Any]:
-    """Read a COCO instances JSON file and check what every user of it relies on.
-
-    Returns
-    -------
-    dict
-        The file's content: ``images`` (id, file_name, height, width), ``annotations``
-        (id, image_id, category_id, bbox [x, y, w, h] in pixels, area, iscrowd) and
-        ``categories`` (id, name).
-
-    Raises
-    ------
-    HarnessError
-        Missing file, invalid JSON, or a list, key, id or reference that is missing or repeated.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise HarnessError(f"annotation file {path} not found") from None
-    except OSError as error:
-        raise HarnessError(f"annotation file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise HarnessError(f"annotation file {path} is no valid JSON: {error}") from error
-    required = {
-        "images": ("id", "file_name", "height", "width"),
-        "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
-        "categories": ("id", "name"),
-    }
-    for section, keys in required.items():
-        entries = content.get(section) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise HarnessError(f"annotation file {path} has no list {section!r}")
-        for position, entry in enumerate(entries):
-            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if missing:
-                raise HarnessError(f"{path}: {section}[{position}] lacks {', '.join(missing)}")
-        repeated = [key for key, n in Counter(entry["id"] for entry in entries).items() if n > 1]
-        if repeated:
-            raise HarnessError(f"{path}: id {repeated[0]} occurs more than once in {section!r}")
-    image_ids = {image["id"] for image in content["images"]}
-    category_ids = {category["id"] for category in content["categories"]}
-    for entry in content["annotations"]:
-        if entry["image_id"] not in image_ids or entry["category_id"] not in category_ids:
-            raise HarnessError(
-                f"{path}: annotation {entry['id']} names an image or a category "
-                "that the file does not hold"
-            )
-    return dict(content)
-
-
 def category_names(annotations: Path) -> tuple[str, ...]:
-    """Return the category names; the label of a detection is its position here plus 1."""
-    return tuple(str(entry["name"]) for entry in load_annotations(annotations)["categories"])
-
-
-def positions_by_name(images: Sequence[dict[str, Any]], source: Path) -> dict[str, int]:
-    """Map each file name of an annotation file's ``images`` to its position.
+    """Return the category names; the label of a detection is its position here plus 1.
 
     Raises
     ------
-    HarnessError
-        Two images share a file name.
+    EngineError
+        The annotation file is missing or damaged.
     """
-    positions: dict[str, int] = {}
-    for position, image in enumerate(images):
-        name = image["file_name"]
-        if name in positions:
-            raise HarnessError(f"{source}: two images are named {name!r}")
-        positions[name] = position
-    return positions
+    return tuple(str(entry["name"]) for entry in load_annotations(annotations)["categories"])

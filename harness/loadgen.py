@@ -10,6 +10,7 @@ from typing import Any
 
 import mlperf_loadgen as lg
 
+from engine.progress import Progress
 from engine.protocol import Engine, EngineError
 from harness.errors import HarnessError
 from harness.loadgen_log import DetailLog, read_complete
@@ -18,9 +19,6 @@ from harness.settings import Mode, Settings, apply, fitted
 from harness.sut import Sut
 
 USER_CONF = "user.conf"
-
-Progress = Callable[[int, int | None], None]
-"""Takes the samples that are completed, and all samples of the test when they are known."""
 
 _POLL_SECONDS = 0.2
 _POLLS_PER_REPORT = 5  # drawing takes the GIL for some milliseconds, which the latencies feel

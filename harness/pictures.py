@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.dataset import load_annotations
+from engine.coco import load_annotations
+from engine.files import write_atomically
 from harness.errors import HarnessError
-from harness.files import write_atomically
 from harness.transform import BadImageError, decode
 
 SCORE_THRESHOLD = 0.3

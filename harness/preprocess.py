@@ -5,91 +5,27 @@ size and modification time of its source. An image is done again when either has
 its .npy lacks bytes or holds another shape or dtype, or when the transform differs. (A hash of
 every source would also notice a change that keeps both size and time stamp, for the price of
 reading the whole data set at every start; ``overwrite`` is there for that.)
-
-The manifest's image list is the truth about sample indices. A bad image that the user chose to
-skip is not in it, so later images have a lower index than their line in the map: look images up
-by name through ``PreprocessedSet.files``, never by position in the map.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from engine.files import write_atomically
+from engine.npy import is_npy, npy_path
+from engine.preprocessed import JOURNAL, MANIFEST, PreprocessedSet, transform_settings
 from engine.protocol import InputSpec
 from harness.dataset import Dataset, load_map
 from harness.errors import HarnessError
-from harness.files import write_atomically
-from harness.npy import has_npy_size, is_npy, npy_path, read_npy
 from harness.preprocess_pool import Job, Stamp, run
-from harness.transform import INTERPOLATION, MEAN, STD
 
-MANIFEST = "manifest.json"
-JOURNAL = "journal.jsonl"
 BAD_IMAGES = "bad_images.txt"
 
 _NAMED = 5  # bad images that the error message names; BAD_IMAGES names all
-
-
-@dataclass(frozen=True)
-class PreprocessedSet:
-    """A complete set of preprocessed images.
-
-    Attributes
-    ----------
-    directory
-        Folder of the .npy files and the manifest.
-    files
-        Image file names; the position is the sample index.
-    spec
-        The input that the images were made for.
-    manifest
-        Content of the manifest file.
-    """
-
-    directory: Path
-    files: tuple[str, ...]
-    spec: InputSpec
-    manifest: Mapping[str, Any]
-
-    def load(self, indices: Sequence[int]) -> NDArray[np.generic]:
-        """Read images.
-
-        Parameters
-        ----------
-        indices
-            Sample indices, 0 <= index < len(files).
-
-        Returns
-        -------
-        ndarray
-            [len(indices), channels, height, width] of the spec's dtype, C-contiguous.
-
-        Raises
-        ------
-        HarnessError
-            A file is missing, cut short or holds another shape or dtype.
-        """
-        batch = np.empty((len(indices), *self.spec.shape), self.spec.dtype)
-        for image, index in zip(batch, indices, strict=True):
-            path = npy_path(self.directory, self.files[index])
-            try:
-                intact = read_npy(path, self.spec, image)
-            except OSError as error:
-                raise HarnessError(f"{path} cannot be read: {error.strerror}") from error
-            if not intact:
-                raise HarnessError(
-                    f"{path} is damaged or holds no {self.spec.dtype} {list(self.spec.shape)}; "
-                    "run `harness preprocess` again"
-                )
-        return batch
 
 
 def preprocess(
@@ -131,9 +67,10 @@ def preprocess(
     ------
     HarnessError
         Bad images (after all others are done; counted, and listed in ``bad_images.txt``), no
-        image folder, an unusable spec, a full disk, a worker that died.
+        image folder, a full disk, a worker that died.
+    EngineError
+        An unusable spec.
     """
-    _check_spec(spec)
     if workers < 1:
         raise HarnessError(f"{workers} workers; at least 1 is needed")
     files = load_map(dataset.map_file)
@@ -188,87 +125,16 @@ def preprocess(
             f"cannot write {error.filename or out_dir}: {error.strerror}; mend that and run "
             "again, finished images are kept"
         ) from error
-    return _as_set(out_dir, spec, manifest)
-
-
-def load_preprocessed(out_dir: Path, spec: InputSpec) -> PreprocessedSet:
-    """Open a set that `preprocess` made, and check it against an engine's input.
-
-    Parameters
-    ----------
-    out_dir
-        Folder of the set.
-    spec
-        The engine's input.
-
-    Returns
-    -------
-    PreprocessedSet
-        The set.
-
-    Raises
-    ------
-    HarnessError
-        No complete set in `out_dir`; image size, dtype, scale or normalisation differ (names
-        both values); .npy files missing or of the wrong size.
-    """
-    _check_spec(spec)
-    path = out_dir / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        names = [entry["file"] for entry in manifest["images"]]
-    except FileNotFoundError:
-        state = "is unfinished" if (out_dir / JOURNAL).exists() else "holds no preprocessed images"
-        raise HarnessError(f"{out_dir} {state}; run `harness preprocess`") from None
-    except OSError as error:
-        raise HarnessError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise HarnessError(f"{path} is damaged; run `harness preprocess` again") from error
-    for key, wanted in _settings(spec).items():
-        # another OpenCV rounds differently by less than a float32 resize needs
-        if manifest.get(key) != wanted and key != "opencv":
-            raise HarnessError(
-                f"{out_dir} was preprocessed with {key} {manifest.get(key)}, the engine takes "
-                f"{wanted}; run `harness preprocess` for this engine"
-            )
-    broken = [name for name in names if not has_npy_size(npy_path(out_dir, name), spec)]
-    if broken:
-        raise HarnessError(
-            f"{out_dir}: {len(broken)} of {len(names)} preprocessed files are missing or have a "
-            f"wrong size, the first is {broken[0]}.npy; run `harness preprocess` again"
-        )
-    return _as_set(out_dir, spec, manifest)
-
-
-def _as_set(out_dir: Path, spec: InputSpec, manifest: Mapping[str, Any]) -> PreprocessedSet:
-    files = tuple(entry["file"] for entry in manifest["images"])
-    return PreprocessedSet(directory=out_dir, files=files, spec=spec, manifest=manifest)
-
-
-def _check_spec(spec: InputSpec) -> None:
-    if spec.shape[0] != 3:
-        raise HarnessError(f"input {spec.name} takes {spec.shape[0]} channels; images have 3")
-    if spec.dtype == "int8" and not (spec.scale is not None and 0 < spec.scale < np.inf):
-        raise HarnessError(f"INT8 input {spec.name} needs a positive scale, not {spec.scale}")
-    if spec.dtype == "float32" and spec.scale is not None:
-        raise HarnessError(f"float32 input {spec.name} takes no scale, but has {spec.scale}")
+    files = tuple(name for name in files if name in finished)
+    return PreprocessedSet(out_dir, files, spec, manifest)
 
 
 def _settings(spec: InputSpec) -> dict[str, Any]:
-    """Everything that a .npy depends on besides its source image."""
+    """What finished images must have in common."""
     import cv2
 
-    return {
-        "format": 1,
-        "image_size": list(spec.shape[1:]),
-        "dtype": spec.dtype,
-        # graphs store scales as float32; compare what both sides can represent
-        "scale": None if spec.scale is None else float(np.float32(spec.scale)),
-        "mean": list(MEAN),
-        "std": list(STD),
-        "interpolation": INTERPOLATION,
-        "opencv": cv2.__version__,
-    }
+    # for resuming alone: another OpenCV rounds differently by less than an engine would notice
+    return {**transform_settings(spec), "opencv": cv2.__version__}
 
 
 def _describe_bad(bad: Mapping[str, str], total: int, image_dir: Path, out_dir: Path) -> str:

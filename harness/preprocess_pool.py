@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.npy import npy_path, write_npy
 from engine.protocol import InputSpec
 from harness.errors import HarnessError
-from harness.npy import npy_path, write_npy
 from harness.transform import BadImageError, preprocess_image
 
 _CHUNK = 8  # images per task: enough to hide the queue, few enough for Ctrl-C and load balance

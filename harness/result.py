@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.environment import cpu_count, cpu_name
 from harness.errors import HarnessError
 from harness.loadgen import Outcome
 from harness.settings import MODEL
@@ -160,51 +157,5 @@ def versions(loadgen: str) -> dict[str, str]:
         "numpy": np.__version__,
         "platform": platform.platform(),
         "cpu": cpu_name(),
-        "cpus": str(len(os.sched_getaffinity(0))),
+        "cpus": str(cpu_count()),
     }
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Git commit of the checkout that this file belongs to; None outside of one."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments],
-                cwd=here.parent,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=10,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # an installed copy may lie below the checkout of something else
-    if git("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    head = git("rev-parse", "HEAD")
-    return head and head + ("-dirty" if git("status", "--porcelain") else "")
-
-
-def now() -> str:
-    """Return this moment, ISO 8601, UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def command_line() -> str:
-    """Return the command that runs, with the program's bare name."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

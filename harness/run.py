@@ -10,22 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.environment import commit, now
+from engine.progress import Progress
 from engine.protocol import Engine
 from harness.accuracy import evaluate, read_accuracy_log
 from harness.dataset import Dataset, category_names, load_map
 from harness.errors import HarnessError
-from harness.loadgen import Outcome, Progress, RunFailedError, run_test
+from harness.loadgen import Outcome, RunFailedError, run_test
 from harness.loadgen_log import ACCURACY
 from harness.pictures import draw_detections
 from harness.qsl import SampleSource
-from harness.result import (
-    RunResult,
-    commit,
-    latency_summary,
-    now,
-    performance_figures,
-    versions,
-)
+from harness.result import RunResult, latency_summary, performance_figures, versions
 from harness.settings import Mode, Settings
 
 PICTURES = "pictures"

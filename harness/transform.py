@@ -18,13 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.preprocessed import MEAN, STD
 from engine.protocol import InputSpec
-
-MEAN = (0.485, 0.456, 0.406)
-"""RGB mean of the ImageNet normalisation, for values in [0, 1] (MLPerf reference dataset.py)."""
-STD = (0.229, 0.224, 0.225)
-"""RGB standard deviation that goes with `MEAN`."""
-INTERPOLATION = "bilinear on float32"
 
 
 class BadImageError(Exception):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from harness.accuracy import STATS, evaluate, read_accuracy_log
+from engine.coco import STATS
+from harness.accuracy import evaluate, read_accuracy_log
 from harness.errors import HarnessError
 
 CATEGORY_IDS = [1, 3, 90, 13, 27]  # with gaps, and not sorted

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.dataset import category_names, known_dataset, load_annotations, load_map
+from engine.coco import load_annotations
+from engine.protocol import EngineError
+from harness.dataset import category_names, known_dataset, load_map
 from harness.errors import HarnessError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,16 +97,16 @@ def test_category_names_are_in_file_order(tmp_path: Path) -> None:
 def test_bad_annotations(tmp_path: Path, change: dict[str, object], problem: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(GOOD | change))
-    with pytest.raises(HarnessError, match=problem):
+    with pytest.raises(EngineError, match=problem):
         load_annotations(path)
 
 
 def test_unreadable_annotations(tmp_path: Path) -> None:
-    with pytest.raises(HarnessError, match="not found"):
+    with pytest.raises(EngineError, match="not found"):
         load_annotations(tmp_path / "a.json")
     (tmp_path / "a.json").write_text(json.dumps(GOOD)[:-3])
-    with pytest.raises(HarnessError, match="no valid JSON"):
+    with pytest.raises(EngineError, match="no valid JSON"):
         load_annotations(tmp_path / "a.json")
     (tmp_path / "a.json").write_text("[1]")
-    with pytest.raises(HarnessError, match="no list 'images'"):
+    with pytest.raises(EngineError, match="no list 'images'"):
         load_annotations(tmp_path / "a.json")

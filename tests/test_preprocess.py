@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine.protocol import InputSpec
+from engine.preprocessed import PreprocessedSet, load_preprocessed
+from engine.protocol import EngineError, InputSpec
 from harness.dataset import Dataset
 from harness.errors import HarnessError
-from harness.preprocess import PreprocessedSet, load_preprocessed, preprocess
+from harness.preprocess import preprocess
 from harness.transform import BadImageError, decode, transform
 
 SPEC = InputSpec("image", (3, 96, 128), "float32")
@@ -253,12 +254,12 @@ def test_another_scale_is_another_set(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
     run(dataset, tmp_path / "out", INT8)
     other = InputSpec("image", (3, 96, 128), "int8", 0.03)
-    with pytest.raises(HarnessError, match=r"scale 0\.0207.*engine takes 0\.0299"):
+    with pytest.raises(EngineError, match=r"scale 0\.0207.*engine takes 0\.0299"):
         load_preprocessed(tmp_path / "out", other)
     result = run(dataset, tmp_path / "out", other)
     expected = np.rint(reference(photo(40, 50), 96, 128) / np.float32(0.03))
     assert (result.load([0])[0] == expected).mean() > 0.999
-    with pytest.raises(HarnessError, match=r"scale 0\.0299"):
+    with pytest.raises(EngineError, match=r"scale 0\.0299"):
         load_preprocessed(tmp_path / "out", INT8)
 
 
@@ -285,7 +286,7 @@ def test_bad_images_stop_the_run_and_are_all_named(tmp_path: Path) -> None:
     listed = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
     names = [line.split("\t")[0] for line in listed]
     assert names == ["cut.jpg", "gone.jpg", "zero.jpg", "text.jpg"]
-    with pytest.raises(HarnessError, match="unfinished"):
+    with pytest.raises(EngineError, match="unfinished"):
         load_preprocessed(tmp_path / "out", SPEC)
     # a folder that was a complete set is none once an image has gone bad
     good = make_dataset(tmp_path / "other", {"a.png": photo(8, 8), "b.png": photo(9, 9)})
@@ -293,7 +294,7 @@ def test_bad_images_stop_the_run_and_are_all_named(tmp_path: Path) -> None:
     (good.image_dir / "b.png").write_bytes(b"")
     with pytest.raises(HarnessError, match="1 of 2 images"):
         run(good, tmp_path / "once")
-    with pytest.raises(HarnessError, match="unfinished"):
+    with pytest.raises(EngineError, match="unfinished"):
         load_preprocessed(tmp_path / "once", SPEC)
     # restored images complete the set without doing the good ones again
     before = write_times(tmp_path / "out")
@@ -329,30 +330,30 @@ def test_a_set_without_good_images_is_an_error(tmp_path: Path) -> None:
 
 def test_opening_checks_the_engine_input_and_the_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(HarnessError, match="holds no preprocessed images"):
+    with pytest.raises(EngineError, match="holds no preprocessed images"):
         load_preprocessed(out, SPEC)
     run(make_dataset(tmp_path, {f"{n}.png": photo(40, 50, n) for n in range(3)}), out)
-    with pytest.raises(HarnessError, match="dtype float32, the engine takes int8"):
+    with pytest.raises(EngineError, match="dtype float32, the engine takes int8"):
         load_preprocessed(out, INT8)
-    with pytest.raises(HarnessError, match=r"image_size \[96, 128\], the engine takes \[96, 96\]"):
+    with pytest.raises(EngineError, match=r"image_size \[96, 128\], the engine takes \[96, 96\]"):
         load_preprocessed(out, InputSpec("image", (3, 96, 96), "float32"))
     opened = load_preprocessed(out, SPEC)
     whole = (out / "1.png.npy").read_bytes()
     (out / "1.png.npy").write_bytes(whole[:-4])
-    with pytest.raises(HarnessError, match=r"1 of 3 .* 1\.png\.npy"):
+    with pytest.raises(EngineError, match=r"1 of 3 .* 1\.png\.npy"):
         load_preprocessed(out, SPEC)
-    with pytest.raises(HarnessError, match=r"1\.png\.npy is damaged"):
+    with pytest.raises(EngineError, match=r"1\.png\.npy is damaged"):
         opened.load([0, 1])
     np.save(out / "1.png.npy", np.zeros((3, 128, 96), np.float32))
-    with pytest.raises(HarnessError, match=r"1\.png\.npy is damaged"):
+    with pytest.raises(EngineError, match=r"1\.png\.npy is damaged"):
         opened.load([1])
     (out / "1.png.npy").unlink()
-    with pytest.raises(HarnessError, match=r"1\.png\.npy cannot be read"):
+    with pytest.raises(EngineError, match=r"1\.png\.npy cannot be read"):
         opened.load([1])
     (out / "1.png.npy").write_bytes(whole)
     manifest = (out / "manifest.json").read_text()
     (out / "manifest.json").write_text(manifest[:-40])
-    with pytest.raises(HarnessError, match="damaged"):
+    with pytest.raises(EngineError, match="damaged"):
         load_preprocessed(out, SPEC)
 
 
@@ -368,7 +369,7 @@ def test_opening_checks_the_engine_input_and_the_files(tmp_path: Path) -> None:
 )
 def test_unusable_specs(tmp_path: Path, spec: InputSpec, problem: str) -> None:
     dataset = make_dataset(tmp_path, {"a.png": photo(8, 8)})
-    with pytest.raises(HarnessError, match=problem):
+    with pytest.raises(EngineError, match=problem):
         run(dataset, tmp_path / "out", spec)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.files import write_atomically
 from engine.protocol import InputSpec
-from harness.files import write_atomically
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,139 @@
+"""The little of CUDA that the TensorRT engines need, through cuda-python.
+
+Everything here needs a GPU; tests/test_trt_cuda.py passed on one H100 with cuda-bindings 13.3.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from engine.protocol import EngineError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: its name and compute capability, as ``9.0``."""
+
+    name: str
+    compute_capability: str
+
+
+def runtime() -> Any:
+    """Import the CUDA runtime binding.
+
+    Raises
+    ------
+    EngineError
+        When it is not installed.
+    """
+    try:
+        from cuda.bindings import runtime as cuda
+    except ImportError as error:
+        raise EngineError(
+            "TensorRT engines need the CUDA bindings: pip install cuda-bindings"
+        ) from error
+    return cuda
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """Unpack what a CUDA call returned: (error, value, ...).
+
+    Returns
+    -------
+    value
+        The value, or None for a call that returns only an error code.
+
+    Raises
+    ------
+    EngineError
+        When the call failed.
+    """
+    error, *values = result
+    if int(error):
+        _, text = runtime().cudaGetErrorString(error)
+        raise EngineError(f"CUDA: {text.decode()} ({error.name})")
+    return values[0] if values else None
+
+
+def use_gpu(device: int) -> Gpu:
+    """Make a GPU the current one of this thread, and describe it.
+
+    Raises
+    ------
+    EngineError
+        When there is no such GPU or no driver for it.
+    """
+    cuda = runtime()
+    try:
+        check(cuda.cudaSetDevice(device))
+        properties = check(cuda.cudaGetDeviceProperties(device))
+    except EngineError as error:
+        raise EngineError(f"no CUDA device {device} can be used: {error}") from error
+    name = properties.name.rstrip(b"\0").decode()
+    return Gpu(name, f"{properties.major}.{properties.minor}")
+
+
+class Stream:
+    """A CUDA stream and what is to be released with it."""
+
+    def __init__(self) -> None:
+        self._cuda = runtime()
+        self._release: list[Callable[[], object]] = []
+        self.handle = int(check(self._cuda.cudaStreamCreate()))
+        self._release.append(lambda: self._cuda.cudaStreamDestroy(self.handle))
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Allocate a page-locked host array, so that copies to and from it are asynchronous."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = int(check(self._cuda.cudaHostAlloc(size, self._cuda.cudaHostAllocDefault)))
+        self._release.append(lambda: self._cuda.cudaFreeHost(address))
+        buffer = (ctypes.c_byte * size).from_address(address)
+        return np.frombuffer(memoryview(buffer), dtype).reshape(shape)
+
+    def device(self, size: int) -> int:
+        """Allocate bytes on the GPU; return their address."""
+        address = int(check(self._cuda.cudaMalloc(size)))
+        self._release.append(lambda: self._cuda.cudaFree(address))
+        return address
+
+    def upload(self, address: int, array: NDArray[Any]) -> None:
+        """Copy a C-contiguous host array to the GPU."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        source = array.ctypes.data
+        check(self._cuda.cudaMemcpyAsync(address, source, array.nbytes, kind, self.handle))
+
+    def download(self, array: NDArray[Any], address: int) -> None:
+        """Copy from the GPU to a C-contiguous host array."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        target = array.ctypes.data
+        check(self._cuda.cudaMemcpyAsync(target, address, array.nbytes, kind, self.handle))
+
+    def synchronize(self) -> None:
+        """Wait until everything submitted is done."""
+        check(self._cuda.cudaStreamSynchronize(self.handle))
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what a function submits as a CUDA graph; return a function that replays it."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        check(self._cuda.cudaStreamBeginCapture(self.handle, mode))
+        try:
+            work()
+        finally:  # a capture must end, also when the work failed
+            ended = self._cuda.cudaStreamEndCapture(self.handle)
+        graph = check(ended)
+        executable = check(self._cuda.cudaGraphInstantiate(graph, 0))
+        check(self._cuda.cudaGraphDestroy(graph))
+        self._release.append(lambda: self._cuda.cudaGraphExecDestroy(executable))
+        return lambda: check(self._cuda.cudaGraphLaunch(executable, self.handle))
+
+    def close(self) -> None:
+        """Wait, then release everything in reverse order; arrays from `pinned` die with it."""
+        self._cuda.cudaStreamSynchronize(self.handle)
+        while self._release:
+            self._release.pop()()

@@ -1,0 +1,83 @@
+"""What TensorRT and Polygraphy say: collect the errors, show the rest as asked."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Literal
+
+Verbosity = Literal["error", "warning", "info", "verbose"]
+
+_LEVELS: dict[Verbosity, int] = {
+    "error": logging.ERROR,
+    "warning": logging.WARNING,
+    "info": logging.INFO,
+    "verbose": 1,
+}
+_MAX_LENGTH = 400
+"""Characters of a message that goes into one line."""
+
+
+class ErrorLog(logging.Handler):
+    """Keeps the errors of one call."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep an error of TensorRT; a critical one is Polygraphy's summary."""
+        if record.levelno == logging.ERROR:
+            message = " ".join(record.getMessage().split()).removeprefix("[E] ")
+            self._messages.append(message)
+
+    def first(self, otherwise: object) -> str:
+        """Return the first error in one line: of the builder, the cause of the later ones."""
+        return _shortened(self._messages[0] if self._messages else str(otherwise))
+
+    def last(self, otherwise: object) -> str:
+        """Return the last error in one line: of the parser, the summary of the earlier ones."""
+        return _shortened(self._messages[-1] if self._messages else str(otherwise))
+
+
+def _shortened(message: str) -> str:
+    text = " ".join(message.split())
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}…"
+
+
+@contextmanager
+def polygraphy_log(verbosity: Verbosity) -> Iterator[ErrorLog]:
+    """Send the messages of Polygraphy, and of TensorRT through it, to standard error.
+
+    Yields
+    ------
+    errors
+        The errors so far.
+    """
+    from polygraphy.logger import G_LOGGER
+
+    errors, stream = ErrorLog(), logging.StreamHandler(sys.stderr)
+    stream.setLevel(_LEVELS[verbosity])
+    if verbosity != "verbose":  # the first error becomes the one line of an EngineError
+        stream.addFilter(lambda record: record.levelno < logging.ERROR)
+    logger = logging.getLogger("Polygraphy")
+    before = logger.level, logger.propagate, G_LOGGER.use_python_logging_system
+    logger.setLevel(1)
+    logger.propagate = False
+    for handler in (errors, stream):
+        logger.addHandler(handler)
+    G_LOGGER.use_python_logging_system = True
+    severity = {"verbose": G_LOGGER.EXTRA_VERBOSE, "info": G_LOGGER.INFO}
+    try:
+        with (
+            G_LOGGER.verbosity(severity.get(verbosity, G_LOGGER.WARNING)),
+            redirect_stdout(sys.stderr),  # Polygraphy prints some advice
+        ):
+            yield errors
+    finally:
+        for handler in (errors, stream):
+            logger.removeHandler(handler)
+        level, logger.propagate, G_LOGGER.use_python_logging_system = before
+        logger.setLevel(level)

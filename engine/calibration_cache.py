@@ -1,0 +1,179 @@
+"""The calibration cache: scales and what they belong to, as JSON and in TensorRT's text format."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from engine.files import write_atomically
+from engine.network import network_sha256
+from engine.placement import Placement
+from engine.preprocessed import preprocessing_sha256
+from engine.protocol import EngineError
+
+STEPS = 127
+"""Steps of symmetric INT8 between 0 and the threshold."""
+
+_FORMAT = 1
+_TRT_NAMES = {
+    "entropy": "EntropyCalibration2",
+    "percentile": "LegacyCalibration",
+    "minmax": "MinMaxCalibration",
+}
+_TRT_HEADER = re.compile(r"TRT-\d+-\w+")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scales, and what they belong to.
+
+    Attributes
+    ----------
+    scales
+        Tensor name to the real value of one INT8 step (symmetric, zero point 0).
+    method
+        How thresholds were chosen, one of `engine.histogram.METHODS`.
+    images
+        Number of images.
+    images_sha256
+        Hash of their names and values.
+    model_sha256
+        Hash of the network between image and heads, see `network_sha256`.
+    preprocessing_sha256
+        Hash of image size and normalisation.
+    versions
+        Package to version.
+    """
+
+    scales: Mapping[str, float]
+    method: str
+    images: int
+    images_sha256: str
+    model_sha256: str
+    preprocessing_sha256: str
+    versions: Mapping[str, str]
+
+    def save(self, path: Path) -> None:
+        """Write the JSON cache.
+
+        Raises
+        ------
+        EngineError
+            When the file cannot be written.
+        """
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n"
+        try:
+            write_atomically(path, text.encode())
+        except OSError as error:
+            raise EngineError(f"{path}: cannot write it: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read a JSON cache.
+
+        Raises
+        ------
+        EngineError
+            When the file is missing, damaged, of another format, or has an unusable scale.
+        """
+        try:
+            content = json.loads(path.read_bytes())
+            if content.pop("format") != _FORMAT:
+                raise EngineError(f"{path}: a calibration cache of another format; calibrate again")
+            found = cls(**content)
+            scales = {str(name): float(scale) for name, scale in found.scales.items()}
+        except OSError as error:
+            raise EngineError(f"{path}: cannot read it: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError(f"{path}: no calibration cache, or a damaged one") from error
+        for name, scale in scales.items():
+            if not 0 < scale < np.inf:
+                raise EngineError(f"{path}: tensor {name!r} has the scale {scale}")
+        return found
+
+    def check(self, model: onnx.ModelProto, placement: Placement) -> None:
+        """Make sure that the scales are those of a model.
+
+        Raises
+        ------
+        EngineError
+            When preprocessing, tensors or weights differ; says which.
+        """
+        if self.preprocessing_sha256 != preprocessing_sha256(placement.shape):
+            raise EngineError(
+                "the calibration belongs to another preprocessing (image size or normalisation); "
+                "calibrate this model"
+            )
+        for what, names in (
+            ("has no scale for", set(placement.tensors) - self.scales.keys()),
+            (
+                "has a scale for a tensor that is not quantised,",
+                self.scales.keys() - set(placement.tensors),
+            ),
+        ):
+            if names:
+                raise EngineError(
+                    f"the calibration belongs to another model: it {what} {min(names)!r}"
+                    f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}; "
+                    "calibrate this model"
+                )
+        if self.model_sha256 != network_sha256(model, placement):
+            raise EngineError(
+                "the calibration belongs to another model: the same tensors, but other weights or "
+                "attributes; calibrate this model"
+            )
+
+    def to_trt(self) -> str:
+        """Write the scales in the text format of TensorRT's calibrators, a line each.
+
+        Raises
+        ------
+        EngineError
+            When a tensor name holds a line break.
+        """
+        lines = [f"TRT-100000-{_TRT_NAMES[self.method]}"]
+        for name, scale in self.scales.items():
+            if len(name.splitlines()) != 1:
+                raise EngineError(f"tensor name {name!r} does not fit in TensorRT's cache format")
+            lines.append(f"{name}: {struct.pack('>f', scale).hex()}")
+        return "\n".join(lines) + "\n"
+
+
+def parse_trt(text: str) -> dict[str, float]:
+    """Read the scales of a TensorRT calibration cache.
+
+    Parameters
+    ----------
+    text
+        A header line, then for every tensor ``name: 8 hex digits``, the big-endian bits of the
+        float32 scale.
+
+    Raises
+    ------
+    EngineError
+        When it is anything else; names the line.
+    """
+    header, *lines = text.splitlines() or [""]
+    if not _TRT_HEADER.fullmatch(header.strip()):
+        raise EngineError(f"line 1: {header!r} is no header of a TensorRT calibration cache")
+    scales: dict[str, float] = {}
+    for number, line in enumerate(lines, 2):
+        if not line.strip():
+            continue
+        name, separator, digits = line.rpartition(": ")
+        if not separator or not re.fullmatch(r"[0-9a-fA-F]{8}", digits.strip()):
+            raise EngineError(f"line {number}: {line!r} is not 'name: 8 hex digits'")
+        if name in scales:
+            raise EngineError(f"line {number}: a second scale for {name!r}")
+        (scale,) = struct.unpack(">f", bytes.fromhex(digits.strip()))
+        if not 0 < scale < np.inf:
+            raise EngineError(f"line {number}: tensor {name!r} has the scale {scale}")
+        scales[name] = scale
+    return scales

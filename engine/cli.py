@@ -1,0 +1,343 @@
+"""The ``engine`` command. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from engine.progress import progress_bar
+from engine.protocol import EngineError, InputSpec
+
+app = typer.Typer(
+    help="Calibrate, quantise, build and compare detectors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_Model = Annotated[Path, typer.Argument(help="Surgered FP32 .onnx.", show_default=False)]
+_Cache = Annotated[
+    Path, typer.Argument(help="Calibration cache of 'engine calibrate'.", show_default=False)
+]
+_Data = Annotated[
+    Path,
+    typer.Option(help="Folder of float32 images of 'harness preprocess'.", show_default=False),
+]
+_Batch = Annotated[int, typer.Option(min=1, help="Images that run together.")]
+_Json = Annotated[
+    Path | None, typer.Option("-o", "--output", help="JSON file.", show_default="none")
+]
+
+
+@app.command()
+def calibrate(
+    model: _Model,
+    data: _Data,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Cache to write.", show_default=False)
+    ],
+    *,
+    method: Annotated[str, typer.Option(help="entropy, percentile or minmax.")] = "entropy",
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Take the first N images.", show_default="all")
+    ] = None,
+    batch: _Batch = 1,
+    cache_format: Annotated[
+        Literal["json", "trt"],
+        typer.Option("--format", help="trt: also write TensorRT's text format, as CACHE.trt."),
+    ] = "json",
+) -> None:
+    """Find the scale of every quantised activation of MODEL.
+
+    A cache that holds the scales of this model, these images and this method already is left as it
+    is.
+    """
+    from engine.calibration import calibrate as calibrate_model
+    from engine.calibration import is_current
+    from engine.calibration_cache import Calibration
+    from engine.files import write_atomically
+    from engine.preprocessed import load_preprocessed
+
+    _check_folder(output)
+    source = load_preprocessed(data, _image_spec(model))
+    if output.exists() and is_current(output, model, source, method=method, limit=images):
+        cache = Calibration.load(output)
+        typer.echo(f"{output} is up to date")
+    else:
+        with progress_bar("calibrate") as progress:
+            cache = calibrate_model(
+                model, source, method=method, limit=images, batch=batch, progress=progress
+            )
+        cache.save(output)
+        typer.echo(f"{len(cache.scales)} scales from {cache.images} images in {output}")
+    if cache_format == "trt":
+        text = output.with_name(f"{output.name}.trt")
+        try:
+            write_atomically(text, cache.to_trt().encode())
+        except OSError as error:
+            raise EngineError(f"{text}: cannot write it: {error.strerror}") from error
+        typer.echo(f"TensorRT's format in {text}")
+
+
+@app.command()
+def quantize(
+    model: _Model,
+    cache: _Cache,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="INT8 .onnx to write.")],
+    *,
+    float_type: Annotated[
+        Literal["fp32", "fp16"], typer.Option(help="Type of what is not INT8.")
+    ] = "fp32",
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Shell pattern of layers to leave float, e.g. 'loc.*'; may be repeated.",
+            show_default="none",
+        ),
+    ] = None,
+) -> None:
+    """Write MODEL as an INT8 graph with explicit Q/DQ and an INT8 image input.
+
+    A file that holds this graph already is left as it is.
+    """
+    from engine.calibration_cache import Calibration
+    from engine.files import write_atomically
+    from engine.network import load_detector
+    from engine.quantize import quantize as quantize_model
+
+    _check_folder(output)
+    calibration = Calibration.load(cache)
+    quantized = quantize_model(
+        load_detector(model), calibration, float_type=float_type, keep_float=keep_float or ()
+    )
+    content = quantized.SerializeToString(deterministic=True)
+    try:
+        if output.exists() and output.read_bytes() == content:
+            typer.echo(f"{output} is up to date")
+            return
+        write_atomically(output, content)
+    except OSError as error:
+        raise EngineError(f"{output}: cannot write it: {error.strerror}") from error
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def build(
+    model: Annotated[Path, typer.Argument(help="Surgered .onnx, float or INT8.")],
+    backend: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Engine file to write.", show_default=False)
+    ],
+    *,
+    min_batch: Annotated[int, typer.Option(min=1, help="Smallest batch.")] = 1,
+    opt_batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch to tune for.", show_default="the largest")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch.")] = 64,
+    memory_pool: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="POOL=MIB, e.g. workspace=4096; may be repeated.", show_default="TensorRT's"
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File to read and extend.", show_default="none")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="Effort.", show_default="TensorRT's")
+    ] = None,
+    tf32: Annotated[bool, typer.Option(help="Allow TF32 where the graph is float32.")] = False,
+    version_compatible: Annotated[bool, typer.Option(help="Run on later releases too.")] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option(help="Run on every GPU from Ampere on.")
+    ] = False,
+    strip_plan: Annotated[bool, typer.Option(help="Leave the weights out.")] = False,
+    refit: Annotated[bool, typer.Option(help="Keep the plan refittable.")] = False,
+    weight_streaming: Annotated[bool, typer.Option(help="Let weights stay on the host.")] = False,
+    verbosity: Annotated[
+        Literal["error", "warning", "info", "verbose"], typer.Option(help="Messages to show.")
+    ] = "warning",
+    layer_info: Annotated[
+        Path | None, typer.Option(help="JSON of the engine inspector.", show_default="none")
+    ] = None,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(help="Plugin library; repeatable.", show_default="none"),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Target of tensorrt-rtx, e.g. 8.9; may be repeated.", show_default="portable"
+        ),
+    ] = None,
+    device: Annotated[
+        int | None, typer.Option(min=0, help="GPU to build on.", show_default="0; none for rtx")
+    ] = None,
+) -> None:
+    """Build an engine file of MODEL, and its manifest beside it."""
+    from engine.build import BuildOptions
+    from engine.build import build as build_engine
+
+    options = BuildOptions(
+        min_batch=min_batch,
+        opt_batch=opt_batch,
+        max_batch=max_batch,
+        memory_pools=dict(_memory_pool(text) for text in memory_pool or ()),
+        timing_cache=timing_cache,
+        optimization_level=optimization_level,
+        tf32=tf32,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        strip_plan=strip_plan,
+        refit=refit,
+        weight_streaming=weight_streaming,
+        verbosity=verbosity,
+        layer_info=layer_info,
+        plugins=tuple(plugin or ()),
+        compute_capabilities=tuple(compute_capability or ()),
+        device=device,
+    )
+    manifest = build_engine(model, backend, output, options)
+    typer.echo(f"wrote {output}: {manifest.engine_bytes} bytes in {manifest.seconds:.1f} s")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Reference: .onnx or engine file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="What is held against it.")],
+    *,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of float32 images of 'harness preprocess'.", show_default="none"),
+    ] = None,
+    random: Annotated[
+        int | None, typer.Option(min=1, help="N images of noise instead.", show_default="none")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Take the first N images.", show_default="all")
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help="COCO annotations of the images, for the mAP.", show_default="none"),
+    ] = None,
+    snr: Annotated[
+        float | None,
+        typer.Option(help="Least SNR of a head tensor in dB.", show_default="60; INT8: 15"),
+    ] = None,
+    matched: Annotated[
+        float | None,
+        typer.Option(help="Least share of detections matched.", show_default="0.99; INT8: 0.8"),
+    ] = None,
+    score: Annotated[
+        float | None,
+        typer.Option(help="Largest difference in score.", show_default="0.01; INT8: 0.3"),
+    ] = None,
+    output: _Json = None,
+) -> None:
+    """Compare the head tensors and the detections of A and B on the same images.
+
+    The exit code is 1 when they differ by more than the tolerance: the median over the images of a
+    head tensor's SNR, the share of detections of both sides that have a partner (same label, IoU
+    at least 0.9), their scores, and, with annotations, the mAP of B, which may be 0.1 % below that
+    of A, or 1 % where one of them is INT8.
+    """
+    from engine.compare_files import compare_files
+
+    found, document = compare_files(
+        first,
+        second,
+        data=data,
+        random=random,
+        limit=images,
+        annotations=annotations,
+        overrides={"snr": snr, "matched": matched, "score": score},
+    )
+    from rich.console import Console
+
+    from engine.report import comparison_tables, write_json
+
+    Console().print(comparison_tables(found))
+    if output is not None:
+        write_json(output, document)
+    if not found.passed:
+        sys.exit(1)
+
+
+@app.command()
+def sensitivity(
+    model: _Model,
+    cache: _Cache,
+    data: _Data,
+    *,
+    images: Annotated[int, typer.Option(min=1, help="Take the first N images.")] = 8,
+    batch: _Batch = 1,
+    output: _Json = None,
+) -> None:
+    """Rank the layers of MODEL by what their quantisation does to the heads."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from engine.calibration_cache import Calibration
+    from engine.preprocessed import load_preprocessed
+    from engine.report import sensitivity_table, write_json
+    from engine.sensitivity import sensitivity as find_sensitivity
+
+    source = load_preprocessed(data, _image_spec(model))
+    with progress_bar("sensitivity") as progress:
+        found = find_sensitivity(
+            model, Calibration.load(cache), source, limit=images, batch=batch, progress=progress
+        )
+    Console().print(sensitivity_table(found))
+    if output is not None:
+        write_json(output, asdict(found))
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help=".onnx, engine or calibration cache.")],
+) -> None:
+    """Show what FILE is: inputs, heads, quantisation, hashes, manifest, scales."""
+    from rich.console import Console
+
+    from engine.inspect import inspect_file
+    from engine.report import facts_table
+
+    Console().print(facts_table(file.name, inspect_file(file)))
+
+
+def main() -> None:
+    """Run the command; a user error is one line and exit code 2."""
+    try:
+        app(prog_name="engine")
+    except EngineError as error:
+        typer.echo(f"engine: error: {error}", err=True)
+        sys.exit(2)
+
+
+def _image_spec(model: Path) -> InputSpec:
+    """Image input of a surgered FP32 model."""
+    from engine.network import load_detector
+    from engine.placement import find_placement
+
+    placement = find_placement(load_detector(model))
+    return InputSpec(placement.image, placement.shape, "float32")
+
+
+def _check_folder(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise EngineError(f"{output.parent}: no such folder to write {output.name} to")
+
+
+def _memory_pool(text: str) -> tuple[str, int]:
+    name, separator, size = text.partition("=")
+    if not separator or not size.isdecimal():
+        raise EngineError(f"--memory-pool {text}: POOL=MIB expected, e.g. workspace=4096")
+    return name, int(size) << 20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""COCO annotations, and the mean average precision by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.protocol import EngineError
+
+STATS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "APs",
+    "APm",
+    "APl",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARs",
+    "ARm",
+    "ARl",
+)
+"""Names of COCOeval's twelve numbers, in its order (https://cocodataset.org/#detection-eval)."""
+
+
+def load_annotations(path: Path) -> dict[str, Any]:
+    """Read a COCO instances JSON file and check what every user of it relies on.
+
+    Returns
+    -------
+    dict
+        The file's content: ``images`` (id, file_name, height, width), ``annotations``
+        (id, image_id, category_id, bbox [x, y, w, h] in pixels, area, iscrowd) and
+        ``categories`` (id, name).
+
+    Raises
+    ------
+    EngineError
+        Missing file, invalid JSON, or a list, key, id or reference that is missing or repeated.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise EngineError(f"annotation file {path} not found") from None
+    except OSError as error:
+        raise EngineError(f"annotation file {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"annotation file {path} is no valid JSON: {error}") from error
+    required = {
+        "images": ("id", "file_name", "height", "width"),
+        "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
+        "categories": ("id", "name"),
+    }
+    for section, keys in required.items():
+        entries = content.get(section) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise EngineError(f"annotation file {path} has no list {section!r}")
+        for position, entry in enumerate(entries):
+            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if missing:
+                raise EngineError(f"{path}: {section}[{position}] lacks {', '.join(missing)}")
+        repeated = [key for key, n in Counter(entry["id"] for entry in entries).items() if n > 1]
+        if repeated:
+            raise EngineError(f"{path}: id {repeated[0]} occurs more than once in {section!r}")
+    image_ids = {image["id"] for image in content["images"]}
+    category_ids = {category["id"] for category in content["categories"]}
+    for entry in content["annotations"]:
+        if entry["image_id"] not in image_ids or entry["category_id"] not in category_ids:
+            raise EngineError(
+                f"{path}: annotation {entry['id']} names an image or a category "
+                "that the file does not hold"
+            )
+    return dict(content)
+
+
+def positions_by_name(images: Sequence[dict[str, Any]], source: Path) -> dict[str, int]:
+    """Map each file name of an annotation file's ``images`` to its position.
+
+    Raises
+    ------
+    EngineError
+        Two images share a file name.
+    """
+    positions: dict[str, int] = {}
+    for position, image in enumerate(images):
+        name = image["file_name"]
+        if name in positions:
+            raise EngineError(f"{source}: two images are named {name!r}")
+        positions[name] = position
+    return positions
+
+
+def coco_stats(
+    content: Mapping[str, Any], images: Sequence[Mapping[str, Any]], rows: NDArray[np.float32]
+) -> dict[str, float]:
+    """Evaluate detections as MLPerf's ``accuracy-coco.py --use-inv-map`` does.
+
+    Parameters
+    ----------
+    content
+        Annotation file, as `load_annotations` gives it.
+    images
+        Its images that are evaluated, each once; those without detections count.
+    rows
+        float32 [R, 7]: position in `images`, ymin, xmin, ymax, xmax (normalised), score, label;
+        label L is the L-th category, 0 the background.
+
+    Returns
+    -------
+    dict
+        COCOeval's twelve numbers by name, `STATS`; -1 where no ground truth falls in the class.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    categories = np.array([0, *(entry["id"] for entry in content["categories"])])
+    slots = rows[:, 0].astype(np.int64)
+    # float32 arithmetic as in accuracy-coco.py
+    size = np.array([[image["height"], image["width"]] for image in images], np.float32)
+    ymin, xmin, ymax, xmax = (rows[:, 1:5] * np.tile(size, 2)[slots]).T
+    boxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=1).astype(np.float64)
+    detections = [
+        {
+            "id": number,
+            "image_id": images[slot]["id"],
+            "category_id": category,
+            "bbox": box,
+            "area": box[2] * box[3],
+            "score": score,
+            "iscrowd": 0,
+        }
+        for number, (slot, category, box, score) in enumerate(
+            zip(
+                slots.tolist(),
+                categories[rows[:, 6].astype(np.int64)].tolist(),
+                boxes.tolist(),
+                rows[:, 5].tolist(),
+                strict=True,
+            ),
+            start=1,  # COCOeval takes id 0 for "no match"
+        )
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth, found = COCO(), COCO()
+        # COCO.loadRes fails on an empty list and adds a polygon to every box
+        truth.dataset = content
+        found.dataset = {**content, "annotations": detections}
+        truth.createIndex()
+        found.createIndex()
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.imgIds = [image["id"] for image in images]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(STATS, (float(value) for value in evaluation.stats), strict=True))

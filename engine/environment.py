@@ -1,0 +1,61 @@
+"""Where and by what a figure was made: machine, commit, command, time."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Git commit of the checkout that this file belongs to; None outside of one."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments],
+                cwd=here.parent,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=10,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # an installed copy may lie below the checkout of something else
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    head = git("rev-parse", "HEAD")
+    return head and head + ("-dirty" if git("status", "--porcelain") else "")
+
+
+def now() -> str:
+    """Return this moment, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    """Return the command that runs, with the program's bare name."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

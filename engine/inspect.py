@@ -1,0 +1,105 @@
+"""What a file is: a detector, a built engine or a calibration."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from engine.calibration_cache import Calibration, parse_trt
+from engine.files import file_sha256
+from engine.manifest import check_engine, load_manifest, manifest_path
+from engine.network import load_detector
+from engine.protocol import EngineError
+from graph_surgery.errors import SurgeryError
+from graph_surgery.inspect import read_tail
+from graph_surgery.nms_function import OP_TYPE
+
+
+def inspect_file(path: Path) -> Mapping[str, object]:
+    """Describe a file in names and values.
+
+    Parameters
+    ----------
+    path
+        An ``.onnx`` file, an engine with its manifest beside it, or a calibration cache in JSON or
+        in TensorRT's text format.
+
+    Raises
+    ------
+    EngineError
+        When it is none of these, or a damaged one.
+    """
+    if not path.is_file():
+        raise EngineError(f"{path}: no such file")
+    if path.suffix == ".onnx":
+        return _detector(path)
+    if manifest_path(path).exists():
+        manifest = load_manifest(path)
+        check_engine(path, manifest)
+        return {"kind": "engine", **manifest.to_dict()}
+    return _calibration(path)
+
+
+def _detector(path: Path) -> dict[str, object]:
+    model = load_detector(path)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    kinds = Counter(node.op_type for node in model.graph.node)
+    facts: dict[str, object] = {"kind": "ONNX detector", "sha256": file_sha256(path)}
+    for value in model.graph.input:
+        if value.name not in constants:
+            facts[f"input {value.name}"] = _type(value)
+    facts |= {f"output {value.name}": _type(value) for value in model.graph.output}
+    facts["opset"] = ", ".join(
+        f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in model.opset_import
+    )
+    facts["nodes"] = f"{len(model.graph.node)}, of them {kinds['Conv']} Conv"
+    pairs = kinds["DequantizeLinear"]
+    facts["quantised"] = f"yes, {pairs} DequantizeLinear" if pairs else "no"
+    try:
+        tail, surgered = read_tail(model)
+    except SurgeryError as error:
+        facts["postprocessing"] = f"not understood: {error}"
+    else:
+        facts["postprocessing"] = OP_TYPE if surgered else "standard operators"
+        for index, level in enumerate(tail.heads.levels):
+            grid = f"{level.height} x {level.width}, {level.anchors} anchors"
+            facts[f"level {index}"] = f"{grid}: {level.loc}, {level.conf}"
+    return facts | {f"metadata {entry.key}": entry.value for entry in model.metadata_props}
+
+
+def _type(value: onnx.ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    sizes = [
+        str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?"
+        for dim in tensor.shape.dim
+    ]
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    return f"{kind} [{', '.join(sizes)}]"
+
+
+def _calibration(path: Path) -> dict[str, object]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if text.startswith("TRT-"):
+        try:
+            scales: Mapping[str, float] = parse_trt(text)
+        except EngineError as error:
+            raise EngineError(f"{path}, {error}") from error
+        facts: dict[str, object] = {"kind": "calibration in TensorRT's text format"}
+        facts["header"] = text.splitlines()[0]
+    elif text.lstrip().startswith("{"):
+        cache = Calibration.load(path)
+        scales = cache.scales
+        facts = {"kind": "calibration", **vars(cache)}
+        del facts["scales"]
+    else:
+        raise EngineError(
+            f"{path}: neither an .onnx file, nor an engine with its manifest "
+            f"{manifest_path(path).name} beside it, nor a calibration cache"
+        )
+    return facts | {f"scale {name}": f"{scale:.6g}" for name, scale in scales.items()}

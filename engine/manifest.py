@@ -1,0 +1,264 @@
+"""The manifest beside a built engine: what it was built from, with what, and for which GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.files import file_sha256, write_atomically
+from engine.protocol import EngineError, InputSpec
+
+AMPERE = (8, 0)
+"""Oldest compute capability that a hardware-compatible plan runs on (TensorRT's AMPERE_PLUS)."""
+
+_REBUILD = "build it again with 'engine build'"
+
+
+@dataclass(frozen=True)
+class PluginLibrary:
+    """A plugin library that an engine was built with.
+
+    Attributes
+    ----------
+    path
+        Relative to the engine's folder, so that both can move together.
+    sha256
+        Of its content.
+    """
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine file is.
+
+    Attributes
+    ----------
+    backend, version
+        Builder and its version: ``tensorrt`` or ``tensorrt-rtx``.
+    gpu
+        Name of the GPU it was built on; None when it was built ahead of time.
+    compute_capabilities
+        Where it runs, as ``8.9``: of that GPU, or the targets of an ahead-of-time build; empty for
+        the portable default of TensorRT-RTX.
+    model, onnx_sha256
+        Name and content of the ONNX file.
+    plugins
+        Libraries to load before the engine.
+    metadata
+        Metadata of the ONNX file: among others the hashes of its calibration.
+    engine_sha256, engine_bytes
+        Content and size of the engine file.
+    input
+        Image tensor that it takes.
+    min_batch, opt_batch, max_batch
+        Its optimisation profile.
+    options
+        The other build options that were set.
+    seconds
+        Parsing and building.
+    """
+
+    backend: str
+    version: str
+    gpu: str | None
+    compute_capabilities: tuple[str, ...]
+    model: str
+    onnx_sha256: str
+    plugins: tuple[PluginLibrary, ...]
+    metadata: Mapping[str, str]
+    engine_sha256: str
+    engine_bytes: int
+    input: InputSpec
+    min_batch: int
+    opt_batch: int
+    max_batch: int
+    options: Mapping[str, object]
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the content of the JSON file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where an engine is about to run: backend, its version, GPU name, compute capability."""
+
+    backend: str
+    version: str
+    gpu: str
+    compute_capability: str
+
+
+def manifest_path(engine: Path) -> Path:
+    """Return where the manifest of an engine file lies: ``model.engine`` has model.engine.json."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def save_engine(engine: Path, plan: bytes | memoryview, manifest: Manifest) -> None:
+    """Write an engine file, then its manifest.
+
+    Raises
+    ------
+    EngineError
+        When a file cannot be written.
+    """
+    text = json.dumps(manifest.to_dict(), indent=2) + "\n"
+    try:
+        manifest_path(engine).unlink(missing_ok=True)  # never a manifest beside another engine
+        write_atomically(engine, plan)
+        write_atomically(manifest_path(engine), text.encode())
+    except OSError as error:
+        raise EngineError(f"{error.filename}: cannot write it: {error.strerror}") from error
+
+
+def load_manifest(engine: Path) -> Manifest:
+    """Read the manifest of an engine file.
+
+    Raises
+    ------
+    EngineError
+        When there is none, or it is not one.
+    """
+    path = manifest_path(engine)
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        if not engine.is_file():
+            raise EngineError(f"{engine}: no such engine file") from error
+        raise EngineError(
+            f"{engine}: no manifest {path.name} beside it; an engine is loaded only with the "
+            "manifest that 'engine build' writes"
+        ) from error
+    except OSError as error:
+        raise EngineError(f"{path}: cannot read it: {error.strerror}") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise EngineError(f"{path}: not JSON; {_REBUILD}") from error
+    try:
+        return _from_dict(values)
+    except KeyError as error:
+        raise EngineError(f"{path}: no line {error.args[0]!r}; {_REBUILD}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise EngineError(f"{path}: not the manifest of an engine; {_REBUILD}") from error
+
+
+def check_engine(engine: Path, manifest: Manifest) -> bytes:
+    """Read an engine file and check that it is the one of the manifest.
+
+    Raises
+    ------
+    EngineError
+        When the file is missing, truncated or another one.
+    """
+    try:
+        plan = engine.read_bytes()
+    except OSError as error:
+        raise EngineError(f"{engine}: cannot read it: {error.strerror}") from error
+    if len(plan) != manifest.engine_bytes:
+        kind = "truncated" if len(plan) < manifest.engine_bytes else "not the engine"
+        raise EngineError(
+            f"{engine}: {kind}: it has {len(plan)} bytes, its manifest says "
+            f"{manifest.engine_bytes}; {_REBUILD}"
+        )
+    if hashlib.sha256(plan).hexdigest() != manifest.engine_sha256:
+        raise EngineError(f"{engine}: engine_sha256 of its manifest is another; {_REBUILD}")
+    return plan
+
+
+def check_machine(engine: Path, manifest: Manifest, here: Machine) -> None:
+    """Check that an engine can run here, and say which line of its manifest differs.
+
+    A hardware-compatible engine runs on any GPU from `AMPERE` on, a version-compatible one with
+    later releases of the same major version.
+
+    Raises
+    ------
+    EngineError
+        When the backend, its version, or the GPU differs.
+    """
+    _same(engine, "backend", manifest.backend, here.backend)
+    if not manifest.options.get("version_compatible"):
+        _same(engine, "version", manifest.version, here.version)
+    else:
+        built, installed = _numbers(manifest.version), _numbers(here.version)
+        if built[0] != installed[0] or built > installed:
+            _same(engine, "version", manifest.version, here.version)
+    if manifest.options.get("hardware_compatible"):
+        if _numbers(here.compute_capability) < AMPERE:
+            _same(engine, "compute_capabilities", "8.0 or later", here.compute_capability)
+        return
+    targets = manifest.compute_capabilities
+    if targets and here.compute_capability not in targets:
+        _same(engine, "compute_capabilities", ", ".join(targets), here.compute_capability)
+    if manifest.gpu is not None:
+        _same(engine, "gpu", manifest.gpu, here.gpu)
+
+
+def plugin_library(engine: Path, library: Path) -> PluginLibrary:
+    """Describe a plugin library for the manifest of an engine."""
+    relative = os.path.relpath(library.resolve(), engine.resolve().parent)
+    return PluginLibrary(relative, file_sha256(library))
+
+
+def check_plugins(engine: Path, manifest: Manifest) -> tuple[Path, ...]:
+    """Find the plugin libraries of an engine and check their content.
+
+    Raises
+    ------
+    EngineError
+        When one is missing or another one.
+    """
+    libraries = []
+    for plugin in manifest.plugins:
+        path = (engine.resolve().parent / plugin.path).resolve()
+        if not path.is_file():
+            raise EngineError(f"{engine}: its plugin library {path} is missing; build the plugin")
+        if file_sha256(path) != plugin.sha256:
+            raise EngineError(
+                f"{engine}: its plugin library {path} is not the one it was built with; {_REBUILD}"
+            )
+        libraries.append(path)
+    return tuple(libraries)
+
+
+def _same(engine: Path, line: str, built: str, here: str) -> None:
+    if built != here:
+        raise EngineError(f"{engine}: built for {line} {built}, here it is {here}; {_REBUILD}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+def _from_dict(values: dict[str, Any]) -> Manifest:
+    image = values["input"]
+    batches = [values[f"{name}_batch"] for name in ("min", "opt", "max")]
+    if not all(isinstance(size, int) for size in (*batches, values["engine_bytes"])):
+        raise TypeError
+    channels, height, width = image["shape"]
+    return Manifest(
+        backend=str(values["backend"]),
+        version=str(values["version"]),
+        gpu=None if values["gpu"] is None else str(values["gpu"]),
+        compute_capabilities=tuple(map(str, values["compute_capabilities"])),
+        model=str(values["model"]),
+        onnx_sha256=str(values["onnx_sha256"]),
+        plugins=tuple(PluginLibrary(item["path"], item["sha256"]) for item in values["plugins"]),
+        metadata=dict(values["metadata"]),
+        engine_sha256=str(values["engine_sha256"]),
+        engine_bytes=values["engine_bytes"],
+        input=InputSpec(image["name"], (channels, height, width), image["dtype"], image["scale"]),
+        min_batch=batches[0],
+        opt_batch=batches[1],
+        max_batch=batches[2],
+        options=dict(values["options"]),
+        seconds=float(values["seconds"]),
+    )

@@ -1,0 +1,84 @@
+"""TensorRT plugin libraries: load them, and ask whether a plugin is registered."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.protocol import EngineError
+
+if TYPE_CHECKING:
+    import tensorrt
+
+V3_CREATOR = "PLUGIN CREATOR_V3ONE"
+"""Interface of a creator of IPluginV3, as TensorRT names it."""
+
+_loaded: set[Path] = set()
+"""Libraries of this process: a library registers its creators once."""
+
+
+def load_plugins(trt: Any, libraries: Sequence[Path]) -> None:
+    """Load plugin libraries into the registry of TensorRT.
+
+    A library exports ``getCreators`` (facts of the interface: NvInferRuntimePlugin.h) and its
+    creators make IPluginV3.
+
+    Parameters
+    ----------
+    trt
+        The module that `import_tensorrt` returned.
+    libraries
+        Shared libraries. One that is loaded already is skipped.
+
+    Raises
+    ------
+    EngineError
+        When a library is missing, cannot be loaded, exports no creators, or creators of another
+        interface.
+    """
+    registry: tensorrt.IPluginRegistry = trt.get_plugin_registry()
+    for library in libraries:
+        path = library.resolve()
+        if path in _loaded:
+            continue
+        _check_exports(library)
+        before = len(registry.all_creators)
+        handle = registry.load_library(str(path))
+        creators = registry.all_creators[before:]
+        if handle is None or not creators:
+            raise EngineError(
+                f"{library}: TensorRT {trt.__version__} registered none of its plugins; a plugin "
+                "of that name is there already, or it was built for another TensorRT"
+            )
+        creator: tensorrt.IPluginCreatorV3One
+        for creator in creators:
+            kind = creator.interface_info.kind
+            if kind != V3_CREATOR:
+                registry.deregister_library(handle)
+                raise EngineError(
+                    f"{library}: its plugin {creator.name!r} has the interface {kind!r}, not "
+                    f"{V3_CREATOR!r}; build it against IPluginV3"
+                )
+        _loaded.add(path)
+
+
+def is_registered(trt: Any, name: str, version: str, namespace: str) -> bool:
+    """Tell whether a plugin of this name, version and namespace can be created."""
+    registry: tensorrt.IPluginRegistry = trt.get_plugin_registry()
+    return registry.get_creator(name, version, namespace) is not None
+
+
+def _check_exports(library: Path) -> None:
+    if not library.is_file():
+        raise EngineError(f"{library}: no such plugin library; make one with 'build-plugin'")
+    try:
+        handle = ctypes.CDLL(str(library.resolve()))
+    except OSError as error:
+        raise EngineError(f"{library}: cannot load the plugin library: {error}") from error
+    if not hasattr(handle, "getCreators"):
+        raise EngineError(
+            f"{library}: exports no getCreators, so it is no plugin library for TensorRT 10 or "
+            "later"
+        )

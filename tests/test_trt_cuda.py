@@ -1,0 +1,157 @@
+"""Buffers, streams, CUDA graphs and the session of the TensorRT engines, on a GPU.
+
+TensorRT itself is stood in for by a context that copies the images to the detections, on the
+stream and between the buffers that the session gave it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.backends.tensorrt import Session
+from engine.backends.tensorrt_cuda import Stream, check, use_gpu
+from engine.protocol import EngineError, InputSpec
+
+cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        int(cuda.cudaGetDeviceCount()[0]) != 0 or not cuda.cudaGetDeviceCount()[1],
+        reason="needs a GPU",
+    ),
+]
+
+SHAPE = (3, 7, 1)  # 21 floats an image, as 3 rows of 7
+
+
+class CopyContext:
+    """Detections are the images; of their number every byte is 1."""
+
+    def __init__(self):
+        self.addresses, self.batch, self.runs = {}, 0, 0
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+
+    def set_input_shape(self, name, shape):
+        assert name == "image"
+        assert tuple(shape[1:]) == SHAPE
+        self.batch = shape[0]
+
+    def execute_async_v3(self, stream):
+        self.runs += 1
+        kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        target, source = self.addresses["detections"], self.addresses["image"]
+        check(cuda.cudaMemcpyAsync(target, source, self.batch * 84, kind, stream))
+        check(cuda.cudaMemsetAsync(self.addresses["num_detections"], 1, self.batch * 4, stream))
+        return True
+
+
+class CopyEngine:
+    input_spec = InputSpec("image", SHAPE, "float32")
+    max_batch = 8
+
+    def __init__(self, min_batch=1):
+        self.manifest = {"min_batch": min_batch}
+
+    def output_shape(self, name):
+        return {"detections": (8, 3, 7), "num_detections": (8,)}[name]
+
+
+def images(count, seed):
+    return np.random.default_rng(seed).standard_normal((count, *SHAPE), np.float32)
+
+
+def check_batch(session, count, seed):
+    batch = images(count, seed)
+    detections, counts = session.infer(batch)
+    np.testing.assert_array_equal(detections, batch.reshape(count, 3, 7))
+    np.testing.assert_array_equal(counts, np.full(count, 0x01010101))
+    assert (detections.dtype, counts.dtype) == (np.float32, np.int32)
+
+
+def test_gpu_is_described():
+    gpu = use_gpu(0)
+    assert "NVIDIA" in gpu.name
+    assert gpu.compute_capability.replace(".", "").isdecimal()
+    with pytest.raises(EngineError, match="no CUDA device 99 can be used: CUDA: invalid device"):
+        use_gpu(99)
+
+
+def test_copies_and_graph_replay():
+    use_gpu(0)
+    stream = Stream()
+    source, target = stream.pinned((5, 3), np.int8), stream.pinned((5, 3), np.int8)
+    address = stream.device(source.nbytes)
+
+    def work():
+        stream.upload(address, source)
+        stream.download(target, address)
+
+    source[:], target[:] = 7, 0
+    work()
+    stream.synchronize()
+    assert (target == 7).all()
+    replay = stream.capture(work)
+    source[:] = np.arange(15).reshape(5, 3)
+    stream.synchronize()
+    assert (target == 7).all()  # recording runs nothing
+    replay()
+    stream.synchronize()
+    np.testing.assert_array_equal(target, np.arange(15).reshape(5, 3))
+    stream.close()
+
+
+def test_failed_capture_leaves_the_stream_usable():
+    use_gpu(0)
+    stream = Stream()
+
+    def work():
+        raise EngineError("refused")
+
+    with pytest.raises(EngineError, match="refused"):
+        stream.capture(work)
+    host = stream.pinned((4,), np.float32)
+    stream.upload(stream.device(host.nbytes), host)
+    stream.synchronize()
+    stream.close()
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_session_of_changing_batches(capture):
+    use_gpu(0)
+    context = CopyContext()
+    session = Session(CopyEngine(), context, capture=capture)
+    sizes = (8, 3, 8, 1, 3, 8)
+    for seed, count in enumerate(sizes):
+        check_batch(session, count, seed)
+    assert context.runs == (2 * 3 if capture else len(sizes))  # a graph: once run, once recorded
+    session.close()
+
+
+def test_batch_below_the_profile_is_filled_up():
+    use_gpu(0)
+    context = CopyContext()
+    session = Session(CopyEngine(min_batch=4), context, capture=False)
+    check_batch(session, 2, 0)
+    assert context.batch == 4
+    session.close()
+
+
+def test_halves_of_infer():
+    use_gpu(0)
+    session = Session(CopyEngine(), CopyContext(), capture=False)
+    with pytest.raises(EngineError, match="no batch was submitted"):
+        session.result()
+    batch = images(2, 1)
+    session.submit(batch)
+    with pytest.raises(EngineError, match="was not taken"):
+        session.submit(batch)
+    expected = batch.copy()
+    batch[:] = 0  # the session has its own copy
+    np.testing.assert_array_equal(session.result()[0], expected.reshape(2, 3, 7))
+    with pytest.raises(EngineError, match="a batch of 9 images"):
+        session.submit(images(9, 0))
+    session.close()
