@@ -8,7 +8,7 @@ ONNX := $(BUILD_DIR)/onnx/ssd-resnet34-demo.onnx
 SURGERED := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
 DEMO_LOGS := $(BUILD_DIR)/logs/demo
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench
 
 # The virtual environment: the project and what its commands need, at the tested versions.
 .venv/installed: pyproject.toml constraints.txt
@@ -34,6 +34,3 @@ test: .venv/installed
 # Ratios against peers in one run, to docs/measurements/. Wants a quiet machine.
 bench: .venv/installed
 	$(BIN)/python -m harness.bench $(SURGERED) -o docs/measurements/harness.json
-
-clean:
-	rm -rf $(BUILD_DIR)

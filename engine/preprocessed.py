@@ -114,7 +114,9 @@ def load_preprocessed(directory: Path, spec: InputSpec) -> PreprocessedSet:
     except FileNotFoundError:
         unfinished = (directory / JOURNAL).exists()
         state = "is unfinished" if unfinished else "holds no preprocessed images"
-        raise EngineError(f"{directory} {state}; run `harness preprocess`") from None
+        raise EngineError(
+            f"{directory} {state}; run `harness preprocess MODEL --dataset NAME` first"
+        ) from None
     except OSError as error:
         raise EngineError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -19,6 +19,9 @@ from export.unpickle import LEGACY_MAGIC, load_pickle
 CONFIG_KEY = "ssd_config"
 """Metadata key of the configuration, in .safetensors checkpoints and in the ONNX file."""
 
+PARALLEL_PREFIX = "module."
+"""What nn.DataParallel and DistributedDataParallel put before every name."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -44,7 +47,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a .safetensors file or any ``torch.save`` file (by content, not by suffix).
 
     Nothing in the file is executed. A PyTorch file may hold a whole pickled module of any class
-    path, ``{"model": state_dict}`` or a state dict.
+    path, or a state dict, also under ``model`` or ``state_dict``; a DataParallel prefix is dropped.
 
     Raises
     ------
@@ -66,13 +69,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     else:
         raise ExportError(
             f"{path}: unknown format; expected .safetensors or a file of torch.save "
-            "(whole module, {'model': state_dict} or state_dict)"
+            "(a whole module, or a state_dict, also under 'model' or 'state_dict')"
         )
     wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if wrong or not tensors:
         found = f"{wrong[0]!r} is no tensor" if wrong else "no tensor in it"
         raise ExportError(f"{path}: not a state_dict: {found}")
     checked = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if all(name.startswith(PARALLEL_PREFIX) for name in checked):
+        checked = {name.removeprefix(PARALLEL_PREFIX): t for name, t in checked.items()}
     return Checkpoint(path, digest, checked, config)
 
 
@@ -153,7 +158,7 @@ def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
     ]
     if problems:
         raise ExportError(
-            f"{checkpoint.path}: {len(problems)} problems against {config}\n  "
+            f"{checkpoint.path} does not fit {config} in {len(problems)} points:\n  "
             + "\n  ".join(problems)
         )
 

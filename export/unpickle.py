@@ -276,9 +276,10 @@ def _tensor(record: _TensorRecord, storages: Mapping[str, bytes]) -> Tensor:
 
 
 def _named_values(root: object) -> Iterator[tuple[str, object]]:
-    """Names and values of what a checkpoint holds: a module, a state dict, or one under "model"."""
-    if isinstance(root, dict) and isinstance(root.get("model"), dict):
-        root = root["model"]
+    """Names and values of what a checkpoint holds: a module or a state dict, perhaps wrapped."""
+    for key in ("model", "state_dict"):
+        if isinstance(root, dict) and isinstance(root.get(key), dict):
+            root = root[key]
     if isinstance(root, _Inert):
         yield from _module_tensors(root)
     elif isinstance(root, dict):

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
 from engine.files import write_atomically
 from engine.load import load_engine
+from engine.preprocessed import MEAN, STD
 from engine.protocol import DETECTION_FIELDS, Engine, EngineError, InputSpec, Session
 from harness.dataset import Dataset, known_dataset, load_map
 from harness.errors import HarnessError
@@ -37,8 +38,6 @@ from harness.settings import Offline, Server, Settings
 
 _SAMPLES_IN_MEMORY = 64
 _NULL_QPS = 1000.0
-_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as MLPerf's pre_process_coco_resnet34
-_STD = (0.229, 0.224, 0.225)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -240,7 +239,7 @@ def _plain_preprocess(image_dir: Path, names: tuple[str, ...], size: int) -> flo
     """Seconds of what MLPerf's reference does, image by image, on one core."""
     import cv2
 
-    mean, std = np.array(_MEAN, np.float32), np.array(_STD, np.float32)
+    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:

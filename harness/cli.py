@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from engine.progress import progress_bar
 from engine.protocol import Engine, EngineError, InputSpec
 from harness.dataset import Dataset, known_dataset, load_map
 from harness.errors import HarnessError
-from harness.settings import MODEL, MODES, SCENARIOS, load_settings
+from harness.settings import MODEL, MODES, SCENARIOS, Settings, load_settings
 
 if TYPE_CHECKING:
     from harness.report import Runs
@@ -169,6 +170,7 @@ def run(
     from harness.run import Benchmark
     from harness.run import run as run_benchmark
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
     loaded: Engine = load_engine(engine, model, device=device, threads=threads)
     data = known_dataset(dataset, split, build_dir)
     source = load_preprocessed(
@@ -180,6 +182,7 @@ def run(
     try:
         for mode in modes:
             for setting in settings:
+                typer.echo(_announcement(setting, mode, len(source.files)), err=True)
                 where = root / (system or platform.node()) / MODEL / setting.scenario / mode
                 with progress_bar(f"{setting.scenario} {mode}") as progress:
                     results.append(
@@ -208,15 +211,24 @@ def accuracy(
     ] = None,
     build_dir: _BuildDir = Path("build"),
 ) -> None:
-    """Compute the COCO mAP of an accuracy log as MLPerf's accuracy-coco.py does."""
-    from harness.accuracy import evaluate
+    """Compute the COCO mAP of an accuracy log as MLPerf's accuracy-coco.py does.
 
+    In the folder of a run of this harness, samples.txt says which image each sample is; elsewhere
+    the data set's map or the order of the annotations does.
+    """
+    from harness.accuracy import evaluate
+    from harness.run import SAMPLES
+
+    if (dataset is None) == (annotations is None):
+        raise HarnessError("give either --dataset or --annotations")
     files = None
-    if dataset is not None and annotations is None:
+    if dataset is not None:
         data = known_dataset(dataset, "val", build_dir)
         annotations, files = data.annotations, load_map(data.map_file)
-    if annotations is None or (dataset is not None and files is None):
-        raise HarnessError("give either --dataset or --annotations")
+    if annotations is None:
+        raise HarnessError(f"{dataset} has no annotations")
+    if (log.parent / SAMPLES).exists():
+        files = load_map(log.parent / SAMPLES)
     result = evaluate(log, annotations, files)
     for name, value in result.stats.items():
         typer.echo(f"{name:>6} {value:.4f}")
@@ -249,6 +261,17 @@ def main() -> None:
     except (HarnessError, EngineError) as error:
         _complain(error)
         sys.exit(2)
+
+
+def _announcement(settings: Settings, mode: str, samples: int) -> str:
+    """Say what is about to run: a run of the benchmark's length is silent for long."""
+    if mode == "AccuracyOnly":
+        return f"{settings.scenario} {mode}: {samples} samples"
+    least = [f"{settings.min_duration_ms / 1000:g} s"]
+    if settings.min_query_count:
+        what = "samples" if settings.scenario == "Offline" else "queries"
+        least.append(f"{settings.min_query_count} {what}")
+    return f"{settings.scenario} {mode}: at least {' and '.join(least)}"
 
 
 def _complain(error: Exception) -> None:

@@ -94,9 +94,7 @@ def load_map(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise HarnessError(
-            f"map file {path} not found; run from the repository root or name another map"
-        ) from None
+        raise HarnessError(f"map file {path} not found; run from the repository root") from None
     except (OSError, UnicodeDecodeError) as error:
         raise HarnessError(f"map file {path} cannot be read: {error}") from error
     if not lines:

@@ -102,9 +102,8 @@ def run_test(
     batch = min(settings.batch, engine.max_batch or settings.batch)
     sut = Sut(engine, library, batch=batch, max_wait_s=settings.max_wait_s)
     total = len(source.files)
-    warm_up = source.load([index % total for index in range(batch)])
     try:
-        sut.start(warm_up)
+        sut.start(source.load([index % total for index in range(batch)]))
         if not sut.wait_ready(timeout_s):
             sut.fail(_timeout(timeout_s))
         if sut.failure is None:

@@ -32,7 +32,7 @@ def find_results(directories: Sequence[Path]) -> Runs:
     for directory in directories:
         paths = [
             path
-            for path in sorted(directory.rglob(RESULT))
+            for path in ([directory] if directory.is_file() else sorted(directory.rglob(RESULT)))
             if not path.parent.name.endswith(".partial")
         ]
         if not paths:

@@ -24,6 +24,9 @@ from harness.result import RunResult, latency_summary, performance_figures, vers
 from harness.settings import Mode, Settings
 
 PICTURES = "pictures"
+
+SAMPLES = "samples.txt"
+"""Map file of a run: the image of each sample, which is not the data set's where some were bad."""
 ERROR = "error.txt"
 
 
@@ -89,6 +92,7 @@ def run(
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
+        (partial / SAMPLES).write_text("".join(f"{name}\n" for name in benchmark.source.files))
         outcome = run_test(
             benchmark.engine,
             benchmark.source,

@@ -55,7 +55,6 @@ class Sut:
         self._ready = threading.Event()
         self._ended = threading.Event()
         self._worker: threading.Thread | None = None
-        self.failed = threading.Event()
         self.failure: BaseException | None = None
         self.warm_up_seconds = 0.0
         self.issued = 0
@@ -101,7 +100,6 @@ class Sut:
             ids = list(self._outstanding)
             self._outstanding.clear()
         _complete_empty(ids)
-        self.failed.set()
         self._ready.set()
 
     def stalled_for(self) -> float:
@@ -109,14 +107,12 @@ class Sut:
         with self._lock:
             return time.monotonic() - self._last_progress if self._outstanding else 0.0
 
-    def stop(self, timeout: float) -> bool:
-        """Let the worker end after what it has; False when it did not end in time."""
+    def stop(self, timeout: float) -> None:
+        """Let the worker end after what it has; one that blocks is left behind."""
         self._queue.put(None)
         self._ended.set()
         if self._worker is not None:
             self._worker.join(timeout)
-            return not self._worker.is_alive()
-        return True
 
     def _work(self, warm_up: NDArray[np.generic]) -> None:
         try:

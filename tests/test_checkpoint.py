@@ -69,11 +69,13 @@ def test_whole_module_of_a_class_that_is_not_here(
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("wrap", [True, False])
-def test_state_dicts(small_model, tmp_path, zipped, wrap):
+@pytest.mark.parametrize("wrap", [None, "model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_state_dicts(small_model, tmp_path, zipped, wrap, prefix):
     path = tmp_path / "weights.pth"
-    state = small_model.state_dict()
-    torch.save({"model": state} if wrap else state, path, _use_new_zipfile_serialization=zipped)
+    state = {prefix + name: tensor for name, tensor in small_model.state_dict().items()}
+    content = {wrap: state, "epoch": 3} if wrap else state
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
     assert same_weights(path, small_model)
 
 
@@ -291,7 +293,7 @@ def test_every_problem_is_listed_with_the_nearest_name(small_model, tmp_path):
     with pytest.raises(ExportError) as caught:
         check_tensors(checkpoint, small_model.config)
     text = str(caught.value)
-    assert "5 problems" in text
+    assert "in 5 points" in text
     assert "missing model.layer1.0.weight [4, 3, 7, 7]" in text
     assert "missing additional_blocks.4.2.bias [16]" in text
     assert "unexpected backbone.layer1.0.weight" in text

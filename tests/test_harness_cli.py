@@ -196,10 +196,13 @@ def test_accuracy_of_a_log(logs, preprocessed):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "mAP=100.000%"
     annotations = preprocessed / "build" / "data" / "coco" / "annotations"
-    # the order of the annotation file is the reverse of the map's, so all labels are wrong
-    done = harness(
-        preprocessed, "accuracy", log, "--annotations", annotations / "instances_val2017.json"
-    )
+    order = ["--annotations", annotations / "instances_val2017.json"]
+    done = harness(preprocessed, "accuracy", log, *order)  # samples.txt lies beside the log
+    assert done.stdout.splitlines()[-1] == "mAP=100.000%"
+    # Elsewhere the annotations tell the order: the reverse of the map's, so all labels are wrong.
+    foreign = preprocessed / "mlperf_log_accuracy.json"
+    foreign.write_bytes(log.read_bytes())
+    done = harness(preprocessed, "accuracy", foreign, *order)
     assert done.stdout.splitlines()[-1] == "mAP=0.000%"
 
 
@@ -222,11 +225,16 @@ def test_a_skipped_image_is_not_forgotten(preprocessed):
     assert done.returncode == 0, done.stderr
     assert "1.0000" in done.stdout
     assert "holds 5 of the 6 images of the map" in done.stdout
+    (log,) = (preprocessed / "five_logs").rglob("mlperf_log_accuracy.json")
+    done = harness(preprocessed, "accuracy", log, "--dataset", "coco")
+    assert done.stdout.splitlines()[-1] == "mAP=100.000%"
 
 
-def test_ctrl_c(preprocessed):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so(preprocessed, number):
+    folder = f"interrupted_{number.name}"
     process = subprocess.Popen(
-        [sys.executable, "-m", "harness", "run", "grey.onnx", "--log-dir", "interrupted"],
+        [sys.executable, "-m", "harness", "run", "grey.onnx", "--log-dir", folder],
         cwd=preprocessed,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -234,15 +242,15 @@ def test_ctrl_c(preprocessed):
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not list((preprocessed / "interrupted").rglob("mlperf_log_detail.txt")):
+    while not list((preprocessed / folder).rglob("mlperf_log_detail.txt")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130, stderr
-    assert stderr.startswith("harness: error: Offline PerformanceOnly: interrupted")
+    assert "harness: error: Offline PerformanceOnly: interrupted" in stderr.splitlines()[-1]
     assert stdout == ""
-    assert not list((preprocessed / "interrupted").rglob("result.json"))
+    assert not list((preprocessed / folder).rglob("result.json"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from harness_fakes import KEEP, Memory, detect
+from harness_fakes import KEEP, FakeEngine, Memory, detect
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from harness.errors import HarnessError
 from harness.loadgen_log import DETAIL, read_detail
 from harness.qsl import SampleLibrary
 from harness.result import latency_summary
-from harness.sut import check_outputs, pack
+from harness.sut import Sut, check_outputs, pack
 
 LOADED = [7, 3, 9, 1, 0, 7, 3]  # MultiStream repeats the first samples
 
@@ -135,6 +135,22 @@ def test_detail_log(tmp_path):
         "the minimum duration was not reached",
     )
     assert detail.latency_ms == {"p99.9": 1.5}
+
+
+@pytest.mark.parametrize("error", [True, False])
+def test_a_valid_run_with_an_error_is_not_valid(tmp_path, error):
+    (tmp_path / DETAIL).write_text(
+        line("result_validity", "VALID") + line("anything", "went wrong", error=error)
+    )
+    assert read_detail(tmp_path / DETAIL).valid is not error
+
+
+def test_the_first_error_is_the_one_that_counts():
+    """Later ones follow from it."""
+    sut = Sut(FakeEngine(), SampleLibrary(Memory(1)), batch=1, max_wait_s=0)
+    for number in range(3):
+        sut.fail(EngineError(str(number)))
+    assert str(sut.failure) == "0"
 
 
 @given(cut=st.integers(1, 60))
