@@ -46,7 +46,7 @@ test: .venv/installed
 bench: $(DEMO)
 	$(BIN)/python -m harness.bench $(DEMO) -o docs/measurements/harness.json
 	$(BIN)/harness preprocess $(DEMO) --dataset demo --split cal
-	$(BIN)/python -m engine.bench $(DEMO) -o docs/measurements/int8_demo.json \
+	$(BIN)/python -m engine.bench $(DEMO) --images 64 -o docs/measurements/int8_demo.json \
 	  --data $(BUILD_DIR)/preprocessed_data/demo-cal/float32_400x400
 
 # The INT8 graph and its scales. The commands leave alone what is up to date by its hashes.
