@@ -8,7 +8,7 @@ many ways.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import onnx
@@ -28,6 +28,9 @@ RESHAPING = frozenset(
 BOUND_OF_ALL = frozenset({"Min", "Concat"})
 BOUND_OF_FIRST = frozenset({"ReduceMin", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
 """Operators through which a constant upper bound, as in min(200, n), is followed."""
+
+ATTRIBUTE_TYPES = {"int": int, "float": float, "tuple[int, int, int]": list}
+"""How onnx gives the value of an attribute, by the annotation in `NmsAttributes`."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,28 @@ def read_surgered(topology: Topology, node: onnx.NodeProto) -> DetectionTail:
         When the node is not written as `nms_function.nms_node` writes it.
     """
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    names = NmsAttributes.__dataclass_fields__
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise SurgeryError(f"{OP_TYPE} lacks the attributes {', '.join(missing)}")
+    names = {field.name: ATTRIBUTE_TYPES[str(field.type)] for field in fields(NmsAttributes)}
+    wrong = [name for name, kind in names.items() if not isinstance(values.get(name), kind)]
+    if wrong:
+        raise SurgeryError(
+            f"{OP_TYPE} lacks these attributes, or has them of another type: {', '.join(wrong)}"
+        )
     values["inputOrder"] = tuple(values["inputOrder"])
     attributes = NmsAttributes(**{name: values[name] for name in names})
     levels = attributes.numLayers
-    priors = topology.value(node.input[-1])
-    if len(node.input) != 2 * levels + 1 or priors is None:
+    priors = topology.value(node.input[-1]) if len(node.input) == 2 * levels + 1 else None
+    if priors is None:
         raise SurgeryError(
             f"{OP_TYPE} with numLayers={levels} takes {2 * levels} head tensors and constant priors"
         )
     heads = read_heads(topology, node.input[:levels], node.input[levels:-1])
+    given = (attributes.numClasses, priors.dtype, priors.shape)
+    if given != (heads.num_classes, np.dtype(np.float32), (2, heads.num_priors * 4, 1)):
+        raise SurgeryError(
+            f"{OP_TYPE} has numClasses={attributes.numClasses} and priors {priors.dtype}"
+            f"{list(priors.shape)}; its heads are of {heads.num_classes} classes and "
+            f"{heads.num_priors} priors, float32[2, {heads.num_priors * 4}, 1]"
+        )
     return DetectionTail(heads, priors, attributes, tuple(node.output), False)
 
 

@@ -39,6 +39,9 @@ _SHIFT = np.array([[100.0], [100.0], [0.0], [0.0]])
 _STRETCH = np.array([[0.0], [0.0], [10.0], [10.0]])
 """Deltas that bring out a variance well above the rounding of a coordinate."""
 
+_WIDE = 50.0
+"""Deltas up to here, either way: a stretch to exp(10) for a variance of 0.2."""
+
 _BOOST = 8.0
 """Added to one logit of each prior: its score is then near 1, for up to a few hundred classes."""
 
@@ -57,7 +60,8 @@ def probe_boxes(run: Run, heads: Heads) -> NDArray[np.float32]:
     """
     batch, count = heads.batch or 1, heads.num_priors
     logits = np.zeros((batch, heads.num_classes, count), np.float32)
-    noise = _representable(np.random.default_rng(0).normal(size=(4, count)))
+    rng = np.random.default_rng(0)
+    noise = _representable(rng.uniform(-1, 1, (4, count)) * rng.choice([1.0, _WIDE], count))
     probes = [
         run(np.broadcast_to(deltas, (batch, 4, count)).astype(np.float32), logits)
         for deltas in (np.zeros((4, 1)), _SHIFT, _STRETCH, noise)

@@ -17,7 +17,7 @@ from graph_surgery.nms_function import (
     nms_function,
     nms_node,
 )
-from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail
+from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
 from graph_surgery.topology import Topology, one_line
 from graph_surgery.verify import verify_heads, verify_tail
 
@@ -59,9 +59,11 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     Raises
     ------
     SurgeryError
-        When no tail, or not one that the operator can express, is found, or the proof fails.
+        When no tail, or not one that the operator can express, is found, or the proof fails;
+        when the model has an NMS_OPT_TRT node that is not as this function makes it.
     """
-    if find_nms_node(model) is not None:
+    if (node := find_nms_node(model)) is not None:
+        _check_surgered(model, node)
         return SurgeryResult(model, False, (f"the graph has its {OP_TYPE} node: nothing to do",))
     old = Topology(model)
     tail = find_tail(old)
@@ -100,6 +102,30 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
 def _opset(model: onnx.ModelProto) -> int:
     versions: list[int] = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
     return max(versions, default=1)
+
+
+def _check_surgered(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+    """Check that a model with an NMS_OPT_TRT node is whole."""
+    again = "start again from the model before its surgery"
+    count = sum((n.domain, n.op_type) == (DOMAIN, OP_TYPE) for n in model.graph.node)
+    if count != 1:
+        raise SurgeryError(f"the graph has {count} {OP_TYPE} nodes, not one: {again}")
+    try:
+        tail = read_surgered(Topology(model), node)
+    except SurgeryError as error:
+        raise SurgeryError(f"the graph was operated on before, but {error}; {again}") from error
+    functions = [f for f in model.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]
+    if not functions:
+        raise SurgeryError(
+            f"the graph has an {OP_TYPE} node but not the function that defines it, without which "
+            f"ONNX Runtime cannot run it: {again}"
+        )
+    opset = _opset(model)
+    if functions != [nms_function(tail.attributes.numLayers, opset)]:
+        raise SurgeryError(
+            f"the function {OP_TYPE} in the model is not the operator's definition for "
+            f"{tail.attributes.numLayers} levels and opset {opset}: {again}"
+        )
 
 
 def _replace(old: Topology, tail: DetectionTail) -> onnx.ModelProto:

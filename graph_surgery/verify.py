@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
 from graph_surgery.heads import HeadRunner, Heads
-from graph_surgery.nms_function import OP_TYPE, NmsAttributes
+from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import DetectionTail
+from graph_surgery.samples import proof_images
 from graph_surgery.topology import Arrays, Runner, Topology
 
 Floats = NDArray[np.float32]
@@ -45,20 +46,18 @@ _BOX_COLUMNS = {"ymin, xmin, ymax, xmax": (1, 2, 3, 4), "xmin, ymin, xmax, ymax"
 
 
 def verify_tail(old: Topology, new: Topology, tail: DetectionTail) -> Agreement:
-    """Run the old tail and the new node on seeded random head tensors.
+    """Run the old tail and the new node on the head tensors of `samples`.
 
-    The images: one with candidates in every class, one with a class of more than topK candidates
-    (left out where the old tail caps its classes after suppression), one with none.
+    They must agree on every detection and on the order of detections. What NaN and infinity do
+    is not compared.
 
     Raises
     ------
     SurgeryError
         When a row of one has no equal in the other, or the old outputs are not understood.
     """
-    heads, attributes = tail.heads, tail.attributes
-    images = [_sparse_image(heads, attributes), _empty_image(heads, attributes)]
-    if not tail.capped_after_suppression:
-        images.append(_crowded_image(heads, attributes))
+    heads = tail.heads
+    images = proof_images(tail)
     batch = heads.batch or len(images)
     run_old = HeadRunner(old, heads, tail.outputs)
     run_new = HeadRunner(new, heads, ["detections", "num_detections"])
@@ -83,8 +82,8 @@ def verify_tail(old: Topology, new: Topology, tail: DetectionTail) -> Agreement:
     detections = sum(len(rows) for _, rows in pairs)
     if not detections:
         raise SurgeryError(
-            f"nothing on the check's images scores above {attributes.confidenceThreshold}: the "
-            "surgery cannot be proved"
+            "nothing on the check's images scores above "
+            f"{tail.attributes.confidenceThreshold}: the surgery cannot be proved"
         )
     return Agreement(len(pairs), detections, max(differences[order]), order)
 
@@ -148,45 +147,15 @@ def _rows(outputs: Arrays) -> list[Floats]:
 
 
 def _difference(old: Floats, new: Floats) -> float:
-    """Largest distance of a row to the nearest row of the other side; infinite for other counts.
+    """Largest distance of a row to its equal on the other side; infinite for other counts.
 
-    Rows are compared as sets: rounding may swap two neighbours of nearly equal score.
+    Its equal stands in the same place, or in that of a score which rounding may have swapped with
+    its own: one that differs, and by no more than `TOLERANCE`.
     """
     if len(old) != len(new):
         return np.inf
+    gap = np.abs(new[:, None, 5] - new[None, :, 5])
+    comparable = np.eye(len(new), dtype=bool) | ((gap > 0) & (gap <= TOLERANCE))
     distance = np.nan_to_num(np.abs(old[:, None] - new[None]).max(axis=2), nan=np.inf)
+    distance[~comparable] = np.inf
     return float(max(distance.min(axis=axis, initial=np.inf).max(initial=0.0) for axis in (0, 1)))
-
-
-def _empty_image(heads: Heads, attributes: NmsAttributes) -> tuple[Floats, Floats]:
-    """Deltas [4, P] and logits [C, P] that say background everywhere, if there is one."""
-    rng = np.random.default_rng(0)
-    loc = rng.normal(size=(4, heads.num_priors)).astype(np.float32)
-    conf = rng.normal(0.0, 0.1, (heads.num_classes, heads.num_priors)).astype(np.float32)
-    if attributes.backgroundLabelId >= 0:
-        conf[attributes.backgroundLabelId] += 8.0
-    return loc, conf
-
-
-def _sparse_image(heads: Heads, attributes: NmsAttributes) -> tuple[Floats, Floats]:
-    """As `_empty_image`, with up to topK candidates in a class: runs of overlapping neighbours."""
-    loc, conf = _empty_image(heads, attributes)
-    rng = np.random.default_rng(1)
-    run, classes = 3, heads.num_classes
-    count = min(heads.num_priors // 2, classes * min(attributes.topK, 24)) // run
-    starts = rng.choice(heads.num_priors // run, count, replace=False) * run
-    for index, start in enumerate(starts):
-        where = slice(start, start + run)
-        conf[index % classes, where] += rng.uniform(6.0, 12.0, run).astype(np.float32)
-    return loc, conf
-
-
-def _crowded_image(heads: Heads, attributes: NmsAttributes) -> tuple[Floats, Floats]:
-    """As `_empty_image`, with more than topK candidates in one class where there are priors."""
-    loc, conf = _empty_image(heads, attributes)
-    rng = np.random.default_rng(2)
-    count = min(heads.num_priors, attributes.topK + 50)
-    where = rng.choice(heads.num_priors, count, replace=False)
-    label = (attributes.backgroundLabelId + 1) % heads.num_classes
-    conf[label, where] += rng.uniform(6.0, 12.0, count).astype(np.float32)
-    return loc, conf

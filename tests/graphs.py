@@ -54,6 +54,9 @@ class Builder:
     def columns(self, x: str, start: int, stop: int, axis: int) -> str:
         return self.op("Slice", x, *(self.const([i]) for i in (start, stop, axis)))
 
+    def reverse(self, x: str, axis: int) -> str:
+        return self.op("Slice", x, *(self.const([i]) for i in (-1, -(2**31), axis, -1)))
+
 
 def grid_priors() -> np.ndarray:
     """Centres and sizes [P, 4] in the order anchor, row, column within a level."""
@@ -88,6 +91,7 @@ class Variant:
     lacks: str = ""
     label_offset: int = 1
     nms_nodes: int = 1
+    twist: str = ""  # something that NMS_OPT_TRT does not do; see _twist
 
 
 UNCAPPED = Variant(cap=PRIORS)
@@ -184,6 +188,8 @@ def _postprocess(b: Builder, loc: str, conf: str, variant: Variant) -> None:
     xy = b.op("Mul", b.columns(deltas, 0, 2, 2), b.floats(0.1))
     xy = b.op("Add", b.op("Mul", xy, b.floats(priors[None, :, 2:])), b.floats(priors[None, :, :2]))
     wh = b.op("Mul", b.columns(deltas, 2, 4, 2), b.floats(0.2))
+    for operator, bound in CLAMPS.get(variant.twist, ()):
+        wh = b.op(operator, wh, b.floats(bound))
     wh = wh if variant.encoding == "linear" else b.op("Exp", wh)
     half = b.op("Mul", b.op("Mul", wh, b.floats(priors[None, :, 2:])), b.floats(0.5))
     lt, rb = b.op("Sub", xy, half), b.op("Add", xy, half)
@@ -203,6 +209,7 @@ def _postprocess(b: Builder, loc: str, conf: str, variant: Variant) -> None:
         best = b.op("ArgMax", foreground, axis=2, keepdims=0)
         _outputs(b, boxes, best, b.op("ReduceMax", foreground, axes=[2], keepdims=0))
         return
+    boxes, foreground = _twist(b, boxes, foreground, variant)
     cap = b.const([variant.cap])
     thresholds = [b.floats([variant.overlap]), b.floats([variant.threshold])]
     selected = [
@@ -223,10 +230,41 @@ def _postprocess(b: Builder, loc: str, conf: str, variant: Variant) -> None:
         axes = {} if b.opset >= 18 else {"axes": [0]}
         k = b.op("Cast", b.op("ReduceMin", least, keepdims=1, **axes), to=TensorProto.INT64)
         kept, order = b.op("TopK", flat, k, outputs=2, axis=0)
+        if variant.twist == "ascending":
+            kept, order = b.reverse(kept, 0), b.reverse(order, 0)
         label, box = (b.op("Gather", part, order, axis=0) for part in (label, box))
     boxes = b.op("Gather", b.squeeze(boxes, 0), box, axis=0)
     labels = b.op("Add", label, b.const(variant.label_offset))
     _outputs(b, *(b.unsqueeze(part, 0) for part in (boxes, labels, kept)))
+
+
+CLAMPS = {"large clamped": [("Min", 4.135)], "small clamped": [("Max", -4.135)]}
+"""Twists of the logarithm of a stretch; torchvision's detectors have the first."""
+
+
+def _twist(b: Builder, boxes: str, foreground: str, variant: Variant) -> tuple[str, str]:
+    """Change boxes [1, P, 4] or scores [1, C - 1, P] before suppression."""
+    if variant.twist == "clipped before":
+        return b.op("Clip", boxes, b.floats(0), b.floats(1)), foreground
+    if variant.twist == "later prior wins":
+        return b.reverse(boxes, 1), b.reverse(foreground, 2)
+    left, right = (b.op("Transpose", b.columns(boxes, i, i + 1, 2), perm=[0, 2, 1]) for i in (0, 2))
+    if variant.twist == "second threshold, far":
+        counts = b.op("Greater", foreground, b.floats(variant.threshold + 0.05))
+    elif variant.twist == "second threshold, near":
+        counts = b.op("Greater", foreground, b.floats(variant.threshold * 1.02))
+    elif variant.twist == "small dropped":
+        counts = b.op("Greater", b.op("Sub", right, left), b.floats(0.002))
+    elif variant.twist == "large dropped":
+        counts = b.op("Less", b.op("Sub", right, left), b.floats(10))
+    elif variant.twist == "outside dropped":
+        counts = b.op("Less", left, b.floats(1))
+    elif variant.twist == "best class alone":
+        best = b.op("ReduceMax", foreground, axes=[1], keepdims=1)
+        counts = b.op("Equal", foreground, best)
+    else:
+        return boxes, foreground
+    return boxes, b.op("Where", counts, foreground, b.floats(0))
 
 
 def _outputs(b: Builder, boxes: str, labels: str, scores: str) -> None:

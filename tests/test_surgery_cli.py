@@ -40,6 +40,21 @@ def test_command_line(exported, tmp_path, monkeypatch, capsys):
     assert heads[0] == heads[1]
 
 
+def test_a_surgered_model_without_its_function_is_not_copied(
+    exported, tmp_path, monkeypatch, capsys
+):
+    once, out = tmp_path / "once.onnx", tmp_path / "out.onnx"
+    assert command(monkeypatch, capsys, "nms", exported, once)[0] == 0
+    model = onnx.load(once)
+    del model.functions[:]
+    onnx.save(model, once)
+    code, _, err = command(monkeypatch, capsys, "nms", once, out)
+    assert code == 2
+    assert "function" in err
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
 def test_external_data(tmp_path, monkeypatch, capsys):
     path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(
