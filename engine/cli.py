@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -144,7 +145,11 @@ def build(
         ),
     ] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(help="File to read and extend.", show_default="none")
+        Path | None,
+        typer.Option(
+            help="File to read and extend.",
+            show_default="engines/timing.cache in the build folder; none for rtx",
+        ),
     ] = None,
     optimization_level: Annotated[
         int | None, typer.Option(min=0, max=5, help="Effort.", show_default="TensorRT's")
@@ -181,6 +186,9 @@ def build(
     from engine.build import BuildOptions
     from engine.build import build as build_engine
 
+    if timing_cache is None and backend == "tensorrt":
+        timing_cache = Path(os.environ.get("BUILD_DIR", "build")) / "engines" / "timing.cache"
+        timing_cache.parent.mkdir(parents=True, exist_ok=True)
     options = BuildOptions(
         min_batch=min_batch,
         opt_batch=opt_batch,

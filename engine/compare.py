@@ -246,7 +246,8 @@ def compare(
     Raises
     ------
     EngineError
-        When a side fails, or their head tensors differ in shape.
+        When a side fails, their head tensors are not the same or differ in shape, or there is
+        nothing to compare.
     """
     heads, detections = _Heads(), _Detections()
 
@@ -265,6 +266,11 @@ def compare(
     if not detections.matches:
         raise EngineError("no images to compare on")
     head_differences, detection_difference = heads.summary(), detections.summary()
+    if not head_differences and not detection_difference.first + detection_difference.second:
+        raise EngineError(
+            "nothing to compare: no head tensors on both sides, and neither detects anything on "
+            "these images; take real ones"
+        )
     precision = None if truth is None else detections.precision(truth)
     return Comparison(
         len(detections.matches),
@@ -285,9 +291,14 @@ class _Heads:
         self._metrics: dict[str, list[list[float]]] = {}
 
     def __call__(self, first: IterationResult, second: IterationResult) -> dict[str, bool]:
-        names = [name for name in first if name in second and name not in DETECTIONS]
-        if not names:
+        names, others = ([n for n in side if n not in DETECTIONS] for side in (first, second))
+        if not names or not others:  # a built engine does not show its heads
             return {}
+        if set(names) != set(others):
+            raise EngineError(
+                f"the first side has {len(names)} head tensors, the second {len(others)}, not the "
+                "same ones: these are different networks"
+            )
         for name in names:
             if first[name].shape != second[name].shape:
                 raise EngineError(

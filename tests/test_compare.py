@@ -166,10 +166,7 @@ def test_figures_of_heads_and_detections():
     )
     second = Fixed(
         "b",
-        [
-            outputs(rows, loc_0=x, other=x)
-            for rows, x in zip([[CAT_NEAR], [CAT], [DOG]], b, strict=True)
-        ],
+        [outputs(rows, loc_0=x) for rows, x in zip([[CAT_NEAR], [CAT], [DOG]], b, strict=True)],
     )
     found = compare(first, second, blank(3), ANYTHING)
     (head,) = found.heads
@@ -234,6 +231,14 @@ def test_sides_that_cannot_be_compared():
         compare(*sides, blank(1), ANYTHING)
     with pytest.raises(EngineError, match="no images"):
         compare(*sides, blank(0), ANYTHING)
+    sides = [Fixed("a", [outputs([CAT], loc_0=small)]), Fixed("b", [outputs([CAT], loc_1=small)])]
+    with pytest.raises(EngineError, match="not the same ones: these are different networks"):
+        compare(*sides, blank(1), ANYTHING)
+
+
+def test_nothing_detected_and_no_heads_is_no_agreement():
+    with pytest.raises(EngineError, match="nothing to compare"):
+        compare(Fixed("a", [outputs([])]), Fixed("b", [outputs([])]), blank(1), ANYTHING)
 
 
 def test_without_common_heads_detections_are_compared():

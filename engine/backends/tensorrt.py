@@ -143,7 +143,8 @@ class Session:
         self._addresses: dict[str, int] = {}
         for name, array in ((self._spec.name, self._images), *self._outputs.items()):
             self._addresses[name] = self._stream.device(array.nbytes)
-            context.set_tensor_address(name, self._addresses[name])
+            if not context.set_tensor_address(name, self._addresses[name]):
+                raise EngineError(f"TensorRT refuses the buffer of {name}")
 
     def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Detect objects in a batch; see `engine.protocol.Session.infer`.
@@ -194,7 +195,8 @@ class Session:
     def _run(self, batch: int) -> None:
         context = self._context
         if batch != self._batch:
-            context.set_input_shape(self._spec.name, (batch, *self._spec.shape))
+            if not context.set_input_shape(self._spec.name, (batch, *self._spec.shape)):
+                raise EngineError(f"TensorRT refuses a batch of {batch}")
             self._batch = batch
         self._stream.upload(self._addresses[self._spec.name], self._images[:batch])
         if not context.execute_async_v3(self._stream.handle):
