@@ -148,7 +148,7 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
             f"no engine can be built for {backend!r}; choose one of: {', '.join(BACKENDS)}"
         )
     _check_options(backend, options)
-    for file in (output, options.timing_cache, options.layer_info):
+    for file in (output, options.layer_info):
         if file is not None and not file.parent.is_dir():
             raise EngineError(f"{file.parent}: no such folder to write {file.name} to")
     detector = read_detector(model)
@@ -158,6 +158,13 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
         from engine.backends.tensorrt_cuda import use_gpu
 
         gpu = use_gpu(options.device or 0)
+    if options.timing_cache is not None:
+        try:
+            options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngineError(
+                f"{options.timing_cache.parent}: cannot make the folder ({error.strerror})"
+            ) from error
     load_plugins(trt, options.plugins)
     plugin_layers = _plugin_layers(trt, backend, model, detector)
     request = PlanRequest(

@@ -188,7 +188,6 @@ def build(
 
     if timing_cache is None and backend == "tensorrt":
         timing_cache = Path(os.environ.get("BUILD_DIR", "build")) / "engines" / "timing.cache"
-        timing_cache.parent.mkdir(parents=True, exist_ok=True)
     options = BuildOptions(
         min_batch=min_batch,
         opt_batch=opt_batch,
