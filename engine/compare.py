@@ -268,8 +268,7 @@ def compare(
     head_differences, detection_difference = heads.summary(), detections.summary()
     if not head_differences and not detection_difference.first + detection_difference.second:
         raise EngineError(
-            "nothing to compare: no head tensors on both sides, and neither detects anything on "
-            "these images; take real ones"
+            "nothing to compare: no common head tensors, nothing detected; take real images"
         )
     precision = None if truth is None else detections.precision(truth)
     return Comparison(
@@ -296,8 +295,7 @@ class _Heads:
             return {}
         if set(names) != set(others):
             raise EngineError(
-                f"the first side has {len(names)} head tensors, the second {len(others)}, not the "
-                "same ones: these are different networks"
+                f"heads {names} and {others} are not the same ones: these are different networks"
             )
         for name in names:
             if first[name].shape != second[name].shape:
