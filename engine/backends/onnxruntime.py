@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.files import file_sha256
 from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def load(model: Path, *, device: str = "cpu", threads: int | None = None) -> Onn
         "provider": provider,
         "threads": threads,
         "model": model.name,
-        "onnx_sha256": _sha256(model),
+        "onnx_sha256": file_sha256(model),
         "input": {
             "name": spec.name,
             "shape": list(spec.shape),
@@ -212,11 +212,6 @@ def _check_outputs(session: onnxruntime.InferenceSession, model: Path) -> None:
         raise EngineError(
             f"{model}: rows of 'detections' have {width} columns; {DETECTION_FIELDS} expected"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _one_line(error: Exception) -> str:
