@@ -155,7 +155,7 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
     trt = import_tensorrt(backend)
     gpu = None
     if backend != RTX or options.device is not None:
-        from engine.backends.tensorrt_cuda import use_gpu
+        from engine.backends.cuda import use_gpu
 
         gpu = use_gpu(options.device or 0)
     if options.timing_cache is not None:

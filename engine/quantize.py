@@ -249,7 +249,8 @@ def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     del new.opset_import[:]
     new.opset_import.extend([helper.make_opsetid("", opset), *others])
     new.ir_version = max(model.ir_version, converted.ir_version)
-    new.functions.append(nms_function((len(nms.input) - 1) // 2, opset))
+    sigmoid = any(a.name == "confSigmoid" and a.i == 1 for a in nms.attribute)
+    new.functions.append(nms_function((len(nms.input) - 1) // 2, opset, sigmoid=sigmoid))
     return new
 
 

@@ -64,7 +64,8 @@ class NmsAttributes:
     inputOrder
         Index of the first loc input, the first conf input and the priors: (0, L, 2 L).
     confSigmoid, confSoftmax
-        0 and 1: scores are the softmax of the logits over the classes.
+        0 and 1: scores are the softmax of the logits over the classes; 1 and 0: the sigmoid of
+        each logit. The layout of the inputs is the same.
     isNormalized
         1: coordinates are fractions of the image, areas plain products.
     codeType
@@ -99,8 +100,6 @@ class NmsAttributes:
             "inputOrder": (0, levels, 2 * levels),
             "shareLocation": 1,
             "varianceEncodedInTarget": 0,
-            "confSigmoid": 0,
-            "confSoftmax": 1,
             "isNormalized": 1,
             "codeType": CENTER_SIZE,
         }
@@ -109,6 +108,11 @@ class NmsAttributes:
                 raise SurgeryError(
                     f"{OP_TYPE}: {name}={getattr(self, name)} is not supported, only {value}"
                 )
+        if (self.confSigmoid, self.confSoftmax) not in ((0, 1), (1, 0)):
+            raise SurgeryError(
+                f"{OP_TYPE}: confSigmoid={self.confSigmoid} with confSoftmax={self.confSoftmax} "
+                "is not supported, one must be 0 and the other 1"
+            )
         for name in ("numClasses", "topK", "keepTopK", "numLayers"):
             if getattr(self, name) < 1:
                 raise SurgeryError(f"{OP_TYPE}: {name}={getattr(self, name)} must be at least 1")
@@ -149,7 +153,7 @@ def nms_node(inputs: list[str], attributes: NmsAttributes) -> onnx.NodeProto:
     )
 
 
-def nms_function(num_layers: int, opset: int) -> onnx.FunctionProto:
+def nms_function(num_layers: int, opset: int, *, sigmoid: bool = False) -> onnx.FunctionProto:
     """Write the operator's definition for `num_layers` levels.
 
     Parameters
@@ -159,6 +163,8 @@ def nms_function(num_layers: int, opset: int) -> onnx.FunctionProto:
     opset
         Version of the standard operators, that of the model which will hold the function;
         at least `MIN_OPSET`.
+    sigmoid
+        The definition for nodes with confSigmoid=1; otherwise for those with confSoftmax=1.
 
     Raises
     ------
@@ -174,6 +180,7 @@ def nms_function(num_layers: int, opset: int) -> onnx.FunctionProto:
     )
     loc_rows = ", ".join(f"{name}_rows" for name in inputs[:num_layers])
     conf_rows = ", ".join(f"{name}_rows" for name in inputs[num_layers:-1])
+    activation = "Sigmoid (logits)" if sigmoid else "Softmax <axis = 1> (logits)"
     text = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {opset}]>
     {OP_TYPE} <{", ".join(attributes)}> ({", ".join(inputs)}) => (detections, num_detections)
@@ -228,7 +235,7 @@ def nms_function(num_layers: int, opset: int) -> onnx.FunctionProto:
       ltrb = Concat <axis = 1> (lt, rb)
 
       # Scores [N, C, P], void where they cannot count. x * 0 is 0 for finite x alone, else NaN.
-      probability = Softmax <axis = 1> (logits)
+      probability = {activation}
       logits_0 = Mul (logits, zero_f)
       ltrb_0 = Mul (ltrb, zero_f)
       logits_check = ReduceSum <keepdims = 1> (logits_0, one)

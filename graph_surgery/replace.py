@@ -121,10 +121,12 @@ def _check_surgered(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
             f"ONNX Runtime cannot run it: {again}"
         )
     opset = _opset(model)
-    if functions != [nms_function(tail.attributes.numLayers, opset)]:
+    attributes = tail.attributes
+    sigmoid = attributes.confSigmoid == 1
+    if functions != [nms_function(attributes.numLayers, opset, sigmoid=sigmoid)]:
         raise SurgeryError(
             f"the function {OP_TYPE} in the model is not the operator's definition for "
-            f"{tail.attributes.numLayers} levels and opset {opset}: {again}"
+            f"{attributes.numLayers} levels and opset {opset}: {again}"
         )
 
 

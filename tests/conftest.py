@@ -9,12 +9,57 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
+def plugin_libraries(pytestconfig) -> Path:
+    """The folder with the libraries of build-plugin for sm_80 and sm_90.
+
+    The build tree stays in pytest's cache, so that another run takes a second.
+    """
+    from plugin_cuda.build import CompileError, build, plan
+    from plugin_cuda.errors import PluginError
+    from plugin_cuda.toolchain import find_cmake, find_nvcc
+
+    try:
+        find_nvcc()
+        find_cmake()
+    except PluginError as error:
+        pytest.skip(str(error))
+    folder = pytestconfig.cache.mkdir("plugin_libraries")
+    try:
+        build(plan(folder, [80, 90]))
+    except CompileError as error:
+        pytest.fail(f"{error.output}\n{error}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trt_plugin_library(plugin_libraries) -> Path:
+    """The TensorRT plugin among them."""
+    from plugin_cuda.toolchain import find_tensorrt_headers
+
+    if find_tensorrt_headers() is None:
+        pytest.skip("needs TensorRT's headers: set TENSORRT_INCLUDE_DIR or install kernel-lens")
+    return plugin_libraries / "libnmsoptplugin.so"
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of reference data beside the checkout."""
     folder = ROOT.parent / "shared" / "golden"
     if not folder.is_dir():
         pytest.skip(f"golden data not found beside the checkout: {folder.name}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def driver(trt_plugin_library, tmp_path_factory):
+    """The TensorRT plugin's library, loaded by a driver that plays TensorRT."""
+    from plugin_driver import Driver, compile_driver
+
+    from plugin_cuda.toolchain import find_nvcc, find_tensorrt_headers
+
+    headers = find_tensorrt_headers()
+    library = compile_driver(tmp_path_factory.mktemp("driver"), find_nvcc().path, headers.path)
+    return Driver(library, trt_plugin_library)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """NMS_OPT_TRT by brute force: the rules of the operator, one loop each, float32."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -18,12 +20,30 @@ def decode(loc: np.ndarray, priors: np.ndarray) -> np.ndarray:
     return boxes
 
 
+def decode_all(loc: np.ndarray, priors: np.ndarray) -> np.ndarray:
+    """`decode` in arrays, for many priors."""
+    corners, variances = np.float32(priors).reshape(2, -1, 4)
+    half = np.float32(0.5)
+    size = corners[:, 2:] - corners[:, :2]
+    with np.errstate(all="ignore"):
+        scaled = np.float32(loc).transpose(0, 2, 1) * variances
+        centre = scaled[..., :2] * size + (corners[:, :2] + corners[:, 2:]) * half
+        reach = np.exp(scaled[..., 2:]) * size * half
+        return np.concatenate([centre - reach, centre + reach], axis=-1)
+
+
 def softmax(conf: np.ndarray) -> np.ndarray:
-    """Logits [N, C, P] to probabilities over C."""
-    logits = np.float32(conf)
+    """Logits [N, C, P], float32 or float64, to probabilities over C."""
+    logits = conf if conf.dtype == np.float64 else np.float32(conf)
     with np.errstate(all="ignore"):
         e = np.exp(logits - logits.max(axis=1, keepdims=True))
         return e / e.sum(axis=1, keepdims=True)
+
+
+def sigmoid(conf: np.ndarray) -> np.ndarray:
+    """Logits [N, C, P] to the logistic function of each."""
+    with np.errstate(all="ignore"):
+        return 1 / (1 + np.exp(-(conf if conf.dtype == np.float64 else np.float32(conf))))
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.float32:
@@ -41,6 +61,17 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.float32:
         return w * h / (area_a + area_b - w * h)
 
 
+def iou_matrix(boxes: np.ndarray) -> np.ndarray:
+    """`iou` of each of the boxes [n, 4] with each; they are finite. Returns float64 [n, n]."""
+    near, far = np.float64(boxes[:, :2]), np.float64(boxes[:, 2:])
+    area = (far - near).clip(0, None).prod(axis=1)
+    common = np.minimum(far[:, None], far) - np.maximum(near[:, None], near)
+    common = common.clip(0, None).prod(axis=2)
+    common[(area == 0)[:, None] | (area == 0)] = 0
+    union = area[:, None] + area - common
+    return np.divide(common, union, out=np.zeros_like(common), where=common > 0)
+
+
 def nms_opt(
     loc: np.ndarray,
     conf: np.ndarray,
@@ -51,10 +82,11 @@ def nms_opt(
     confidence_threshold: float,
     nms_threshold: float,
     background: int,
+    activation: Callable[[np.ndarray], np.ndarray] = softmax,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Joined head tensors to detections [N, keep_top_k, 7] and num_detections [N]."""
     batch, classes, count = conf.shape
-    boxes, scores = decode(loc, priors), softmax(conf)
+    boxes, scores = decode(loc, priors), activation(conf)
     detections = np.zeros((batch, keep_top_k, 7), np.float32)
     detections[..., 6] = -1
     numbers = np.zeros(batch, np.int32)

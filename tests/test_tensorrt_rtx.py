@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +18,10 @@ import onnx
 import pytest
 from conftest import ROOT
 from int8_models import write_int8
-from trt_plugin import registered_nms
+from rtx_plans import check_plan, edited
 
-from engine.backends.tensorrt_cuda import Gpu
+from engine.backends.cuda import Gpu
+from engine.backends.tensorrt_log import polygraphy_log
 from engine.backends.tensorrt_module import RTX, import_tensorrt
 from engine.build import BuildOptions, build
 from engine.load import load_engine
@@ -26,6 +31,7 @@ from engine.protocol import EngineError
 from graph_surgery.files import load, save
 from graph_surgery.pattern import find_nms_node
 from graph_surgery.replace import insert_nms
+from plugin_cuda.library import load_library
 
 pytestmark = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None or find_spec("polygraphy") is None,
@@ -42,9 +48,19 @@ def trt():
 
 
 @pytest.fixture
-def plugin(trt):
-    with registered_nms(trt) as told:
-        yield told
+def plugin(trt, trt_plugin_library):
+    """The plugin, registered for the test."""
+    ctypes.CDLL(str(trt_plugin_library))  # keeps the code in place: a network may outlive its test
+    registry = trt.get_plugin_registry()
+    handle = registry.load_library(str(trt_plugin_library))
+    assert handle is not None
+    yield
+    registry.deregister_library(handle)
+
+
+@pytest.fixture
+def kernels(plugin_libraries):
+    return load_library(plugin_libraries / "libnms_opt.so")
 
 
 def surger(exported, path):
@@ -84,8 +100,8 @@ def parse(model):
     return NetworkFromOnnxPath(str(model), strongly_typed=True)()
 
 
-def check_plugin_layer(trt, model, told):
-    """One PLUGIN_V3 layer with the node's inputs and attributes; INT8 in, detections out."""
+def check_plugin_layer(trt, model):
+    """One PLUGIN_V3 layer with the node's inputs; INT8 in, detections out."""
     _, network, _ = parse(model)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     (layer,) = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
@@ -94,24 +110,19 @@ def check_plugin_layer(trt, model, told):
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     assert [tensor.name for tensor in outputs] == list(node.output)
     assert [tensor.dtype for tensor in outputs] == [trt.DataType.FLOAT, trt.DataType.INT32]
+    keep_top_k = next(a.i for a in node.attribute if a.name == "keepTopK")
+    assert [tuple(tensor.shape) for tensor in outputs] == [(-1, keep_top_k, 7), (-1,)]
     assert network.get_input(0).dtype == trt.DataType.INT8
     assert layers[-1].type == trt.LayerType.PLUGIN_V3
     assert trt.LayerType.NMS not in [layer.type for layer in layers]
 
-    wanted = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    del wanted["plugin_version"], wanted["plugin_namespace"]
-    (fields,) = [entry for entry in told if "batches" not in entry]
-    assert fields.keys() == wanted.keys()
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(fields[name], np.atleast_1d(np.asarray(value, "f4")), name)
-
 
 @pytest.mark.parametrize("targets", [*((target,) for target in TARGETS), TARGETS, ()])
-def test_demo_model_builds_for_every_target(demo_int8, plugin, tmp_path, targets):
+def test_demo_model_builds_for_every_target(demo_int8, plugin, kernels, tmp_path, targets):
     engine = tmp_path / "demo.engine"
     options = BuildOptions(opt_batch=8, max_batch=16, compute_capabilities=targets)
     built = build(demo_int8, RTX, engine, options)
-    assert plugin[-1] == {"batches": (1, 8, 16)}
+    check_plan(engine.read_bytes(), demo_int8, 16, kernels)
     assert load_manifest(engine) == built
     plan = engine.read_bytes()
     assert built.engine_sha256 == sha256(plan).hexdigest()
@@ -121,18 +132,18 @@ def test_demo_model_builds_for_every_target(demo_int8, plugin, tmp_path, targets
     assert len(plan) > 4_000_000  # the INT8 weights are in it
 
 
-def test_full_model_builds_for_every_target(full_int8, plugin, trt, tmp_path):
-    check_plugin_layer(trt, full_int8, plugin)
+def test_full_model_builds_for_every_target(full_int8, plugin, kernels, trt, tmp_path):
+    check_plugin_layer(trt, full_int8)
     engine = tmp_path / "full.engine"
     built = build(full_int8, RTX, engine, BuildOptions(compute_capabilities=TARGETS))
-    assert plugin[-1] == {"batches": (1, 64, 64)}
+    check_plan(engine.read_bytes(), full_int8, 64, kernels)
     assert built.input.shape == (3, 1200, 1200)
     assert built.engine_bytes > 20_000_000
     assert built.metadata["float_type"] == "fp16"
 
 
 def test_node_becomes_a_plugin_layer(demo_int8, plugin, trt):
-    check_plugin_layer(trt, demo_int8, plugin)
+    check_plugin_layer(trt, demo_int8)
 
 
 def test_float_model_builds(demo, plugin, tmp_path):
@@ -140,8 +151,26 @@ def test_float_model_builds(demo, plugin, tmp_path):
     assert built.input.dtype == "float32"
 
 
+def test_int8_heads_without_a_scale_are_refused(demo_int8, plugin, tmp_path):
+    """A strongly typed graph gives the plugin INT8 values, but not what they stand for."""
+    model = onnx.load(demo_int8)
+    node = find_nms_node(model)
+    position = list(model.graph.node).index(node)
+    for value, name in ((np.float16(0.125), "step"), (np.int8(0), "zero")):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
+    for i in range(6, 12):
+        inputs = [node.input[i], "step", "zero"]
+        quantize = onnx.helper.make_node("QuantizeLinear", inputs, [f"int8_{i}"])
+        model.graph.node.insert(position, quantize)
+        node.input[i] = f"int8_{i}"
+    onnx.save(model, tmp_path / "q.onnx")
+    with pytest.raises(EngineError, match="Failed to find any supported plugin"):
+        build(tmp_path / "q.onnx", RTX, tmp_path / "q.engine", BuildOptions())
+
+
 def test_options_reach_the_builder(demo_int8, plugin, trt, tmp_path, monkeypatch):
     """Read the builder configuration that TensorRT was called with."""
+    from polygraphy.backend import tensorrt_rtx
     from polygraphy.backend import trt as polygraphy_trt
 
     seen = []
@@ -151,8 +180,16 @@ def test_options_reach_the_builder(demo_int8, plugin, trt, tmp_path, monkeypatch
         seen.append(config())
         return loader(network, config=config, **others)
 
+    def spy_of_config(profiles, **others):
+        ranges.append(dict(profiles[0]))
+        return create_config(profiles=profiles, **others)
+
+    ranges, create_config = [], tensorrt_rtx.CreateConfigRTX
     monkeypatch.setattr(polygraphy_trt, "EngineBytesFromNetwork", spy)
+    monkeypatch.setattr(tensorrt_rtx, "CreateConfigRTX", spy_of_config)
     options = BuildOptions(
+        min_batch=2,
+        opt_batch=3,
         max_batch=4,
         memory_pools={"workspace": 1 << 28},
         optimization_level=2,
@@ -168,6 +205,8 @@ def test_options_reach_the_builder(demo_int8, plugin, trt, tmp_path, monkeypatch
     assert config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     assert config.get_flag(trt.BuilderFlag.TF32)
     assert not plain.get_flag(trt.BuilderFlag.TF32)
+    batches = [[shape[0] for shape in shapes["image"]] for shapes in ranges]
+    assert batches == [[2, 3, 4], [1, 4, 4]]
     assert config.num_compute_capabilities == 1
     assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
     assert built.options == {
@@ -183,7 +222,7 @@ def as_tensorrt(trt, monkeypatch):
     """The path of backend ``tensorrt``, with TensorRT-RTX and a GPU that is not there."""
     monkeypatch.setattr("engine.build.import_tensorrt", lambda _: trt)
     gpu = Gpu("NVIDIA Stand-in", "8.9")
-    monkeypatch.setattr("engine.backends.tensorrt_cuda.use_gpu", lambda _: gpu)
+    monkeypatch.setattr("engine.backends.cuda.use_gpu", lambda _: gpu)
 
 
 def test_path_of_plain_tensorrt(demo_int8, plugin, as_tensorrt, tmp_path):
@@ -270,6 +309,106 @@ def test_loading_needs_a_gpu(demo_int8, plugin, tmp_path):
     build(demo_int8, RTX, engine, BuildOptions(max_batch=2))
     with pytest.raises(EngineError, match=r"no CUDA device 0 can be used: CUDA: .* driver"):
         load_engine(RTX, engine, device="cuda")
+
+
+def engine_build(model, library, output, *options):
+    """The command that users call."""
+    command = [sys.executable, "-m", "engine", "build", model, "--backend", RTX, "-o", output]
+    return subprocess.run(
+        [*command, "--plugin", library, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def test_command_builds_with_the_library(demo_int8, trt_plugin_library, kernels, tmp_path):
+    """Values that no default has arrive in the plan, too."""
+    others = {"topK": 123, "keepTopK": 77, "confidenceThreshold": 0.0625, "nmsThreshold": 0.25}
+    model = edited(demo_int8, tmp_path / "other.onnx", **others)
+    engine = tmp_path / "other.engine"
+    targets = [part for target in TARGETS for part in ("--compute-capability", target)]
+    done = engine_build(model, trt_plugin_library, engine, "--max-batch", "16", *targets)
+    assert done.returncode == 0, done.stderr
+    check_plan(engine.read_bytes(), model, 16, kernels)
+    assert (
+        load_manifest(engine).plugins[0].sha256
+        == sha256(trt_plugin_library.read_bytes()).hexdigest()
+    )
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"topK": 2000}, "attribute topK = 2000 is not in 1..1024"),
+        ({"confSigmoid": 1}, "confSigmoid = 1 and confSoftmax = 1: exactly one must be 1"),
+        ({"nmsThreshold": 1}, "attribute nmsThreshold has the field type 5, expected 1 (FLOAT32)"),
+        ({"inputOrder": [0, 6]}, "attribute inputOrder has 2 values, expected 3"),
+        ({"numClasses": 5}, "conf_0 has 324 channels, expected 20: 4 anchors, as loc_0 has"),
+    ],
+)
+def test_command_shows_what_the_plugin_refuses(
+    demo_int8, trt_plugin_library, tmp_path, attributes, message
+):
+    model = edited(demo_int8, tmp_path / "bad.onnx", **attributes)
+    done = engine_build(model, trt_plugin_library, tmp_path / "bad.engine")
+    assert done.returncode == 2
+    assert "NMS_OPT_TRT: " in done.stderr
+    assert message in done.stderr
+    assert re.search(r"^engine: error: .*bad\.onnx: tensorrt-rtx cannot ", done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "bad.engine").exists()
+
+
+def test_error_of_the_plugin_is_the_cause():
+    """Where TensorRT hands its logger to plugins, its own errors stand around theirs."""
+    from polygraphy.logger import G_LOGGER
+
+    cause = "NMS_OPT_TRT: attribute topK = 0 is not in 1..1024"
+    with polygraphy_log("error") as errors:
+        for text in ("before", cause, "after"):
+            G_LOGGER.error(text)
+    assert errors.first("?") == errors.last("?") == cause
+
+
+POLYGRAPHY_SCRIPT = """
+import tensorrt_rtx as trt
+from polygraphy.backend.trt import NetworkFromOnnxPath
+
+def load_network():
+    assert trt.get_plugin_registry().load_library({library!r})
+    return NetworkFromOnnxPath({model!r}, strongly_typed=True)()
+"""
+
+
+def test_polygraphy_command_line(demo_int8, trt_plugin_library, kernels, tmp_path):
+    """Its --plugins registers nothing; a script that makes the network loads the library first."""
+    links = tmp_path / "links"  # the wheel of TensorRT-RTX lacks the name that its parser opens
+    links.mkdir()
+    folder = Path(find_spec("tensorrt_rtx_libs").submodule_search_locations[0])
+    (links / "libtensorrt_rtx.so").symlink_to(folder / "libtensorrt_rtx.so.1")
+    script, engine = tmp_path / "network.py", tmp_path / "p.engine"
+    names = {"library": str(trt_plugin_library), "model": str(demo_int8)}
+    script.write_text(POLYGRAPHY_SCRIPT.format(**names))
+    command = [Path(sys.executable).with_name("polygraphy"), "convert"]
+    rest = ["--convert-to", "trt", "-o", engine, "--strongly-typed"]
+    rest += ["--compute-capabilities", "8.9"]
+    for bound, batch in {"min": 1, "opt": 4, "max": 8}.items():
+        rest += [f"--trt-{bound}-shapes", f"image:[{batch},3,400,400]"]
+    run = functools.partial(
+        subprocess.run,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1", "LD_LIBRARY_PATH": str(links)},
+    )
+    done = run([*command, demo_int8, "--plugins", trt_plugin_library, *rest])
+    assert "has no runners that implement it" in done.stdout + done.stderr  # the function's body
+    assert not engine.exists()
+    done = run([*command, script, "--model-type", "trt-network-script", *rest])
+    assert done.returncode == 0, done.stderr
+    check_plan(engine.read_bytes(), demo_int8, 8, kernels)
 
 
 def test_library_without_creators_for_this_tensorrt(trt, tmp_path):

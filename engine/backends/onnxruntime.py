@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +21,12 @@ from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec
 if TYPE_CHECKING:
     import onnxruntime
 
+    from engine.backends.onnxruntime_cuda import SplitEngine
+
 INPUT_SCALE_KEY = "input_scale"
 """ONNX metadata key that holds the real value of one step of an INT8 image input."""
 
+_LOG = logging.getLogger(__name__)
 _OUTPUTS = ["detections", "num_detections"]
 _DTYPES: dict[str, Literal["float32", "int8"]] = {
     "tensor(float)": "float32",
@@ -29,8 +35,14 @@ _DTYPES: dict[str, Literal["float32", "int8"]] = {
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def load(model: Path, *, device: str = "cpu", threads: int | None = None) -> OnnxRuntimeEngine:
+def load(
+    model: Path, *, device: str = "cpu", threads: int | None = None
+) -> OnnxRuntimeEngine | SplitEngine:
     """Load an ONNX detector whose outputs are ``detections`` and ``num_detections``.
+
+    With ``cuda``, a graph that ends in NMS_OPT_TRT is split before that node, which libnms_opt.so
+    takes over. Where that cannot be, ONNX Runtime runs the whole graph, and a warning says why.
+    The manifest's ``nms`` tells which of them it is.
 
     Parameters
     ----------
@@ -38,7 +50,7 @@ def load(model: Path, *, device: str = "cpu", threads: int | None = None) -> Onn
         ONNX file with one image input, float32 or int8 [N, 3, H, W], H and W fixed. An int8 input
         needs the metadata key `INPUT_SCALE_KEY`.
     device
-        ``cpu`` or ``cuda``.
+        ``cpu`` or ``cuda``, the first GPU.
     threads
         Threads within one operator; None: one for each CPU the process may use.
 
@@ -46,6 +58,56 @@ def load(model: Path, *, device: str = "cpu", threads: int | None = None) -> Onn
     ------
     EngineError
         When ONNX Runtime is missing, has no such device, or the model is not such a detector.
+    """
+    if device != "cuda":
+        return load_whole(model, device=device, threads=threads)
+    from engine.backends.onnxruntime_cuda import load_split
+    from engine.backends.onnxruntime_split import UnsplitError
+
+    try:
+        return load_split(model, threads=threads)
+    except UnsplitError as reason:
+        _LOG.warning(
+            "%s: ONNX Runtime does the postprocessing, many small operators and some of them on "
+            "the CPU, which is slow: %s",
+            model,
+            reason,
+        )
+    return load_whole(model, device=device, threads=threads)
+
+
+def load_whole(
+    model: Path, *, device: str = "cpu", threads: int | None = None
+) -> OnnxRuntimeEngine:
+    """Load a detector as `load` does; ONNX Runtime runs all of it.
+
+    Raises
+    ------
+    EngineError
+        As `load`.
+    """
+    provider = find_provider(model, device)
+    session = open_session(model, model, provider, {}, threads)
+    spec, max_batch = input_spec(session, model)
+    _check_outputs(session, model)
+    manifest = describe(model, provider, threads, spec, max_batch)
+    if device == "cuda":
+        manifest["nms"] = "ONNX Runtime"
+    return OnnxRuntimeEngine(spec, max_batch, manifest, session)
+
+
+def find_provider(model: Path, device: str) -> str:
+    """Look for the model file and for what runs it on a device.
+
+    Returns
+    -------
+    provider
+        ONNX Runtime's name of the execution provider.
+
+    Raises
+    ------
+    EngineError
+        When ONNX Runtime or the file is missing, or it has no such device.
     """
     try:
         import onnxruntime as ort
@@ -63,23 +125,73 @@ def load(model: Path, *, device: str = "cpu", threads: int | None = None) -> Onn
             f"this ONNX Runtime {ort.__version__} has no {provider}; "
             "install onnxruntime-gpu for it or use --device cpu"
         )
-    threads = threads or len(os.sched_getaffinity(0))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    if device == "cuda":
+        with redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's wheels
+    return provider
+
+
+def open_session(
+    source: Path | bytes,
+    model: Path,
+    provider: str,
+    options: Mapping[str, str],
+    threads: int | None,
+) -> onnxruntime.InferenceSession:
+    """Open a model in ONNX Runtime.
+
+    Parameters
+    ----------
+    source
+        An ONNX file or its content.
+    model
+        The file to name in messages.
+    provider, options
+        Execution provider and what to tell it.
+    threads
+        As in `load`.
+
+    Raises
+    ------
+    EngineError
+        When ONNX Runtime refuses the model or cannot start the provider.
+    """
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = thread_count(threads)
+    settings.log_severity_level = 3
+    content = source if isinstance(source, bytes) else str(source)
     try:
-        session = ort.InferenceSession(str(model), options, providers=[provider])
+        session = ort.InferenceSession(
+            content,
+            settings,
+            providers=[(provider, dict(options))],
+            enable_fallback=0,  # to the CPU, when the provider fails
+        )
     except Exception as error:  # ORT's exceptions share no base class but Exception
-        raise EngineError(f"{model}: ONNX Runtime cannot load it: {_one_line(error)}") from error
-    if session.get_providers()[0] != provider:  # ORT falls back to the CPU without an error
+        raise EngineError(f"{model}: ONNX Runtime cannot load it: {one_line(error)}") from error
+    if session.get_providers()[0] != provider:  # its library could not be loaded
         raise EngineError(f"ONNX Runtime could not start {provider}; see its messages above")
-    spec, max_batch = _input_spec(session, model)
-    _check_outputs(session, model)
-    manifest = {
+    return session
+
+
+def thread_count(threads: int | None) -> int:
+    """Return the threads asked for, or one for each CPU that the process may use."""
+    return threads or len(os.sched_getaffinity(0))
+
+
+def describe(
+    model: Path, provider: str, threads: int | None, spec: InputSpec, max_batch: int | None
+) -> dict[str, object]:
+    """Write the manifest of a loaded model."""
+    import onnxruntime as ort
+
+    return {
         "backend": "onnxruntime",
         "version": ort.__version__,
         "provider": provider,
-        "threads": threads,
+        "threads": thread_count(threads),
         "model": model.name,
         "onnx_sha256": file_sha256(model),
         "input": {
@@ -90,7 +202,6 @@ def load(model: Path, *, device: str = "cpu", threads: int | None = None) -> Onn
         },
         "max_batch": max_batch,
     }
-    return OnnxRuntimeEngine(spec, max_batch, manifest, session)
 
 
 @dataclass(frozen=True)
@@ -125,33 +236,47 @@ class OnnxRuntimeSession:
         EngineError
             When the images' dtype, shape or number is not what the model takes, or the run fails.
         """
-        count = self._check(images)
+        check_images(images, self._spec, self._fixed_batch)
+        count = len(images)
         if self._fixed_batch is not None and count < self._fixed_batch:
             padding = np.zeros((self._fixed_batch - count, *self._spec.shape), images.dtype)
             images = np.concatenate([images, padding])
         try:
             detections, num_detections = self._session.run(_OUTPUTS, {self._spec.name: images})
         except Exception as error:  # ORT's exceptions share no base class but Exception
-            raise EngineError(f"ONNX Runtime failed: {_one_line(error)}") from error
+            raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
         return detections[:count], num_detections[:count]
 
-    def _check(self, images: NDArray[np.generic]) -> int:
-        if images.dtype != self._spec.dtype:
-            raise EngineError(f"images are {images.dtype}, the model takes {self._spec.dtype}")
-        if images.ndim != 4 or images.shape[1:] != self._spec.shape or not len(images):
-            raise EngineError(
-                f"images have the shape {images.shape}, the model takes (N >= 1, "
-                f"{', '.join(map(str, self._spec.shape))})"
-            )
-        if self._fixed_batch is not None and len(images) > self._fixed_batch:
-            raise EngineError(
-                f"a batch of {len(images)} images, but the model's batch is fixed at "
-                f"{self._fixed_batch}"
-            )
-        return len(images)
+
+def check_images(images: NDArray[np.generic], spec: InputSpec, fixed_batch: int | None) -> None:
+    """Check a batch against what a model takes.
+
+    Raises
+    ------
+    EngineError
+        When its dtype, shape or number is another.
+    """
+    if images.dtype != spec.dtype:
+        raise EngineError(f"images are {images.dtype}, the model takes {spec.dtype}")
+    if images.ndim != 4 or images.shape[1:] != spec.shape or not len(images):
+        raise EngineError(
+            f"images have the shape {images.shape}, the model takes (N >= 1, "
+            f"{', '.join(map(str, spec.shape))})"
+        )
+    if fixed_batch is not None and len(images) > fixed_batch:
+        raise EngineError(
+            f"a batch of {len(images)} images, but the model's batch is fixed at {fixed_batch}"
+        )
 
 
-def _input_spec(session: onnxruntime.InferenceSession, model: Path) -> tuple[InputSpec, int | None]:
+def input_spec(session: onnxruntime.InferenceSession, model: Path) -> tuple[InputSpec, int | None]:
+    """Read the image input of an open model, and its batch where that is fixed.
+
+    Raises
+    ------
+    EngineError
+        When it has no such input as `load` describes.
+    """
     inputs = session.get_inputs()
     if len(inputs) != 1:
         names = ", ".join(item.name for item in inputs)
@@ -214,5 +339,6 @@ def _check_outputs(session: onnxruntime.InferenceSession, model: Path) -> None:
         )
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return an exception's message in one line."""
     return " ".join(str(error).split())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.tensorrt_cuda import Stream, use_gpu
+from engine.backends.cuda import Stream, use_gpu
 from engine.backends.tensorrt_log import polygraphy_log
 from engine.backends.tensorrt_module import RTX, import_tensorrt
 from engine.files import write_atomically

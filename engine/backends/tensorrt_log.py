@@ -16,6 +16,9 @@ _LEVELS: dict[Verbosity, int] = {
     "info": logging.INFO,
     "verbose": 1,
 }
+_PLUGIN = "NMS_OPT_TRT: "
+"""How messages of the plugin begin, where TensorRT gives it a logger."""
+
 _MAX_LENGTH = 400
 """Characters of a message that goes into one line."""
 
@@ -35,11 +38,17 @@ class ErrorLog(logging.Handler):
 
     def first(self, otherwise: object) -> str:
         """Return the first error in one line: of the builder, the cause of the later ones."""
-        return _shortened(self._messages[0] if self._messages else str(otherwise))
+        return self._one(0, otherwise)
 
     def last(self, otherwise: object) -> str:
         """Return the last error in one line: of the parser, the summary of the earlier ones."""
-        return _shortened(self._messages[-1] if self._messages else str(otherwise))
+        return self._one(-1, otherwise)
+
+    def _one(self, index: int, otherwise: object) -> str:
+        """Return a message in one line; one of our plugin says more than any of TensorRT's."""
+        plugin = [message for message in self._messages if message.startswith(_PLUGIN)]
+        messages = plugin or self._messages
+        return _shortened(messages[index] if messages else str(otherwise))
 
 
 def _shortened(message: str) -> str:

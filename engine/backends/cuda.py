@@ -1,6 +1,6 @@
-"""The little of CUDA that the TensorRT engines need, through cuda-python.
+"""The little of CUDA that the engines on a GPU need, through cuda-python.
 
-Everything here needs a GPU; tests/test_trt_cuda.py passed on one H100 with cuda-bindings 13.3.
+Everything here needs a GPU; tests/test_cuda.py passed on one H100 with cuda-bindings 13.3.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def runtime() -> Any:
         from cuda.bindings import runtime as cuda
     except ImportError as error:
         raise EngineError(
-            "TensorRT engines need the CUDA bindings: pip install cuda-bindings"
+            "engines on a GPU need the CUDA bindings: pip install cuda-bindings"
         ) from error
     return cuda
 
@@ -132,8 +132,14 @@ class Stream:
         self._release.append(lambda: self._cuda.cudaGraphExecDestroy(executable))
         return lambda: check(self._cuda.cudaGraphLaunch(executable, self.handle))
 
-    def close(self) -> None:
-        """Wait, then release everything in reverse order; arrays from `pinned` die with it."""
+    def free(self) -> None:
+        """Wait, then release everything but the stream; arrays from `pinned` die with it."""
         self._cuda.cudaStreamSynchronize(self.handle)
-        while self._release:
+        while len(self._release) > 1:
+            self._release.pop()()
+
+    def close(self) -> None:
+        """Release everything, as `free` does, and then the stream."""
+        if self._release:
+            self.free()
             self._release.pop()()

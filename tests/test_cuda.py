@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from engine.backends.cuda import Stream, check, use_gpu
 from engine.backends.tensorrt import Session
-from engine.backends.tensorrt_cuda import Stream, check, use_gpu
 from engine.protocol import EngineError, InputSpec
 
 cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
@@ -103,6 +103,27 @@ def test_copies_and_graph_replay():
     replay()
     stream.synchronize()
     np.testing.assert_array_equal(target, np.arange(15).reshape(5, 3))
+    stream.close()
+
+
+def test_freed_buffers_leave_the_stream():
+    use_gpu(0)
+    stream = Stream()
+    size = 1 << 28
+
+    before = cuda.cudaMemGetInfo()[1]
+    stream.device(size)
+    assert cuda.cudaMemGetInfo()[1] <= before - size
+    stream.free()
+    assert cuda.cudaMemGetInfo()[1] > before - size
+    source, target = stream.pinned((4,), np.int8), stream.pinned((4,), np.int8)
+    source[:], target[:] = 5, 0
+    address = stream.device(source.nbytes)
+    stream.upload(address, source)
+    stream.download(target, address)
+    stream.synchronize()
+    assert (target == 5).all()
+    stream.close()
     stream.close()
 
 

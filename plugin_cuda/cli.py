@@ -1,0 +1,68 @@
+"""``build-plugin``: build the CUDA kernels of NMS_OPT_TRT and the TensorRT plugin."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plugin_cuda.errors import PluginError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def build_plugin(
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="80,90",
+            help="Compute capabilities times ten, with commas between.",
+            show_default="all that nvcc knows from 75 on, and PTX of the newest",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder.", show_default="plugins in the build folder"),
+    ] = None,
+) -> None:
+    """Build libnms_opt.so, and libnmsoptplugin.so where TensorRT's headers are found."""
+    from plugin_cuda.build import KERNELS, PLUGIN, build, plan
+
+    if output is None:
+        output = Path(os.environ.get("BUILD_DIR") or "build") / "plugins"
+    todo = plan(output, None if arch is None else _architectures(arch))
+    typer.echo(f"nvcc {todo.nvcc.version} ({todo.nvcc.path}); a first build takes a minute")
+    libraries = build(todo)
+    for library in libraries:
+        size = library.stat().st_size / 1e6
+        typer.echo(f"{library.name:<{len(PLUGIN)}}  {size:6.2f} MB  {todo.architectures}")
+    typer.echo(f"written to {output}")
+    if todo.headers is not None:
+        typer.echo(f"{PLUGIN}: TensorRT {todo.headers.version} headers ({todo.headers.path})")
+    else:
+        typer.echo(
+            f"left out: {PLUGIN}, for no headers of TensorRT 10 or later were found; set "
+            "TENSORRT_INCLUDE_DIR to the folder of NvInferRuntime.h and build again "
+            f"({KERNELS} does not need it)"
+        )
+
+
+def _architectures(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise PluginError(f"--arch {text}: numbers with commas between expected, as 80,90")
+    return [int(part) for part in parts]
+
+
+def main() -> None:
+    """Entry point: a user error is one line and exit code 2, without a traceback."""
+    try:
+        app(prog_name="build-plugin")
+    except PluginError as error:
+        print(getattr(error, "output", ""), end="", file=sys.stderr)  # noqa: T201
+        print(f"build-plugin: error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)

@@ -1,0 +1,5 @@
+"""The exception of this room."""
+
+
+class PluginError(Exception):
+    """A user-visible failure: what was wrong, where, what to do. One line."""

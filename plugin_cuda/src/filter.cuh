@@ -1,0 +1,266 @@
+// One read of the logits. Scores above the threshold become keys in the list of
+// their class, and their priors are decoded; nothing else is written.
+#pragma once
+
+#include "problem.cuh"
+#include "tile.cuh"
+
+namespace nms_opt {
+
+constexpr int kPending = 512;          // candidates of a tile that are noted before they are scored
+
+// exp for the sum of a softmax: its arguments are not positive, its relative error is 2^-22, and
+// exp(0) is 1, so that no score is larger than its numerator.
+__device__ inline float exp_term(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+
+// The deltas of a prior as they are in memory: loaded before they are needed, converted after.
+struct Deltas {
+  uint32_t bits[4];
+  bool is_half;
+
+  __device__ void load(const Level& level, int image, int prior) {
+    const int index = prior - level.first_prior, anchors = level.loc_anchors;
+    const int anchor = index / level.loc_cells, cell = index % level.loc_cells;
+    const int rows = (anchors * 4 + level.loc_vector - 1) / level.loc_vector;
+    is_half = level.loc_dtype == NMS_OPT_FLOAT16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t offset =
+          offset_of(image, i * anchors + anchor, cell, rows, level.loc_cells, level.loc_vector);
+      bits[i] = is_half ? static_cast<const uint16_t*>(level.loc)[offset]
+                        : static_cast<const uint32_t*>(level.loc)[offset];
+    }
+  }
+
+  __device__ float operator[](int i) const {
+    return is_half ? __half2float(__ushort_as_half(bits[i])) : __uint_as_float(bits[i]);
+  }
+};
+
+// The box of a prior, corners, not clipped: CENTER_SIZE, in the order of operations of the
+// operator's definition.
+__device__ inline float4 decode(float4 corners, float4 variances, const Deltas& delta) {
+  const float width = corners.z - corners.x, height = corners.w - corners.y;
+  const float x = delta[0] * variances.x * width + (corners.x + corners.z) * 0.5f;
+  const float y = delta[1] * variances.y * height + (corners.y + corners.w) * 0.5f;
+  const float half_width = expf(delta[2] * variances.z) * width * 0.5f;
+  const float half_height = expf(delta[3] * variances.w) * height * 0.5f;
+  return {x - half_width, y - half_height, x + half_width, y + half_height};
+}
+
+// Below this no logit has a score above the threshold, with room for rounding.
+__device__ inline float cut_of(const Problem& problem, float2 stats) {
+  return problem.sigmoid ? problem.cut : problem.cut + stats.x + logf(stats.y);
+}
+
+// Appends a candidate to the list of its class, if its score is above the threshold.
+template <typename T, bool Linear, int Lanes>
+__device__ void append(const Problem& problem, const Tile<T, Linear, Lanes>& tile, int image, int cls,
+                       int slot, int prior, float2 stats) {
+  const float score = score_of(tile.logit_at(slot, cls), stats, problem.sigmoid);
+  if (!(score > problem.confidence_threshold) || cls == problem.background) return;
+  const uint64_t key = make_key(score, cls, prior, problem.num_priors);
+  int* counters = problem.counters_of(image);
+  const int at = atomicAdd(counters + cls, 1);
+  if (at < kListSize) {
+    problem.list_of(image, cls)[at] = key;
+  } else {
+    // What finds no room here, either, is counted: the second kernel goes to the logits then.
+    const int spilled = atomicAdd(counters + problem.num_classes + kSpilled, 1);
+    if (spilled < kSpillSize) problem.spill_of(image)[spilled] = key;
+  }
+}
+
+// What the steps of a tile hand on.
+struct Scratch {
+  float2 stats[kThreads];      // of each slot: maximum and sum of the softmax; NaN: void
+  float best[kThreads];        // of each slot: greatest logit of the foreground; then `cut_of`
+  uint16_t hopeful[kThreads];  // slots that may have a candidate
+  uint16_t chosen[kThreads];   // those of them that still may when their sum is known
+  uint16_t pending[kPending];  // class * kThreads + slot: likely candidates
+  int num_hopeful, num_chosen, num_pending;
+};
+
+template <typename T, bool Linear, int Lanes>
+__device__ void filter_tile(const Problem& problem, const Level& level, int image, int tile_index,
+                            char* data, Scratch& scratch) {
+  const int num_classes = problem.num_classes, background = problem.background;
+  const int first_cell = tile_index * level.tile_cells;
+  const int num_cells = min(level.tile_cells, level.cells - first_cell);
+  const auto prior_of = [&](int slot) {
+    const int cell = Linear ? slot : slot / level.anchors;
+    const int anchor = Linear ? 0 : slot % level.anchors;
+    return level.first_prior + anchor * level.cells + first_cell + cell;
+  };
+  float2* stats = problem.stats + static_cast<int64_t>(image) * problem.num_priors;
+  float4* boxes = problem.boxes + static_cast<int64_t>(image) * problem.num_priors;
+  const int thread = threadIdx.x;
+  if (thread == 0) scratch.num_hopeful = scratch.num_chosen = scratch.num_pending = 0;
+  copy_tile<T, Linear>(data, level, image, first_cell, num_cells, level.anchors * num_classes);
+  const Tile<T, Linear, Lanes> tile{data, level.anchors, level.conf_vector, level.row_pitch,
+                             level.conf_scale};
+  wait_for_copies();
+  __syncthreads();
+
+  // 1. The maximum decides most slots: the sum of a softmax is at least that of its maximum.
+  {
+    const int lane = thread % Lanes, slot = thread / Lanes;
+    const bool used = slot < num_cells * level.anchors;
+    T best = lowest<T>(), behind = lowest<T>();
+    if (used) {
+      const auto take = [&](int, T value) { best = greater(best, value); };
+      tile.template each<8>(slot, lane, Lanes, background, take);
+      tile.template each<8>(slot, background + 1 + lane, Lanes, num_classes, take);
+      if (background >= 0) {
+        tile.template each<1>(slot, background, 1, background + 1,
+                              [&](int, T value) { behind = value; });
+      }
+    }
+    float best_logit = tile.logit(best);
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) {
+      best_logit = fmaxf(best_logit, __shfl_xor_sync(~0u, best_logit, step));
+    }
+    if (used && lane == 0) {
+      const float maximum = fmaxf(best_logit, tile.logit(behind));
+      scratch.stats[slot].x = maximum;
+      scratch.best[slot] = best_logit;
+      if (best_logit - (problem.sigmoid ? 0.0f : maximum) >= problem.cut) {
+        scratch.hopeful[atomicAdd(&scratch.num_hopeful, 1)] = slot;
+      } else {
+        stats[prior_of(slot)] = {NAN, NAN};
+      }
+    }
+  }
+  __syncthreads();
+
+  // 2. The others' sums, while what their boxes are made of is on its way.
+  int own_slot = -1, own_prior = 0;
+  Deltas delta;
+  float4 corners, variances;
+  if (thread < scratch.num_hopeful) {
+    own_slot = scratch.hopeful[thread];
+    own_prior = prior_of(own_slot);
+    delta.load(level, image, own_prior);
+    corners = problem.priors[own_prior];
+    variances = problem.priors[problem.num_priors + own_prior];
+  }
+  constexpr int kLanes = 8;  // of a slot from here on; whatever `Lanes`, the sum is the same
+  const int lane = thread % kLanes;
+  const uint32_t group = ((1u << kLanes) - 1) << (thread % 32 - lane);
+  for (int i = thread / kLanes; i < scratch.num_hopeful; i += kThreads / kLanes) {
+    const int slot = scratch.hopeful[i];
+    const float maximum = scratch.stats[slot].x;
+    float sum = 0.0f, check = 0.0f;
+    tile.template each<7>(slot, lane, kLanes, num_classes, [&](int, T value) {
+      const float logit = tile.logit(value);
+      sum += exp_term(logit - maximum);
+      check = fmaf(logit, 0.0f, check);  // NaN from a logit that is not finite
+    });
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      sum += __shfl_xor_sync(group, sum, step);
+      check += __shfl_xor_sync(group, check, step);
+    }
+    if (lane == 0) scratch.stats[slot].y = check == 0.0f ? sum : NAN;
+  }
+  __syncthreads();
+  if (own_slot >= 0) {
+    const float4 box = decode(corners, variances, delta);
+    float2 own = scratch.stats[own_slot];
+    if (isnan(own.y) || !(isfinite(box.x) && isfinite(box.y) && isfinite(box.z) &&
+                          isfinite(box.w))) {
+      own = {NAN, NAN};
+    }
+    stats[own_prior] = own;
+    const float cut = cut_of(problem, own);
+    if (!isnan(own.x) && scratch.best[own_slot] >= cut) {
+      boxes[own_prior] = box;
+      scratch.best[own_slot] = cut;
+      scratch.chosen[atomicAdd(&scratch.num_chosen, 1)] = own_slot;
+    }
+  }
+  __syncthreads();
+
+  // 3. Their candidates: likely ones first, which is a comparison, then the scores of those.
+  for (int i = thread / kLanes; i < scratch.num_chosen; i += kThreads / kLanes) {
+    const int slot = scratch.chosen[i];
+    const float cut = scratch.best[slot];
+    for (int first = lane; first < num_classes; first += 32 * kLanes) {
+      uint32_t hits = 0, bit = 1;  // of every class of this lane
+      tile.template each<4>(slot, first, kLanes, min(num_classes, first + 32 * kLanes),
+                            [&](int, T value) {
+                              if (tile.logit(value) >= cut) hits |= bit;
+                              bit += bit;
+                            });
+      if (!hits) continue;
+      int at = atomicAdd(&scratch.num_pending, __popc(hits));
+      for (; hits; hits &= hits - 1, ++at) {
+        const int cls = first + (__ffs(hits) - 1) * kLanes;
+        if (at < kPending) scratch.pending[at] = cls * kThreads + slot;
+      }
+    }
+  }
+  wait_for_previous_kernel();  // it clears the counters
+  __syncthreads();
+  if (scratch.num_pending <= kPending) {
+    for (int i = thread; i < scratch.num_pending; i += kThreads) {
+      const int cls = scratch.pending[i] / kThreads, slot = scratch.pending[i] % kThreads;
+      append(problem, tile, image, cls, slot, prior_of(slot), scratch.stats[slot]);
+    }
+  } else {  // too many to note: every score of every chosen slot
+    for (int i = 0; i < scratch.num_chosen; ++i) {
+      const int slot = scratch.chosen[i];
+      for (int cls = thread; cls < num_classes; cls += kThreads) {
+        append(problem, tile, image, cls, slot, prior_of(slot), scratch.stats[slot]);
+      }
+    }
+  }
+}
+
+template <typename T, int Lanes>
+__device__ void filter_level(const Problem& problem, const Level& level, int image, int tile_index,
+                             char* data, Scratch& scratch) {
+  if (level.conf_vector == 1) {
+    filter_tile<T, true, Lanes>(problem, level, image, tile_index, data, scratch);
+  } else {
+    filter_tile<T, false, Lanes>(problem, level, image, tile_index, data, scratch);
+  }
+}
+
+// Clears the counters. Grid: (images).
+__global__ void __launch_bounds__(kThreads) clear(const __grid_constant__ Problem problem) {
+  let_next_kernel_start();
+  int* counters = problem.counters_of(blockIdx.x);
+  for (int i = threadIdx.x; i < problem.num_classes + kNumCounters; i += kThreads) counters[i] = 0;
+}
+
+// Grid: (tiles of an image, images). `Lanes` threads for each slot at first.
+template <int Lanes>
+__global__ void __launch_bounds__(kThreads) filter(const __grid_constant__ Problem problem) {
+  extern __shared__ __align__(16) char data[];
+  __shared__ Scratch scratch;
+  let_next_kernel_start();
+  int index = 0;
+  while (index + 1 < problem.num_levels &&
+         static_cast<int>(blockIdx.x) >= problem.levels[index + 1].first_tile) {
+    ++index;
+  }
+  const Level& level = problem.levels[index];
+  const int image = blockIdx.y, tile_index = blockIdx.x - level.first_tile;
+  switch (level.conf_dtype) {
+    case NMS_OPT_FLOAT16:
+      filter_level<__half, Lanes>(problem, level, image, tile_index, data, scratch);
+      break;
+    case NMS_OPT_INT8:
+      filter_level<int8_t, Lanes>(problem, level, image, tile_index, data, scratch);
+      break;
+    default: filter_level<float, Lanes>(problem, level, image, tile_index, data, scratch);
+  }
+}
+
+}  // namespace nms_opt

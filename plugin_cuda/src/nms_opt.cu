@@ -1,0 +1,330 @@
+// The C functions of nms_opt.h: checks, the layout of the workspace, the launches.
+#include "nms_opt.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "filter.cuh"
+#include "merge.cuh"
+#include "suppress.cuh"
+
+namespace {
+
+using namespace nms_opt;
+
+constexpr size_t kAlignment = 256;  // of the parts of the workspace
+
+// Fewer slots than these do not fill a large GPU: then each gets more threads.
+constexpr int64_t kFewSlots = 100'000;
+constexpr int kFewSlotsLanes = 4;
+static_assert(kThreads / kFewSlotsLanes * 4 * NMS_OPT_MAX_CLASSES <= kTileBytes);
+
+int element_size(int32_t dtype) {
+  return dtype == NMS_OPT_FLOAT32 ? 4 : dtype == NMS_OPT_FLOAT16 ? 2 : 1;
+}
+
+bool is_aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+bool is_fraction(float value) { return value >= 0.0f && value <= 1.0f; }  // false for NaN
+
+int32_t check_level(const nms_opt_level& level, int32_t num_classes) {
+  constexpr int kMaxSide = 1 << 14;
+  if (level.height < 1 || level.height > kMaxSide || level.width < 1 || level.width > kMaxSide ||
+      level.anchors < 1 || level.anchors > NMS_OPT_MAX_ANCHORS) {
+    return NMS_OPT_BAD_LEVEL_SHAPE;
+  }
+  const nms_opt_format &loc = level.loc, &conf = level.conf;
+  if ((loc.dtype != NMS_OPT_FLOAT32 && loc.dtype != NMS_OPT_FLOAT16) || loc.vector < 1) {
+    return NMS_OPT_BAD_LOC_FORMAT;
+  }
+  if (conf.dtype < NMS_OPT_FLOAT32 || conf.dtype > NMS_OPT_INT8 || conf.vector < 1) {
+    return NMS_OPT_BAD_CONF_FORMAT;
+  }
+  if (conf.dtype == NMS_OPT_INT8 && !(conf.scale > 0.0f && std::isfinite(conf.scale))) {
+    return NMS_OPT_BAD_CONF_FORMAT;
+  }
+  // One cell of all channels must fit into shared memory.
+  const int64_t channels = static_cast<int64_t>(level.anchors) * num_classes;
+  const int64_t stored = (channels + conf.vector - 1) / conf.vector * conf.vector;
+  if (conf.vector > 1 && stored * element_size(conf.dtype) > kTileBytes) {
+    return NMS_OPT_BAD_CONF_FORMAT;
+  }
+  return NMS_OPT_OK;
+}
+
+int32_t check(const nms_opt_config* config, int32_t batch) {
+  if (!config) return NMS_OPT_NULL_POINTER;
+  if (config->num_levels < 1 || config->num_levels > NMS_OPT_MAX_LEVELS) {
+    return NMS_OPT_BAD_NUM_LEVELS;
+  }
+  if (config->num_classes < 1 || config->num_classes > NMS_OPT_MAX_CLASSES) {
+    return NMS_OPT_BAD_NUM_CLASSES;
+  }
+  if (config->background_class < -1 || config->background_class >= config->num_classes) {
+    return NMS_OPT_BAD_BACKGROUND_CLASS;
+  }
+  if (config->top_k < 1 || config->top_k > NMS_OPT_MAX_TOP_K) return NMS_OPT_BAD_TOP_K;
+  if (config->keep_top_k < 1 || config->keep_top_k > NMS_OPT_MAX_TOP_K) {
+    return NMS_OPT_BAD_KEEP_TOP_K;
+  }
+  if (config->sigmoid != 0 && config->sigmoid != 1) return NMS_OPT_BAD_SIGMOID;
+  if (!is_fraction(config->confidence_threshold)) return NMS_OPT_BAD_CONFIDENCE_THRESHOLD;
+  if (!is_fraction(config->nms_threshold)) return NMS_OPT_BAD_NMS_THRESHOLD;
+  int64_t priors = 0;
+  for (int i = 0; i < config->num_levels; ++i) {
+    const nms_opt_level& level = config->levels[i];
+    if (const int32_t status = check_level(level, config->num_classes)) return status;
+    priors += static_cast<int64_t>(level.anchors) * level.height * level.width;
+  }
+  if (priors * config->num_classes > INT32_MAX) return NMS_OPT_BAD_LEVEL_SHAPE;
+  if (batch < 1 || batch > NMS_OPT_MAX_BATCH) return NMS_OPT_BAD_BATCH;
+  return NMS_OPT_OK;
+}
+
+// Threads for each slot of a tile: 1, or more where there are few slots or many classes.
+int lanes_of(const nms_opt_config& config, int batch) {
+  int64_t slots = 0;
+  bool fits = true;
+  for (int i = 0; i < config.num_levels; ++i) {
+    const nms_opt_level& level = config.levels[i];
+    slots += static_cast<int64_t>(batch) * level.anchors * level.height * level.width;
+    const int tile = kThreads * config.num_classes * element_size(level.conf.dtype);
+    if (level.conf.vector == 1 && tile > kTileBytes) fits = false;
+  }
+  return fits && slots >= kFewSlots ? 1 : kFewSlotsLanes;
+}
+
+// The kernels' view of a level whose conf begins at `conf`.
+Level make_level(const nms_opt_level& level, int num_classes, int tile_slots, const void* loc,
+                 const void* conf) {
+  Level result{};
+  result.loc = loc;
+  result.conf = conf;
+  result.loc_dtype = level.loc.dtype;
+  result.loc_vector = level.loc.vector;
+  result.loc_anchors = level.anchors;
+  result.loc_cells = level.height * level.width;
+  result.conf_dtype = level.conf.dtype;
+  result.conf_vector = level.conf.vector;
+  result.conf_scale = level.conf.scale;
+  const bool linear = level.conf.vector == 1;
+  result.anchors = linear ? 1 : level.anchors;
+  result.cells = linear ? level.anchors * result.loc_cells : result.loc_cells;
+  const int vector = result.conf_vector, channels = result.anchors * num_classes;
+  result.conf_rows = (channels + vector - 1) / vector;
+
+  const int size = element_size(level.conf.dtype);
+  const int cell_bytes = result.conf_rows * vector * size;
+  result.tile_cells = std::min(tile_slots / result.anchors, kTileBytes / cell_bytes);
+  result.row_pitch = (result.tile_cells * vector * size + 15) / 16 * 16;
+
+  // Rows follow one another, and so do tiles, at multiples of these.
+  const int64_t row_step = static_cast<int64_t>(result.cells) * vector * size;
+  const int tile_step = result.tile_cells * vector * size;
+  result.copy_bytes = 16;
+  while (result.copy_bytes > size &&
+         !(is_aligned(conf, result.copy_bytes) && row_step % result.copy_bytes == 0 &&
+           tile_step % result.copy_bytes == 0)) {
+    result.copy_bytes /= 2;
+  }
+  return result;
+}
+
+// A logit, or with softmax a logarithm of a score, below which no score exceeds the threshold. The
+// margin is that of float32: a score that rounds up to 1 comes from a finite logit.
+float cut_of(double threshold, bool sigmoid) {
+  if (!sigmoid) return static_cast<float>(std::log(threshold) - 1e-3);
+  const double rest = 1.0 - threshold + 1e-9;
+  return static_cast<float>(std::log(threshold / rest) - 1e-3 - 1e-6 / rest);
+}
+
+// The keys of scores above a threshold and not above 1; see `make_key`.
+KeyRange key_range_of(float threshold) {
+  uint32_t least, range;
+  const float one = 1.0f;
+  std::memcpy(&least, &threshold, sizeof(least));
+  std::memcpy(&range, &one, sizeof(range));
+  range -= least;
+  int bits = 32;
+  for (; range; range /= 2) ++bits;
+  return {static_cast<uint64_t>(least) << 32, bits};
+}
+
+// Everything of a run but its pointers, which are null where `loc` and `conf` are.
+Problem make_problem(const nms_opt_config& config, int lanes, const void* const* loc,
+                     const void* const* conf, int* num_tiles) {
+  Problem problem{};
+  problem.num_levels = config.num_levels;
+  problem.num_classes = config.num_classes;
+  problem.background = config.background_class;
+  problem.top_k = config.top_k;
+  problem.keep_top_k = config.keep_top_k;
+  problem.sigmoid = config.sigmoid;
+  problem.confidence_threshold = config.confidence_threshold;
+  problem.nms_threshold = config.nms_threshold;
+  problem.cut = cut_of(config.confidence_threshold, config.sigmoid);
+  problem.keys = key_range_of(config.confidence_threshold + 0.0f);  // + 0: no negative zero
+  problem.survivors_size = config.num_classes * std::min(config.top_k, config.keep_top_k);
+  int tiles = 0;
+  for (int i = 0; i < config.num_levels; ++i) {
+    Level& level = problem.levels[i];
+    level = make_level(config.levels[i], config.num_classes, kThreads / lanes, loc ? loc[i] : nullptr,
+                       conf ? conf[i] : nullptr);
+    level.first_prior = problem.num_priors;
+    level.first_tile = tiles;
+    problem.num_priors += level.anchors * level.cells;
+    tiles += (level.cells + level.tile_cells - 1) / level.tile_cells;
+  }
+  if (num_tiles) *num_tiles = tiles;
+  return problem;
+}
+
+// Places the parts of the workspace one behind the other; returns their size.
+size_t place_workspace(Problem& problem, int batch, void* workspace) {
+  size_t used = 0;
+  const auto take = [&](auto*& pointer, size_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(
+        static_cast<char*>(workspace) + used);
+    used += (count * sizeof(*pointer) + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  const size_t images = batch;
+  take(problem.counters, images * (problem.num_classes + kNumCounters));
+  take(problem.lists, images * problem.num_classes * kListSize);
+  take(problem.spill, images * kSpillSize);
+  take(problem.survivors, images * problem.survivors_size);
+  take(problem.boxes, images * problem.num_priors);
+  take(problem.stats, images * problem.num_priors);
+  return used;
+}
+
+int32_t check_pointers(const nms_opt_config& config, const void* const* loc,
+                       const void* const* conf, const float* priors, const float* detections,
+                       const int32_t* num_detections, const void* workspace) {
+  if (!loc || !conf || !priors || !detections || !num_detections || !workspace) {
+    return NMS_OPT_NULL_POINTER;
+  }
+  for (int i = 0; i < config.num_levels; ++i) {
+    if (!loc[i] || !conf[i]) return NMS_OPT_NULL_POINTER;
+    if (!is_aligned(loc[i], element_size(config.levels[i].loc.dtype)) ||
+        !is_aligned(conf[i], element_size(config.levels[i].conf.dtype))) {
+      return NMS_OPT_MISALIGNED_POINTER;
+    }
+  }
+  const bool aligned = is_aligned(priors, 16) && is_aligned(detections, 4) &&
+                       is_aligned(num_detections, 4) && is_aligned(workspace, 16);
+  return aligned ? NMS_OPT_OK : NMS_OPT_MISALIGNED_POINTER;
+}
+
+// Whether the current GPU knows programmatic dependent launch.
+cudaError_t can_overlap(bool* result) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  *result = major >= 9;
+  return error;
+}
+
+}  // namespace
+
+int32_t nms_opt_version(void) { return NMS_OPT_VERSION; }
+
+const char* nms_opt_status_string(int32_t status) {
+  switch (status) {
+    case NMS_OPT_OK: return "success";
+    case NMS_OPT_BAD_NUM_LEVELS: return "num_levels is not from 1 to 8";
+    case NMS_OPT_BAD_NUM_CLASSES: return "num_classes is not from 1 to 352";
+    case NMS_OPT_BAD_BACKGROUND_CLASS:
+      return "background_class is neither -1 nor one of the classes";
+    case NMS_OPT_BAD_TOP_K: return "top_k is not from 1 to 1024";
+    case NMS_OPT_BAD_KEEP_TOP_K: return "keep_top_k is not from 1 to 1024";
+    case NMS_OPT_BAD_SIGMOID: return "sigmoid is neither 0 nor 1";
+    case NMS_OPT_BAD_CONFIDENCE_THRESHOLD: return "confidence_threshold is not in [0, 1]";
+    case NMS_OPT_BAD_NMS_THRESHOLD: return "nms_threshold is not in [0, 1]";
+    case NMS_OPT_BAD_LEVEL_SHAPE:
+      return "a level's height or width is not from 1 to 16384, its anchors are not from 1 to 32, "
+             "or the levels have more than 2^31 - 1 scores";
+    case NMS_OPT_BAD_LOC_FORMAT:
+      return "a loc format is not float32 or float16 with a vector of at least 1";
+    case NMS_OPT_BAD_CONF_FORMAT:
+      return "a conf format is not float32, float16 or int8 with a positive scale, its vector is "
+             "below 1, or a cell of it has more than 45056 bytes";
+    case NMS_OPT_BAD_BATCH: return "batch is not from 1 to 65535";
+    case NMS_OPT_NULL_POINTER: return "a pointer is null";
+    case NMS_OPT_MISALIGNED_POINTER:
+      return "a pointer is misaligned: priors and workspace to 16 bytes, others to their type";
+    case NMS_OPT_WORKSPACE_TOO_SMALL: return "the workspace is smaller than needed";
+    default: break;
+  }
+  if (status < NMS_OPT_CUDA_ERROR) return "unknown status";
+  return cudaGetErrorString(static_cast<cudaError_t>(status - NMS_OPT_CUDA_ERROR));
+}
+
+int32_t nms_opt_workspace_size(const nms_opt_config* config, int32_t batch, size_t* bytes) {
+  if (const int32_t status = check(config, batch)) return status;
+  if (!bytes) return NMS_OPT_NULL_POINTER;
+  Problem problem = make_problem(*config, kFewSlotsLanes, nullptr, nullptr, nullptr);
+  *bytes = place_workspace(problem, batch, nullptr);
+  return NMS_OPT_OK;
+}
+
+int32_t nms_opt_run(const nms_opt_config* config, int32_t batch, const void* const* loc,
+                    const void* const* conf, const float* priors, float* detections,
+                    int32_t* num_detections, void* workspace, size_t workspace_bytes,
+                    nms_opt_stream stream) {
+  if (const int32_t status = check(config, batch)) return status;
+  if (const int32_t status = check_pointers(*config, loc, conf, priors, detections, num_detections,
+                                            workspace)) {
+    return status;
+  }
+  int num_tiles = 0;
+  const int lanes = lanes_of(*config, batch);
+  Problem problem = make_problem(*config, lanes, loc, conf, &num_tiles);
+  if (place_workspace(problem, batch, workspace) > workspace_bytes) {
+    return NMS_OPT_WORKSPACE_TOO_SMALL;
+  }
+  problem.priors = reinterpret_cast<const float4*>(priors);
+  problem.detections = detections;
+  problem.num_detections = num_detections;
+
+  size_t tile_bytes = 0;
+  for (int i = 0; i < problem.num_levels; ++i) {
+    const Level& level = problem.levels[i];
+    tile_bytes = std::max(tile_bytes, static_cast<size_t>(level.conf_rows) * level.row_pitch);
+  }
+  bool overlap = false;
+  cudaError_t error = can_overlap(&overlap);
+  const auto start = [&](auto kernel, dim3 grid, int threads, size_t shared, bool dependent) {
+    if (error != cudaSuccess) return;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = grid;
+    launch.blockDim = dim3(threads);
+    launch.dynamicSmemBytes = shared;
+    launch.stream = stream;
+    launch.attrs = &attribute;
+    launch.numAttrs = dependent && overlap ? 1 : 0;
+    error = cudaLaunchKernelEx(&launch, kernel, problem);
+  };
+  start(clear, dim3(batch), kThreads, 0, false);
+  const dim3 tiles(num_tiles, batch), classes(problem.num_classes, batch);
+  const size_t suppress_bytes = suppress_shared_bytes(problem);
+  if (lanes == 1) {
+    start(filter<1>, tiles, kThreads, tile_bytes, true);
+    start(suppress<128>, classes, 128, suppress_bytes, true);
+  } else {
+    start(filter<kFewSlotsLanes>, tiles, kThreads, tile_bytes, true);
+    start(suppress<512>, classes, 512, suppress_bytes, true);
+  }
+  start(merge, dim3(batch), kMergeThreads, merge_shared_bytes(problem), true);
+  return error == cudaSuccess ? NMS_OPT_OK : NMS_OPT_CUDA_ERROR + error;
+}

@@ -1,0 +1,43 @@
+// What the library exports: TensorRT's registry calls it when it loads a plugin library.
+#include <new>
+
+#include "log.h"
+#include "plugin.h"
+
+namespace nms_opt_trt {
+namespace {
+
+class Creator final : public nvinfer1::IPluginCreatorV3One {
+ public:
+  nvinfer1::IPluginV3* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields,
+                                    nvinfer1::TensorRTPhase) noexcept override {
+    Attributes attributes;
+    return readAttributes(fields, attributes) ? new (std::nothrow) Plugin(attributes) : nullptr;
+  }
+
+  nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
+  char const* getPluginName() const noexcept override { return kName; }
+  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginNamespace() const noexcept override { return kNamespace; }
+
+ private:
+  Fields const fields_ = fieldNames();
+  nvinfer1::PluginFieldCollection const collection_{static_cast<int32_t>(fields_.size()),
+                                                    fields_.data()};
+};
+
+}  // namespace
+}  // namespace nms_opt_trt
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  static nms_opt_trt::Creator creator;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
+  count = 1;
+  return creators;
+}
+
+EXPORTED void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  nms_opt_trt::setLoggerFinder(finder);
+}
