@@ -22,7 +22,7 @@ INT8 := $(ONNX)/$(BENCHMARK).int8.onnx
 CAL_DATA := $(BUILD_DIR)/preprocessed_data/$(BENCHMARK)-cal
 CACHE := $(BUILD_DIR)/calibration/$(BENCHMARK).json
 
-.PHONY: demo test bench calibrate FORCE
+.PHONY: demo test bench bench_nms build_plugins calibrate FORCE
 
 # The virtual environment: the project and what its commands need, at the tested versions.
 .venv/installed: pyproject.toml constraints.txt
@@ -48,6 +48,16 @@ bench: $(DEMO)
 	$(BIN)/harness preprocess $(DEMO) --dataset demo --split cal
 	$(BIN)/python -m engine.bench $(DEMO) --images 64 -o docs/measurements/int8_demo.json \
 	  --data $(BUILD_DIR)/preprocessed_data/demo-cal/float32_400x400
+
+# The NMS kernels against their peers, on a GPU: needs torch, torchvision, CuPy and matplotlib.
+bench_nms:
+	$(PYTHON) -m plugin_cuda
+	$(PYTHON) -m plugin_cuda.bench -o docs/measurements/nms.json
+	$(PYTHON) -m plugin_cuda.bench --plot docs/measurements/nms.json -o docs/nms.png
+
+# The CUDA kernels and the TensorRT plugin, for every GPU that nvcc knows.
+build_plugins: .venv/installed
+	$(BIN)/build-plugin
 
 # The INT8 graph and its scales. The commands leave alone what is up to date by its hashes.
 calibrate: $(INT8)

@@ -1,4 +1,4 @@
-"""Build libnms_opt.so and the TensorRT plugin with CMake and nvcc."""
+"""Build libnms_opt.so and the TensorRT plugin's libraries with CMake and nvcc."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from plugin_cuda.toolchain import (
 
 KERNELS = "libnms_opt.so"
 PLUGIN = "libnmsoptplugin.so"
+REGISTER = "libnmsoptplugin_register.so"
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 """Compute capabilities of the default build, times ten, as far as nvcc knows them."""
@@ -112,7 +113,8 @@ def build(plan: Plan) -> tuple[Path, ...]:
     Returns
     -------
     libraries
-        In the output folder: `KERNELS`, and `PLUGIN` when there are TensorRT headers.
+        In the output folder: `KERNELS`, and `PLUGIN` and `REGISTER` when there are TensorRT
+        headers.
 
     Raises
     ------
@@ -128,7 +130,7 @@ def build(plan: Plan) -> tuple[Path, ...]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _configure(plan, tree)
             _run(plan, [plan.cmake, "--build", tree, "--parallel", str(os.cpu_count())])
-            names = (KERNELS,) if plan.headers is None else (KERNELS, PLUGIN)
+            names = (KERNELS,) if plan.headers is None else (KERNELS, PLUGIN, REGISTER)
             return tuple(_install(tree / name, plan.output / name) for name in names)
     except OSError as error:
         raise PluginError(

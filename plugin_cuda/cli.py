@@ -29,8 +29,12 @@ def build_plugin(
         typer.Option("-o", "--output", help="Folder.", show_default="plugins in the build folder"),
     ] = None,
 ) -> None:
-    """Build libnms_opt.so, and libnmsoptplugin.so where TensorRT's headers are found."""
-    from plugin_cuda.build import KERNELS, PLUGIN, build, plan
+    """Build libnms_opt.so and, where TensorRT's headers are found, the plugin on top of it.
+
+    The plugin is libnmsoptplugin.so, for programs that load it into TensorRT's registry;
+    libnmsoptplugin_register.so does that for programs that only open a library.
+    """
+    from plugin_cuda.build import KERNELS, PLUGIN, REGISTER, build, plan
 
     if output is None:
         output = Path(os.environ.get("BUILD_DIR") or "build") / "plugins"
@@ -39,10 +43,13 @@ def build_plugin(
     libraries = build(todo)
     for library in libraries:
         size = library.stat().st_size / 1e6
-        typer.echo(f"{library.name:<{len(PLUGIN)}}  {size:6.2f} MB  {todo.architectures}")
+        code = "" if library.name == REGISTER else f"  {todo.architectures}"
+        typer.echo(f"{library.name:<{len(REGISTER)}}  {size:6.2f} MB{code}")
     typer.echo(f"written to {output}")
     if todo.headers is not None:
-        typer.echo(f"{PLUGIN}: TensorRT {todo.headers.version} headers ({todo.headers.path})")
+        version = todo.headers.version
+        typer.echo(f"{PLUGIN}: TensorRT {version} headers ({todo.headers.path})")
+        typer.echo(f"{REGISTER}: for TensorRT {version.partition('.')[0]} alone")
     else:
         typer.echo(
             f"left out: {PLUGIN}, for no headers of TensorRT 10 or later were found; set "

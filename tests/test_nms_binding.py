@@ -85,6 +85,14 @@ def test_structures_are_those_of_the_header(tmp_path):
     }
 
 
+VECTORS = (2, 4, 16, 32, 328, 4096)
+
+
+def cell_bytes(channels, vector, dtype):
+    """Shared memory of the channels of a conf cell: what nms_opt.h bounds."""
+    return -(-channels // vector) * (-(-vector * (4, 2, 1)[dtype] // 16) * 16)
+
+
 @st.composite
 def configs(draw):
     """Configurations that the library has to take."""
@@ -93,9 +101,7 @@ def configs(draw):
     def level():
         anchors = draw(st.integers(1, ANCHORS))
         conf = draw(st.integers(0, 2))
-        size = (4, 2, 1)[conf]
-        room = 32768 // size // (anchors * classes)  # vectors whose row of a cell stays small
-        vectors = [1] + ([2, 4, anchors * classes] if room else [])
+        vectors = [1, *filter(lambda v: cell_bytes(anchors * classes, v, conf) <= 45056, VECTORS)]
         return Level(
             draw(st.integers(1, 60)),
             draw(st.integers(1, 60)),
@@ -121,6 +127,18 @@ def configs(draw):
 def test_workspace_of_what_is_valid(config, batch):
     one, many = workspace_size(config, 1), workspace_size(config, batch)
     assert 0 < one <= many <= one * batch
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(351, 0), (352, 0), (352, 1), (352, 2)])
+def test_a_conf_cell_fits_into_shared_memory(classes, dtype):
+    for vector in VECTORS:
+        level = Level(3, 3, 16, Format(0), Format(dtype, vector, 1.0))
+        config = Config(classes, 0, 200, 200, 0.05, 0.5, (level,))
+        if cell_bytes(16 * classes, vector, dtype) <= 45056:
+            assert workspace_size(config, 1) > 0
+        else:
+            with pytest.raises(PluginError, match="conf format"):
+                workspace_size(config, 1)
 
 
 def test_workspace_of_the_benchmark_model():

@@ -109,6 +109,29 @@ def brute_force(attributes, priors, loc, conf):
     )
 
 
+@pytest.mark.parametrize("top_k", [1009, 1010, 1024])
+@pytest.mark.parametrize("candidates", [1023, 1024, 1025, 1039, 1040])
+def test_lists_about_to_overflow(candidates, top_k):
+    levels = [(1, 1, candidates)]
+    attributes = with_attributes(
+        levels,
+        numClasses=4,
+        topK=top_k,
+        keepTopK=1024,
+        confidenceThreshold=0.0,
+        nmsThreshold=0.9,
+    )
+    check_against_definition(attributes, random_heads(levels, 4, 2, spread=1.0))
+
+
+@pytest.mark.parametrize("offset", [-4e6, -3e5, 3e5])
+def test_large_logits(offset):
+    levels = [(3, 9, 9)]
+    _, priors, loc, conf = random_heads(levels, 21, 2)
+    attributes = with_attributes(levels, numClasses=21, topK=50)
+    check_against_definition(attributes, (levels, priors, loc, conf + np.float32(offset)))
+
+
 EIGHT = [(1, 1, 1), (6, 5, 5), (2, 3, 7), (5, 9, 1), (3, 1, 11), (4, 13, 13), (1, 21, 3), (6, 1, 1)]
 LARGE = [(6, 31, 33)]  # 6,138 priors
 RETINA = [(9, 13, 13), (9, 7, 7), (9, 3, 3)]
@@ -160,6 +183,13 @@ RANDOM = {
         2,
         {"topK": 1000, "keepTopK": 1000, "confidenceThreshold": 0.0, "nmsThreshold": 0.8},
         {"background": -5.0},
+    ),
+    "6,138 candidates of each of 20 classes": (
+        LARGE,
+        21,
+        2,
+        {"topK": 200, "keepTopK": 200, "confidenceThreshold": 0.0},
+        {"spread": 1.0},
     ),
     "nothing is suppressed": (
         EIGHT,

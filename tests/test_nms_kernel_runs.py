@@ -5,7 +5,17 @@
 
 import numpy as np
 import pytest
-from nms_cases import LEVELS, SIGMOID, SSD, plane, random_heads, with_attributes
+from nms_cases import (
+    LEVELS,
+    SIGMOID,
+    SSD,
+    make_model,
+    plane,
+    random_heads,
+    run,
+    with_attributes,
+)
+from nms_tolerance import check_same, undecided_rows
 
 torch = pytest.importorskip("torch")
 from nms_device import (  # noqa: E402
@@ -172,12 +182,21 @@ def test_tensors_of_array_libraries(golden_heads, library, memory):
     assert actual[1].tolist() == expected[1].tolist()
 
 
-PATHS = {
-    "few candidates": ({}, {"background": 3.0}),
-    "full lists": ({"topK": 20, "keepTopK": 200}, {"background": -9.0}),
-    "all priors": ({"topK": 300, "keepTopK": 40, "confidenceThreshold": 0.0}, {}),
-    "sigmoid": ({"topK": 50, "keepTopK": 50, **SIGMOID}, {}),
-    "nothing": ({}, {"background": 40.0}),
+SMALL = [(1, 35, 35), (4, 1, 1)]
+PATHS = {  # levels, classes, images, attributes, options of random_heads
+    "few candidates": (SMALL, 5, 2, {}, {"background": 3.0}),
+    "full lists": (SMALL, 5, 2, {"topK": 20, "confidenceThreshold": 1e-4}, {"background": -9.0}),
+    "all priors": (SMALL, 5, 2, {"topK": 300, "keepTopK": 40, "confidenceThreshold": 0.0}, {}),
+    "sigmoid": (SMALL, 5, 2, {"topK": 50, "keepTopK": 50, **SIGMOID}, {}),
+    "nothing": (SMALL, 5, 2, {}, {"background": 40.0}),
+    "more than the lists and the spill hold": (
+        [(2, 32, 32)],
+        41,
+        1,
+        {"topK": 20, "confidenceThreshold": 0.0, "backgroundLabelId": -1},
+        {"spread": 1.0},
+    ),
+    "many slots": (SMALL, 5, 84, {}, {}),
 }
 
 
@@ -188,18 +207,19 @@ PATHS = {
     ids=str,
 )
 def test_every_path(form, path):
-    """Small enough for compute-sanitizer: 1,229 priors, 5 classes, 2 images.
+    """Small enough for compute-sanitizer.
 
     Memory is left as allocated, so that initcheck sees reads of what no kernel wrote.
     """
-    levels = [(1, 35, 35), (4, 1, 1)]
-    attributes, options = PATHS[path]
-    _, priors, loc, conf = random_heads(levels, 5, 2, **options)
-    attributes = with_attributes(levels, numClasses=5, **attributes)
-    heads = in_form(form, (levels, priors, loc, conf))[0]
+    levels, classes, images, attributes, options = PATHS[path]
+    attributes = with_attributes(levels, numClasses=classes, **attributes)
+    case = random_heads(levels, classes, images, **options)
+    heads, (_, priors, loc, conf) = in_form(form, case)
     bound = Bound(heads.plan(attributes), spoiled=False)
     first = bound().result()
     again = bound().result()
     assert again[0].tobytes() == first[0].tobytes()
     assert first[1].tolist() == again[1].tolist()
     assert (first[1] > 0).all() == (path != "nothing")
+    expected = run(make_model(attributes, levels, priors), levels, loc, conf)
+    check_same(first, expected, lambda n: undecided_rows(loc[n], conf[n], priors, attributes))

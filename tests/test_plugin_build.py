@@ -364,11 +364,18 @@ def test_trt_plugin_library(trt_plugin_library):
     ctypes.CDLL(str(trt_plugin_library), os.RTLD_NOW)
 
 
+def test_register_library(trt_plugin_library):
+    """It links to no TensorRT, and is not taken for a plugin library itself."""
+    library = trt_plugin_library.with_name("libnmsoptplugin_register.so")
+    assert exports(library) == set()
+    assert needed(library) <= NO_GPU_NEEDED | LOADER
+
+
 def test_code_is_for_what_was_asked(plugin_libraries):
     program = shutil.which("cuobjdump", path=f"{toolchain.search_path()}:/usr/local/cuda/bin")
     if program is None:
         pytest.skip("needs cuobjdump")
-    for name in plugin_libraries.glob("*.so"):
+    for name in {*plugin_libraries.glob("*.so")} - {*plugin_libraries.glob("*_register.so")}:
         text = subprocess.run(
             [program, "--list-elf", "--list-ptx", name], check=True, capture_output=True, text=True
         ).stdout
@@ -378,5 +385,5 @@ def test_code_is_for_what_was_asked(plugin_libraries):
 def test_build_returns_what_is_there(plugin_libraries):
     """The command's folder again, by the function."""
     todo = plan(plugin_libraries, [80, 90])
-    expected = 1 if todo.headers is None else 2
+    expected = 1 if todo.headers is None else 3
     assert [path.is_file() for path in build(todo)] == [True] * expected

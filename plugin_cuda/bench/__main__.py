@@ -6,7 +6,7 @@ those of single runs by CUDA events, on inputs that are not in the L2 cache.
 
 Counters of each kernel, by Nsight Compute, on one plain run of each load at a batch size:
 
-    ncu --set full --kernel-name 'regex:filter|suppress' \
+    ncu --set full --kernel-name 'regex:clear|filter|suppress|merge' \
       python -m plugin_cuda.bench --profile 64
 """
 
@@ -71,8 +71,14 @@ def bench(
         return
     if output is None:
         raise PluginError("-o FILE says where the figures go")
+    if not output.parent.is_dir():
+        raise PluginError(f"{output.parent}: no such folder")
     if plot_file is not None:
-        plot(json.loads(plot_file.read_text()), output)
+        try:
+            document = json.loads(plot_file.read_text())
+        except (OSError, ValueError) as error:
+            raise PluginError(f"{plot_file}: not the JSON of a run: {error}") from error
+        plot(document, output)
         return
     _check_gpu()
     priors = load_priors(golden)

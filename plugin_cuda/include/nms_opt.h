@@ -47,11 +47,13 @@ typedef enum {
  * 1 is NCHW; 2, 4, 16, 32 are NCHW with vectorised channels (TensorRT's CHW2, CHW4, CHW16, CHW32);
  * a number of at least `channels` is NHWC, its rows padded to that length. So a merged NHWC head
  * gives both tensors: the loc pointer is its start, the conf pointer lies anchors * 4 channels
- * further, `vector` is the merged row for both. Padding is never read as data.
+ * further, `vector` is the merged row for both. Padding is never read as data. With another vector
+ * than 1, the channels of a conf cell, each group of `vector` rounded up to 16 bytes, take at most
+ * 45056 bytes.
  */
 typedef struct {
   int32_t dtype;  /* nms_opt_dtype */
-  int32_t vector; /* at least 1 */
+  int32_t vector; /* from 1 to 65536 */
   float scale;    /* real value of one step, with NMS_OPT_INT8; otherwise ignored */
 } nms_opt_format;
 
@@ -117,8 +119,8 @@ NMS_OPT_API int32_t nms_opt_workspace_size(const nms_opt_config* config, int32_t
  *                  variances; P = sum over the levels of anchors * height * width
  * detections       device, float32 [batch, keep_top_k, 7]; every element is written
  * num_detections   device, int32 [batch]
- * workspace        device, as nms_opt_workspace_size says; its contents do not matter before and
- *                  mean nothing after
+ * workspace        device, as nms_opt_workspace_size says, of one run at a time; its contents do
+ *                  not matter before and mean nothing after
  */
 NMS_OPT_API int32_t nms_opt_run(const nms_opt_config* config, int32_t batch, const void* const* loc,
                                 const void* const* conf, const float* priors, float* detections,

@@ -52,9 +52,14 @@ __device__ inline float4 decode(float4 corners, float4 variances, const Deltas& 
   return {x - half_width, y - half_height, x + half_width, y + half_height};
 }
 
-// Below this no logit has a score above the threshold, with room for rounding.
+// A logit less the reference below which no score is above the threshold, with room for rounding.
 __device__ inline float cut_of(const Problem& problem, float2 stats) {
-  return problem.sigmoid ? problem.cut : problem.cut + stats.x + logf(stats.y);
+  return problem.sigmoid ? problem.cut : problem.cut + logf(stats.y);
+}
+
+// What logits are compared with the cut by: the maximum, so that large logits lose nothing.
+__device__ inline float reference_of(const Problem& problem, float2 stats) {
+  return problem.sigmoid ? 0.0f : stats.x;
 }
 
 // Appends a candidate to the list of its class, if its score is above the threshold.
@@ -129,7 +134,7 @@ __device__ void filter_tile(const Problem& problem, const Level& level, int imag
       const float maximum = fmaxf(best_logit, tile.logit(behind));
       scratch.stats[slot].x = maximum;
       scratch.best[slot] = best_logit;
-      if (best_logit - (problem.sigmoid ? 0.0f : maximum) >= problem.cut) {
+      if (best_logit - reference_of(problem, {maximum, 1.0f}) >= problem.cut) {
         scratch.hopeful[atomicAdd(&scratch.num_hopeful, 1)] = slot;
       } else {
         stats[prior_of(slot)] = {NAN, NAN};
@@ -178,7 +183,7 @@ __device__ void filter_tile(const Problem& problem, const Level& level, int imag
     }
     stats[own_prior] = own;
     const float cut = cut_of(problem, own);
-    if (!isnan(own.x) && scratch.best[own_slot] >= cut) {
+    if (!isnan(own.x) && scratch.best[own_slot] - reference_of(problem, own) >= cut) {
       boxes[own_prior] = box;
       scratch.best[own_slot] = cut;
       scratch.chosen[atomicAdd(&scratch.num_chosen, 1)] = own_slot;
@@ -189,12 +194,12 @@ __device__ void filter_tile(const Problem& problem, const Level& level, int imag
   // 3. Their candidates: likely ones first, which is a comparison, then the scores of those.
   for (int i = thread / kLanes; i < scratch.num_chosen; i += kThreads / kLanes) {
     const int slot = scratch.chosen[i];
-    const float cut = scratch.best[slot];
+    const float cut = scratch.best[slot], reference = reference_of(problem, scratch.stats[slot]);
     for (int first = lane; first < num_classes; first += 32 * kLanes) {
       uint32_t hits = 0, bit = 1;  // of every class of this lane
       tile.template each<4>(slot, first, kLanes, min(num_classes, first + 32 * kLanes),
                             [&](int, T value) {
-                              if (tile.logit(value) >= cut) hits |= bit;
+                              if (tile.logit(value) - reference >= cut) hits |= bit;
                               bit += bit;
                             });
       if (!hits) continue;
@@ -245,13 +250,12 @@ __global__ void __launch_bounds__(kThreads) filter(const __grid_constant__ Probl
   extern __shared__ __align__(16) char data[];
   __shared__ Scratch scratch;
   let_next_kernel_start();
+  const int tile = blockIdx.x, image = blockIdx.y;
   int index = 0;
-  while (index + 1 < problem.num_levels &&
-         static_cast<int>(blockIdx.x) >= problem.levels[index + 1].first_tile) {
-    ++index;
-  }
+#pragma unroll
+  for (int i = 1; i < NMS_OPT_MAX_LEVELS; ++i) index += tile >= problem.first_tiles[i];
   const Level& level = problem.levels[index];
-  const int image = blockIdx.y, tile_index = blockIdx.x - level.first_tile;
+  const int tile_index = tile - problem.first_tiles[index];
   switch (level.conf_dtype) {
     case NMS_OPT_FLOAT16:
       filter_level<__half, Lanes>(problem, level, image, tile_index, data, scratch);

@@ -4,9 +4,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "filter.cuh"
 #include "merge.cuh"
@@ -33,26 +35,38 @@ bool is_aligned(const void* pointer, size_t bytes) {
 
 bool is_fraction(float value) { return value >= 0.0f && value <= 1.0f; }  // false for NaN
 
+// Bytes from a row of channels to the next in a tile.
+int64_t row_pitch_of(const nms_opt_format& conf, int cells) {
+  return (static_cast<int64_t>(cells) * conf.vector * element_size(conf.dtype) + 15) / 16 * 16;
+}
+
+// Shared memory of a tile of so many cells.
+int64_t tile_bytes(const nms_opt_format& conf, int channels, int cells) {
+  return ((channels + static_cast<int64_t>(conf.vector) - 1) / conf.vector) *
+         row_pitch_of(conf, cells);
+}
+
 int32_t check_level(const nms_opt_level& level, int32_t num_classes) {
-  constexpr int kMaxSide = 1 << 14;
+  constexpr int kMaxSide = 1 << 14, kMaxVector = 1 << 16;
   if (level.height < 1 || level.height > kMaxSide || level.width < 1 || level.width > kMaxSide ||
       level.anchors < 1 || level.anchors > NMS_OPT_MAX_ANCHORS) {
     return NMS_OPT_BAD_LEVEL_SHAPE;
   }
   const nms_opt_format &loc = level.loc, &conf = level.conf;
-  if ((loc.dtype != NMS_OPT_FLOAT32 && loc.dtype != NMS_OPT_FLOAT16) || loc.vector < 1) {
+  if ((loc.dtype != NMS_OPT_FLOAT32 && loc.dtype != NMS_OPT_FLOAT16) || loc.vector < 1 ||
+      loc.vector > kMaxVector) {
     return NMS_OPT_BAD_LOC_FORMAT;
   }
-  if (conf.dtype < NMS_OPT_FLOAT32 || conf.dtype > NMS_OPT_INT8 || conf.vector < 1) {
+  if (conf.dtype < NMS_OPT_FLOAT32 || conf.dtype > NMS_OPT_INT8 || conf.vector < 1 ||
+      conf.vector > kMaxVector) {
     return NMS_OPT_BAD_CONF_FORMAT;
   }
   if (conf.dtype == NMS_OPT_INT8 && !(conf.scale > 0.0f && std::isfinite(conf.scale))) {
     return NMS_OPT_BAD_CONF_FORMAT;
   }
   // One cell of all channels must fit into shared memory.
-  const int64_t channels = static_cast<int64_t>(level.anchors) * num_classes;
-  const int64_t stored = (channels + conf.vector - 1) / conf.vector * conf.vector;
-  if (conf.vector > 1 && stored * element_size(conf.dtype) > kTileBytes) {
+  const int channels = level.anchors * num_classes;
+  if (conf.vector > 1 && tile_bytes(conf, channels, 1) > kTileBytes) {
     return NMS_OPT_BAD_CONF_FORMAT;
   }
   return NMS_OPT_OK;
@@ -120,9 +134,9 @@ Level make_level(const nms_opt_level& level, int num_classes, int tile_slots, co
   result.conf_rows = (channels + vector - 1) / vector;
 
   const int size = element_size(level.conf.dtype);
-  const int cell_bytes = result.conf_rows * vector * size;
-  result.tile_cells = std::min(tile_slots / result.anchors, kTileBytes / cell_bytes);
-  result.row_pitch = (result.tile_cells * vector * size + 15) / 16 * 16;
+  result.tile_cells = tile_slots / result.anchors;
+  while (tile_bytes(level.conf, channels, result.tile_cells) > kTileBytes) --result.tile_cells;
+  result.row_pitch = static_cast<int>(row_pitch_of(level.conf, result.tile_cells));
 
   // Rows follow one another, and so do tiles, at multiples of these.
   const int64_t row_step = static_cast<int64_t>(result.cells) * vector * size;
@@ -171,13 +185,14 @@ Problem make_problem(const nms_opt_config& config, int lanes, const void* const*
   problem.cut = cut_of(config.confidence_threshold, config.sigmoid);
   problem.keys = key_range_of(config.confidence_threshold + 0.0f);  // + 0: no negative zero
   problem.survivors_size = config.num_classes * std::min(config.top_k, config.keep_top_k);
+  std::fill_n(problem.first_tiles, NMS_OPT_MAX_LEVELS, INT_MAX);
   int tiles = 0;
   for (int i = 0; i < config.num_levels; ++i) {
     Level& level = problem.levels[i];
     level = make_level(config.levels[i], config.num_classes, kThreads / lanes, loc ? loc[i] : nullptr,
                        conf ? conf[i] : nullptr);
     level.first_prior = problem.num_priors;
-    level.first_tile = tiles;
+    problem.first_tiles[i] = tiles;
     problem.num_priors += level.anchors * level.cells;
     tiles += (level.cells + level.tile_cells - 1) / level.tile_cells;
   }
@@ -221,14 +236,12 @@ int32_t check_pointers(const nms_opt_config& config, const void* const* loc,
   return aligned ? NMS_OPT_OK : NMS_OPT_MISALIGNED_POINTER;
 }
 
-// Whether the current GPU knows programmatic dependent launch.
+// Whether the kernels wait for each other: those compiled for Hopper or later do. A GPU that knows
+// how to may run code that does not, from PTX of an older architecture.
 cudaError_t can_overlap(bool* result) {
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  *result = major >= 9;
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, merge);
+  *result = attributes.ptxVersion >= 90;
   return error;
 }
 
@@ -252,10 +265,10 @@ const char* nms_opt_status_string(int32_t status) {
       return "a level's height or width is not from 1 to 16384, its anchors are not from 1 to 32, "
              "or the levels have more than 2^31 - 1 scores";
     case NMS_OPT_BAD_LOC_FORMAT:
-      return "a loc format is not float32 or float16 with a vector of at least 1";
+      return "a loc format is not float32 or float16 with a vector from 1 to 65536";
     case NMS_OPT_BAD_CONF_FORMAT:
       return "a conf format is not float32, float16 or int8 with a positive scale, its vector is "
-             "below 1, or a cell of it has more than 45056 bytes";
+             "not from 1 to 65536, or a cell of it needs more than 45056 bytes";
     case NMS_OPT_BAD_BATCH: return "batch is not from 1 to 65535";
     case NMS_OPT_NULL_POINTER: return "a pointer is null";
     case NMS_OPT_MISALIGNED_POINTER:
@@ -294,10 +307,10 @@ int32_t nms_opt_run(const nms_opt_config* config, int32_t batch, const void* con
   problem.detections = detections;
   problem.num_detections = num_detections;
 
-  size_t tile_bytes = 0;
+  size_t filter_bytes = 0;
   for (int i = 0; i < problem.num_levels; ++i) {
     const Level& level = problem.levels[i];
-    tile_bytes = std::max(tile_bytes, static_cast<size_t>(level.conf_rows) * level.row_pitch);
+    filter_bytes = std::max(filter_bytes, static_cast<size_t>(level.conf_rows) * level.row_pitch);
   }
   bool overlap = false;
   cudaError_t error = can_overlap(&overlap);
@@ -319,10 +332,10 @@ int32_t nms_opt_run(const nms_opt_config* config, int32_t batch, const void* con
   const dim3 tiles(num_tiles, batch), classes(problem.num_classes, batch);
   const size_t suppress_bytes = suppress_shared_bytes(problem);
   if (lanes == 1) {
-    start(filter<1>, tiles, kThreads, tile_bytes, true);
+    start(filter<1>, tiles, kThreads, filter_bytes, true);
     start(suppress<128>, classes, 128, suppress_bytes, true);
   } else {
-    start(filter<kFewSlotsLanes>, tiles, kThreads, tile_bytes, true);
+    start(filter<kFewSlotsLanes>, tiles, kThreads, filter_bytes, true);
     start(suppress<512>, classes, 512, suppress_bytes, true);
   }
   start(merge, dim3(batch), kMergeThreads, merge_shared_bytes(problem), true);

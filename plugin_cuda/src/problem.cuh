@@ -9,7 +9,6 @@
 
 namespace nms_opt {
 
-
 // Candidates of a class that have a place in its list, and of an image that have one behind those.
 // Beyond that they are found once more from the logits. The list has room for any top_k.
 constexpr int kListSize = NMS_OPT_MAX_TOP_K;
@@ -28,7 +27,6 @@ struct Level {
   float conf_scale;
   int conf_rows;    // channels / conf_vector, rounded up
   int first_prior;  // index of its first prior among all
-  int first_tile;   // index of its first tile among those of an image
   int tile_cells;   // cells of a tile
   int row_pitch;    // bytes from a row of channels to the next in a tile, a multiple of 16
   int copy_bytes;   // width of the copies that the alignment of conf allows
@@ -41,6 +39,9 @@ struct KeyRange {
 };
 
 struct Problem {
+  // Index of the first tile of each level among those of an image; behind the levels INT_MAX. Apart
+  // from the levels, so that a block finds its own with one read of constant memory.
+  int first_tiles[NMS_OPT_MAX_LEVELS];
   Level levels[NMS_OPT_MAX_LEVELS];
   int num_levels;
   int num_priors;

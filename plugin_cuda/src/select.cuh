@@ -69,8 +69,8 @@ __device__ void find_digit(Selection& shared, int wanted) {
 }
 
 // Copies the k greatest keys of a source, and at most `room` - k more of the next greatest, to
-// `out`, in no order; returns their number. `each(visit)` visits the source's keys, more than
-// `room`. Radix selection, from the top digit down, until what is left fits. The digits are those
+// `out`, in no order; returns their number. `each(visit)` visits the source's keys, at least
+// k. Radix selection, from the top digit down, until what is left fits. The digits are those
 // of the distance to the least possible key, so that the first one tells scores well apart.
 template <int Threads, typename Each>
 __device__ int select_greatest(const Each& each, int k, int room, uint64_t* out, KeyRange range,
@@ -101,7 +101,9 @@ __device__ int select_greatest(const Each& each, int k, int room, uint64_t* out,
     if ((key - range.least) >> shift >= prefix >> shift) out[atomicAdd(&shared.count, 1)] = key;
   });
   __syncthreads();
-  return shared.count;
+  const int count = shared.count;
+  __syncthreads();  // the next selection counts in the same place
+  return count;
 }
 
 // Sorts keys into descending order, from one place in shared memory to another: the place of a key

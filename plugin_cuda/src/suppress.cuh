@@ -73,8 +73,8 @@ __device__ inline bool suppresses(float4 a, float area_a, float4 b, float area_b
 // Greedy suppression among `count` boxes in order, 32 at a time. Returns how many stay, at most
 // `limit`; their keys are moved to the front, in order.
 template <int Threads>
-__device__ int suppress_in_order(uint64_t* keys, float4* boxes, int count, int limit,
-                                        float threshold) {
+__device__ int suppress_in_order(uint64_t* keys, const float4* boxes, const float* areas, int count,
+                                 int limit, float threshold) {
   constexpr int kWarps = Threads / 32;
   __shared__ uint32_t overlaps[32];  // bit j of word i: i suppresses j, i < j
   __shared__ uint32_t removed[(NMS_OPT_MAX_TOP_K + 31) / 32];
@@ -83,13 +83,12 @@ __device__ int suppress_in_order(uint64_t* keys, float4* boxes, int count, int l
   int kept = 0;
   for (int first = 0; first < count && kept < limit; first += 32) {
     const int size = min(32, count - first);
-    const float4 own = boxes[first + min(lane, size - 1)];
-    const float own_area = area_of(own);
+    const int own = first + min(lane, size - 1);
 #pragma unroll
     for (int i = warp; i < 32; i += kWarps) {
-      const float4 other = boxes[first + min(i, size - 1)];
-      const uint32_t hits =
-          __ballot_sync(~0u, suppresses(other, area_of(other), own, own_area, threshold));
+      const int other = first + min(i, size - 1);
+      const uint32_t hits = __ballot_sync(
+          ~0u, suppresses(boxes[other], areas[other], boxes[own], areas[own], threshold));
       // Those behind it alone; bits behind the last box are never asked for.
       if (lane == 0) overlaps[i] = hits & ~((2u << i) - 1);
     }
@@ -116,13 +115,12 @@ __device__ int suppress_in_order(uint64_t* keys, float4* boxes, int count, int l
     const int behind = max(0, (count - first - 1) / 32), parts = max(1, kWarps / max(1, behind));
     for (int unit = warp; unit < behind * parts; unit += kWarps) {
       const int group = first / 32 + 1 + unit / parts;
-      const float4 other = boxes[min(group * 32 + lane, count - 1)];
-      const float other_area = area_of(other);
+      const int other = min(group * 32 + lane, count - 1);
       bool hit = false;
 #pragma unroll 4
       for (int i = unit % parts; i < size; i += parts) {
-        const float4 stayed = boxes[first + i];
-        hit |= (stay >> i & 1) && suppresses(stayed, area_of(stayed), other, other_area, threshold);
+        hit |= (stay >> i & 1) && suppresses(boxes[first + i], areas[first + i], boxes[other],
+                                             areas[other], threshold);
       }
       const uint32_t hits = __ballot_sync(~0u, hit);
       if (lane == 0 && hits) atomicOr(&removed[group], hits);
@@ -140,6 +138,7 @@ __global__ void __launch_bounds__(Threads) suppress(const __grid_constant__ Prob
   auto* boxes = reinterpret_cast<float4*>(data);
   auto* unsorted = reinterpret_cast<uint64_t*>(boxes + problem.top_k);
   auto* keys = unsorted + key_room(problem.top_k);
+  auto* areas = reinterpret_cast<float*>(keys + key_room(problem.top_k));
   let_next_kernel_start();
   const int cls = blockIdx.x, image = blockIdx.y, top_k = problem.top_k;
   int* counters = problem.counters_of(image);
@@ -152,11 +151,10 @@ __global__ void __launch_bounds__(Threads) suppress(const __grid_constant__ Prob
   int spilled = count > kListSize ? counters[problem.num_classes + kSpilled] : 0;
   if (spilled > kSpillSize) {
     const auto each = [&](auto visit) { each_candidate<Threads>(problem, image, cls, visit); };
-    count = select_greatest<Threads>(each, top_k, kListSize, list, problem.keys,
-                                     selection);
+    count = select_greatest<Threads>(each, top_k, kListSize, list, problem.keys, selection);
     spilled = 0;
   }
-  if (count > top_k + kSlack) {
+  if (count > min(top_k + kSlack, kListSize)) {
     const uint64_t* spill = problem.spill_of(image);
     const uint32_t first = cls * problem.num_priors;
     const auto each = [&](auto visit) {
@@ -175,9 +173,10 @@ __global__ void __launch_bounds__(Threads) suppress(const __grid_constant__ Prob
   count = min(count, top_k);
   for (int i = threadIdx.x; i < count; i += Threads) {
     boxes[i] = image_boxes[key_place(keys[i]) - cls * problem.num_priors];
+    areas[i] = area_of(boxes[i]);
   }
   __syncthreads();
-  const int kept = suppress_in_order<Threads>(keys, boxes, count, problem.keep_top_k,
+  const int kept = suppress_in_order<Threads>(keys, boxes, areas, count, problem.keep_top_k,
                                               problem.nms_threshold);
   if (threadIdx.x == 0) selection.count = atomicAdd(counters + problem.num_classes + kSurvivors, kept);
   __syncthreads();
@@ -187,7 +186,8 @@ __global__ void __launch_bounds__(Threads) suppress(const __grid_constant__ Prob
 }
 
 inline size_t suppress_shared_bytes(const Problem& problem) {
-  return problem.top_k * sizeof(float4) + 2 * key_room(problem.top_k) * sizeof(uint64_t);
+  return problem.top_k * (sizeof(float4) + sizeof(float)) +
+         2 * key_room(problem.top_k) * sizeof(uint64_t);
 }
 
 }  // namespace nms_opt

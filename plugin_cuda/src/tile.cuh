@@ -47,7 +47,8 @@ __device__ void copy_rows(char* tile, const Level& level, const T* conf, int num
     if (row >= rows || at >= num_cells * static_cast<int>(sizeof(T))) return;
     const int64_t row_bytes = static_cast<int64_t>(level.cells) * sizeof(T);
     const char* source = first + row * row_bytes + at;
-    const uint32_t source_step = rows * row_bytes, target_step = rows * level.row_pitch;
+    const int64_t source_step = rows * row_bytes;
+    const int target_step = rows * level.row_pitch;
     char* target = tile + row * level.row_pitch + at;
 #pragma unroll 4
     for (int i = row; i < channels; i += rows, source += source_step, target += target_step) {
