@@ -60,6 +60,10 @@ class Session(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Release what the session holds, GPU memory above all; it cannot be used afterwards."""
+        ...
+
 
 class Engine(Protocol):
     """A loaded model, ready to open sessions."""

@@ -99,6 +99,7 @@ class EngineRunner(DetectorRunner):
 
     def deactivate_impl(self) -> None:
         """Close the session."""
+        self._session.close()
         del self._session
 
 

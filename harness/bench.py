@@ -219,6 +219,9 @@ class _NullEngine:
         detections = np.zeros((len(images), 200, DETECTION_FIELDS), np.float32)
         return detections, np.full(len(images), 10, np.int32)
 
+    def close(self) -> None:
+        pass
+
 
 def _loop_rate(session: Session, images: NDArray[np.generic], batch: int, batches: int) -> float:
     """Samples per second of a plain loop over whole batches of the images."""

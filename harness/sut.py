@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -116,18 +117,18 @@ class Sut:
 
     def _work(self, warm_up: NDArray[np.generic]) -> None:
         try:
-            session = self._engine.session()
-            self.warm_up_seconds = _warm_up(session, warm_up)
-            self._ready.set()
-            for ids, indices in self._batches():
-                images = self._library.batch(indices)
-                start = time.perf_counter()
-                detections, counts = session.infer(images)
-                self.batch_seconds.append(time.perf_counter() - start)
-                check_outputs(detections, counts, len(indices))
-                self._complete(ids, *pack(detections, counts, indices))
-                if self.failure is not None:
-                    break
+            with contextlib.closing(self._engine.session()) as session:
+                self.warm_up_seconds = _warm_up(session, warm_up)
+                self._ready.set()
+                for ids, indices in self._batches():
+                    images = self._library.batch(indices)
+                    start = time.perf_counter()
+                    detections, counts = session.infer(images)
+                    self.batch_seconds.append(time.perf_counter() - start)
+                    check_outputs(detections, counts, len(indices))
+                    self._complete(ids, *pack(detections, counts, indices))
+                    if self.failure is not None:
+                        break
         except BaseException as error:
             self.fail(error)
         # LoadGen's logger may still read what this thread logged, and crashes when it is gone

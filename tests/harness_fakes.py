@@ -59,12 +59,16 @@ class FakeEngine:
     fault: str = ""
     seconds: float = 0.0
     batches: list[int] = field(default_factory=list)
+    closed: bool = False
 
     input_spec = InputSpec("image", SHAPE, "float32")
     manifest = {"backend": "fake"}  # noqa: RUF012
 
     def session(self):
         return self
+
+    def close(self):
+        self.closed = True
 
     def infer(self, images):
         assert self.max_batch is None or len(images) <= self.max_batch

@@ -43,6 +43,7 @@ def test_accuracy_run(scenario, max_batch, tmp_path):
     assert result.metric == "mAP"
     assert result.value is None and result.valid is None
     assert result.errors == ()
+    assert engine.closed
     assert not (tmp_path / "run.partial").exists()
 
 

@@ -247,6 +247,10 @@ class OnnxRuntimeSession:
             raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
         return detections[:count], num_detections[:count]
 
+    def close(self) -> None:
+        """Let go of the weights, which sessions share."""
+        del self._session
+
 
 def check_images(images: NDArray[np.generic], spec: InputSpec, fixed_batch: int | None) -> None:
     """Check a batch against what a model takes.

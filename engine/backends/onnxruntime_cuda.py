@@ -43,7 +43,10 @@ CUDA_OPTIONS: Mapping[str, str] = {
     "prefer_nhwc": "0",
     "use_tf32": "1",
 }
-"""What ONNX Runtime's convolutions are told; its own defaults, until a measurement says more.
+"""What ONNX Runtime's convolutions are told: its own defaults.
+
+The variants in docs/measurements/onnxruntime_cuda.json differ by little. A batch of another size
+than the last one plans every convolution anew, which took 0.1 to 0.7 s there.
 
 Since release 1.20 the algorithm search tries nothing out: EXHAUSTIVE is cuDNN's heuristic of mode
 B, HEURISTIC that of mode A. ``use_tf32=0`` would take the tensor cores from float16 as well. No
