@@ -3,26 +3,20 @@ BUILD_DIR ?= build
 PYTHON ?= python3
 export BUILD_DIR
 
-# RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS) or ssd-resnet34-demo (what is shipped).
+# RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS) or ssd-resnet34-demo (what is shipped);
+# the others: .venv/bin/harness make --help
 RUN_ARGS ?= --benchmarks=ssd-resnet34
-BENCHMARK := $(patsubst --benchmarks=%,%,$(filter --benchmarks=%,$(RUN_ARGS)))
-ifeq ($(filter $(BENCHMARK),ssd-resnet34 ssd-resnet34-demo),)
-$(error RUN_ARGS names no benchmark; valid: --benchmarks=ssd-resnet34, --benchmarks=ssd-resnet34-demo)
+ifdef WEIGHTS
+export WEIGHTS
 endif
-DATASET := $(if $(filter %-demo,$(BENCHMARK)),demo,coco)
-WEIGHTS ?= $(BUILD_DIR)/models/ssd-resnet34/resnet34-ssd1200.pytorch
-DEMO_WEIGHTS := demo/ssd-resnet34-demo.safetensors
 
 BIN := .venv/bin
-ONNX := $(BUILD_DIR)/onnx
-DEMO := $(ONNX)/ssd-resnet34-demo.nms.onnx
+HARNESS := $(BIN)/python -m harness
+DEMO := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
 DEMO_LOGS := $(BUILD_DIR)/logs/demo
-FP32 := $(ONNX)/$(BENCHMARK).nms.onnx
-INT8 := $(ONNX)/$(BENCHMARK).int8.onnx
-CAL_DATA := $(BUILD_DIR)/preprocessed_data/$(BENCHMARK)-cal
-CACHE := $(BUILD_DIR)/calibration/$(BENCHMARK).json
 
-.PHONY: demo test bench bench_nms build_plugins calibrate FORCE
+.PHONY: demo test bench bench_nms build_plugins demo_onnx download_data download_model \
+  preprocess_data calibrate generate_engines run_harness run
 
 # The virtual environment: the project and what its commands need, at the tested versions.
 .venv/installed: pyproject.toml constraints.txt
@@ -32,10 +26,10 @@ CACHE := $(BUILD_DIR)/calibration/$(BENCHMARK).json
 	touch $@
 
 # The whole route on a CPU, with the checkpoint and the images of demo/.
-demo: $(DEMO)
-	$(BIN)/harness preprocess $(DEMO) --dataset demo
+demo: demo_onnx
+	$(HARNESS) preprocess $(DEMO) --dataset demo --val_only
 	rm -rf $(DEMO_LOGS)
-	$(BIN)/harness run $(DEMO) --dataset demo --scenarios Offline \
+	$(HARNESS) run $(DEMO) --dataset demo --scenarios Offline \
 	  --test_mode AccuracyOnly,PerformanceOnly --min-duration 20 --min-queries 1 \
 	  --pictures 8 --log-dir $(DEMO_LOGS)
 
@@ -43,9 +37,9 @@ test: .venv/installed
 	$(BIN)/tox run -e py
 
 # Ratios against peers in one run, to docs/measurements/. Wants a quiet machine.
-bench: $(DEMO)
+bench: demo_onnx
 	$(BIN)/python -m harness.bench $(DEMO) -o docs/measurements/harness.json
-	$(BIN)/harness preprocess $(DEMO) --dataset demo --split cal
+	$(HARNESS) preprocess $(DEMO) --dataset demo --cal_only
 	$(BIN)/python -m engine.bench $(DEMO) --images 64 -o docs/measurements/int8_demo.json \
 	  --data $(BUILD_DIR)/preprocessed_data/demo-cal/float32_400x400
 
@@ -59,22 +53,13 @@ bench_nms:
 build_plugins: .venv/installed
 	$(BIN)/build-plugin
 
-# The INT8 graph and its scales. The commands leave alone what is up to date by its hashes.
-calibrate: $(INT8)
+demo_onnx: .venv/installed
+	$(HARNESS) make onnx --benchmarks=ssd-resnet34-demo
 
-CODE := $(wildcard export/*.py graph_surgery/*.py)
+# DOWNLOAD_ARGS="--mirror URL"; data also takes --demo, which checks what is shipped.
+download_data download_model: .venv/installed
+	$(HARNESS) download $(@:download_%=%) $(DOWNLOAD_ARGS)
 
-$(DEMO): $(DEMO_WEIGHTS)
-$(ONNX)/ssd-resnet34.nms.onnx: $(WEIGHTS)
-$(ONNX)/%.nms.onnx: $(CODE) | .venv/installed
-	mkdir -p $(@D)
-	$(BIN)/export-onnx --weights $(filter-out %.py,$^) -o $(ONNX)/$*.onnx --force
-	$(BIN)/graph-surgery nms $(ONNX)/$*.onnx $@
-
-$(CACHE): $(FP32) FORCE
-	mkdir -p $(@D)
-	$(BIN)/harness preprocess $(FP32) --dataset $(DATASET) --split cal --preprocessed $(CAL_DATA)
-	$(BIN)/engine calibrate $(FP32) --data $(CAL_DATA) -o $@
-
-$(INT8): $(FP32) $(CACHE)
-	$(BIN)/engine quantize $(FP32) $(CACHE) $@
+# From the weights on; what is up to date by its hashes is used again, what is stale rebuilt.
+preprocess_data calibrate generate_engines run_harness run: .venv/installed
+	@$(HARNESS) make $@ $(RUN_ARGS)

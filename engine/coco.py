@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,56 @@ STATS = (
 """Names of COCOeval's twelve numbers, in its order (https://cocodataset.org/#detection-eval)."""
 
 
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_size(value: object) -> bool:
+    return _is_number(value) and value > 0  # type: ignore[operator]
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_box(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+_Check = tuple[Callable[[object], bool], str]
+_ID: _Check = (_is_id, "a whole number")
+_SIZE: _Check = (_is_size, "a positive number of pixels")
+_NUMBER: _Check = (_is_number, "a number")
+
+_REQUIRED: dict[str, dict[str, _Check]] = {
+    "images": {"id": _ID, "file_name": (_is_text, "text"), "height": _SIZE, "width": _SIZE},
+    "annotations": {
+        "id": _ID,
+        "image_id": _ID,
+        "category_id": _ID,
+        "bbox": (_is_box, "four numbers [x, y, w, h]"),
+        "area": _NUMBER,
+        "iscrowd": _NUMBER,
+    },
+    "categories": {"id": _ID, "name": (_is_text, "text")},
+}
+"""What is read of a COCO instances file (https://cocodataset.org/#format-data)."""
+
+
+def _check_entry(entry: object, keys: Mapping[str, _Check], where: str) -> None:
+    missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+    if missing or not isinstance(entry, dict):
+        raise EngineError(f"{where} lacks {', '.join(missing)}")
+    for key, (is_right, what) in keys.items():
+        if not is_right(entry[key]):
+            shown = repr(entry[key])[:60]
+            raise EngineError(f"{where}: {key} is {shown}, not {what}")
+
+
 def load_annotations(path: Path) -> dict[str, Any]:
     """Read a COCO instances JSON file and check what every user of it relies on.
 
@@ -45,7 +96,8 @@ def load_annotations(path: Path) -> dict[str, Any]:
     Raises
     ------
     EngineError
-        Missing file, invalid JSON, or a list, key, id or reference that is missing or repeated.
+        Missing file, invalid JSON, another kind of file; a list, key, id or reference that is
+        missing or repeated, or a value of another kind.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -55,29 +107,25 @@ def load_annotations(path: Path) -> dict[str, Any]:
         raise EngineError(f"annotation file {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise EngineError(f"annotation file {path} is no valid JSON: {error}") from error
-    required = {
-        "images": ("id", "file_name", "height", "width"),
-        "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
-        "categories": ("id", "name"),
-    }
-    for section, keys in required.items():
-        entries = content.get(section) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        kind = "a list, as of detections" if isinstance(content, list) else "one value"
+        raise EngineError(f"{path} is no COCO instances file: it holds {kind}")
+    for section, keys in _REQUIRED.items():
+        entries = content.get(section)
         if not isinstance(entries, list):
-            raise EngineError(f"annotation file {path} has no list {section!r}")
+            raise EngineError(f"{path} is no COCO instances file: it has no list {section!r}")
         for position, entry in enumerate(entries):
-            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if missing:
-                raise EngineError(f"{path}: {section}[{position}] lacks {', '.join(missing)}")
+            _check_entry(entry, keys, f"{path}: {section}[{position}]")
         repeated = [key for key, n in Counter(entry["id"] for entry in entries).items() if n > 1]
         if repeated:
             raise EngineError(f"{path}: id {repeated[0]} occurs more than once in {section!r}")
-    image_ids = {image["id"] for image in content["images"]}
-    category_ids = {category["id"] for category in content["categories"]}
-    for entry in content["annotations"]:
-        if entry["image_id"] not in image_ids or entry["category_id"] not in category_ids:
+    for key, section in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in content[section]}
+        unknown = [entry for entry in content["annotations"] if entry[key] not in known]
+        if unknown:
             raise EngineError(
-                f"{path}: annotation {entry['id']} names an image or a category "
-                "that the file does not hold"
+                f"{path}: {len(unknown)} annotations have a {key} that {section!r} does not hold, "
+                f"the first is {unknown[0][key]} of annotation {unknown[0]['id']}"
             )
     return dict(content)
 

@@ -26,6 +26,29 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def gpu_name() -> str | None:
+    """Name of the first NVIDIA GPU, as ``NVIDIA A100-SXM4-80GB``; None without one.
+
+    The driver's own files say it without any library; where a container hides them, nvidia-smi.
+    """
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text().splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    names = done.stdout.splitlines() if done.returncode == 0 else []
+    return names[0].strip() if names else None
+
+
 def commit() -> str | None:
     """Git commit of the checkout that this file belongs to; None outside of one."""
     here = Path(__file__).resolve()

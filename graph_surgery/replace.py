@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from graph_surgery.errors import SurgeryError
+from graph_surgery.network import BATCH_NORM, fold_batch_norms, free_batch
 from graph_surgery.nms_function import (
     DOMAIN,
     DOMAIN_VERSION,
@@ -19,7 +20,7 @@ from graph_surgery.nms_function import (
 )
 from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
 from graph_surgery.topology import Topology, one_line
-from graph_surgery.verify import verify_heads, verify_tail
+from graph_surgery.verify import verify_network, verify_tail
 
 PRIORS = "nms_priors"
 """Name of the initialiser that holds the priors."""
@@ -49,7 +50,9 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
 
     The outputs of the tail become ``detections`` float32 [N, keepTopK, 7] and
     ``num_detections`` int32 [N]; other outputs stay. Old and new tail are run on the same head
-    tensors and must agree. A model older than opset 18 is converted to it.
+    tensors and must agree. In front of the heads, batch norms are folded into their convolutions,
+    a model older than opset 18 is converted to it, and a fixed batch becomes dynamic, unless the
+    network computes with it; old and new network are run on the same images and must agree, too.
 
     Parameters
     ----------
@@ -67,16 +70,17 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         return SurgeryResult(model, False, (f"the graph has its {OP_TYPE} node: nothing to do",))
     old = Topology(model)
     tail = find_tail(old)
-    new_model = _replace(old, tail)
+    new_model, network_changes = _adapt_network(old, _replace(old, tail), tail)
     try:
         onnx.checker.check_model(new_model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise SurgeryError(f"the new graph is invalid: {one_line(error)}") from error
     agreement = verify_tail(old, Topology(new_model), tail)
 
-    removed = len(model.graph.node) - len(new_model.graph.node) + 1
+    folded = _batch_norms(model) - _batch_norms(new_model)
+    replaced = len(model.graph.node) - folded - len(new_model.graph.node) + 1
     changes = [
-        f"{removed} nodes behind {len(tail.heads.names)} head convolutions became one {OP_TYPE}",
+        f"{replaced} nodes behind {len(tail.heads.names)} head convolutions became one {OP_TYPE}",
         f"outputs {', '.join(tail.outputs)} (boxes {agreement.box_order}) became detections "
         "(ymin, xmin, ymax, xmax, clipped to the image) and num_detections",
     ]
@@ -86,17 +90,52 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
             f"the graph kept {top_k} boxes of a class after suppression, {OP_TYPE} takes the "
             f"{top_k} best before it: the same where no class has more than {top_k} candidates"
         )
-    if (opset := _opset(model)) < MIN_OPSET:
-        difference = verify_heads(model, new_model, tail.heads)
-        changes.append(
-            f"opset {opset} became {MIN_OPSET}, which the definition of {OP_TYPE} needs; on a "
-            f"random image the heads differ by {difference:.1e} of their spread"
-        )
+    changes += network_changes
     changes.append(
         f"proved in ONNX Runtime on random head tensors: {agreement.images} images, "
         f"{agreement.detections} detections, the same rows within {agreement.difference:.1e}"
     )
     return SurgeryResult(new_model, True, tuple(changes))
+
+
+def _adapt_network(
+    old: Topology, new: onnx.ModelProto, tail: DetectionTail
+) -> tuple[onnx.ModelProto, list[str]]:
+    """Make the batch of the new model dynamic, prove its network, and say what changed in it."""
+    changes = []
+    if folded := _batch_norms(old.model) - _batch_norms(new):
+        changes.append(f"{folded} batch norms were folded into their convolutions")
+    if (opset := _opset(old.model)) < MIN_OPSET:
+        changes.append(f"opset {opset} became {MIN_OPSET}, which the definition of {OP_TYPE} needs")
+    names = [*tail.heads.names, *_other_outputs(old, tail)]
+    changed, difference = bool(changes), None
+    if (batch := tail.heads.batch) is not None:
+        free = free_batch(new, batch)
+        try:
+            difference = verify_network(old, Topology(free), names, batch, runs=2)
+        except SurgeryError as error:
+            changes.append(f"the batch stays fixed at {batch}: with another, {error}")
+        else:
+            new = free
+            changes.append(f"the batch, fixed at {batch}, became dynamic")
+    if changed and difference is None:
+        difference = verify_network(old, Topology(new), names, batch or 1, runs=1)
+    if difference is not None:
+        changes.append(
+            "proved in ONNX Runtime on random images: the network's outputs differ by "
+            f"{difference:.1e} of their spread"
+        )
+    return new, changes
+
+
+def _batch_norms(model: onnx.ModelProto) -> int:
+    return sum(node.op_type == BATCH_NORM for node in model.graph.node)
+
+
+def _other_outputs(old: Topology, tail: DetectionTail) -> list[str]:
+    """Outputs of the graph that its tail does not make."""
+    names = [output.name for output in old.model.graph.output]
+    return [name for name in names if name not in tail.outputs]
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -146,6 +185,7 @@ def _replace(old: Topology, tail: DetectionTail) -> onnx.ModelProto:
                 f"cannot convert opset {_opset(body)} to {MIN_OPSET}: {one_line(error)}; export "
                 f"with opset {MIN_OPSET} or later"
             ) from error
+    body = fold_batch_norms(body)
 
     taken = {name for part in body.graph.node for name in (*part.input, *part.output)}
     for name in (*node.output, PRIORS):

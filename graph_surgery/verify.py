@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.heads import HeadRunner, Heads
+from graph_surgery.heads import HeadRunner
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import DetectionTail
 from graph_surgery.samples import proof_images
-from graph_surgery.topology import Arrays, Runner, Topology
+from graph_surgery.topology import Arrays, Runner, Topology, one_line
 
 Floats = NDArray[np.float32]
 
 TOLERANCE = 1e-5
 """Largest difference of a score or a normalised coordinate."""
+
+NETWORK_TOLERANCE = 1e-4
+"""Largest difference of a head tensor relative to its spread: float32 through some 50 layers."""
 
 
 @dataclass(frozen=True)
@@ -88,39 +91,63 @@ def verify_tail(old: Topology, new: Topology, tail: DetectionTail) -> Agreement:
     return Agreement(len(pairs), detections, max(differences[order]), order)
 
 
-def verify_heads(old: onnx.ModelProto, new: onnx.ModelProto, heads: Heads) -> float:
-    """Run both models up to their heads on a random image.
+def verify_network(
+    old: Topology, new: Topology, names: Sequence[str], batch: int, *, runs: int
+) -> float:
+    """Run the networks in front of the heads on random images.
+
+    Parameters
+    ----------
+    names
+        Tensors to compare, of both models.
+    batch
+        Images in a run of the old network.
+    runs
+        Runs of the old network, on as many images as the new one takes in one run.
 
     Returns
     -------
-    Largest difference of a head, relative to its spread.
+    Largest difference of a tensor, relative to its spread.
 
     Raises
     ------
     SurgeryError
-        When it is more than rounding.
+        When it is more than rounding, or a network fails.
     """
-    topology = Topology(old)
-    constants = topology.constants
     rng = np.random.default_rng(0)
-    feeds = {
-        value.name: rng.normal(
-            size=[size or heads.batch or 1 for size in topology.shape(value.name)]
-        ).astype(topology.dtype(value.name))
-        for value in old.graph.input
-        if value.name not in constants
-    }
-    names = list(feeds)
-    expected = Runner(topology.part(names, heads.names))(feeds)
-    actual = Runner(Topology(new).part(names, heads.names))(feeds)
-    spread = {name: max(np.ptp(expected[name]), np.finfo(np.float32).tiny) for name in heads.names}
-    differences = [np.abs(actual[name] - expected[name]).max() / spread[name] for name in spread]
-    worst = float(np.max(differences))  # unlike max, it lets a NaN through
-    if not worst <= TOLERANCE:
-        raise SurgeryError(
-            f"the heads change by {worst:.2g} of their spread by the opset conversion"
+    feeds: list[Arrays] = []
+    inputs = [v.name for v in old.model.graph.input if v.name not in old.constants]
+    for _ in range(runs):
+        shapes = {name: [size or batch for size in old.shape(name)] for name in inputs}
+        feeds.append(
+            {name: rng.normal(size=shapes[name]).astype(old.dtype(name)) for name in inputs}
         )
+    run_old, run_new = (Runner(model.part(inputs, names)) for model in (old, new))
+    expected = _joined([run_old(feed) for feed in feeds])
+    actual = run_new(_joined(feeds))
+    differences = [0.0]
+    for name, value in expected.items():
+        if value.shape != actual[name].shape:
+            raise SurgeryError(
+                f"tensor {name!r} is {list(actual[name].shape)}, not {list(value.shape)}"
+            )
+        before, after = value.astype(np.float64), actual[name].astype(np.float64)
+        spread = max(np.ptp(before), np.finfo(np.float32).tiny)
+        differences.append(np.abs(after - before).max() / spread)
+    worst = float(np.max(differences))  # unlike max, it lets a NaN through
+    if not worst <= NETWORK_TOLERANCE:
+        raise SurgeryError(f"the network's outputs change by {worst:.2g} of their spread")
     return worst
+
+
+def _joined(parts: Sequence[Arrays]) -> Arrays:
+    """Batches one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    except ValueError as error:
+        raise SurgeryError(f"an output is no batch: {one_line(error)}") from error
 
 
 def _rows(outputs: Arrays) -> list[Floats]:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import signal
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from engine.load import BACKENDS, load_engine
-from engine.progress import progress_bar
-from engine.protocol import Engine, EngineError, InputSpec
-from harness.dataset import Dataset, known_dataset, load_map
+from engine.protocol import Engine, EngineError
+from harness.cli_doctor import doctor
+from harness.cli_download import download_app
+from harness.cli_preprocess import preprocess
+from harness.cli_route import register as register_route
+from harness.cli_submission import compliance, submission
+from harness.dataset import known_dataset, load_map, preprocessed_dir
 from harness.errors import HarnessError
-from harness.settings import MODEL, MODES, SCENARIOS, Settings, load_settings
+from harness.run_args import choices
+from harness.settings import MODEL, MODES, SCENARIOS, load_settings
 
 if TYPE_CHECKING:
     from harness.report import Runs
@@ -31,7 +35,9 @@ app = typer.Typer(
 
 _Model = Annotated[Path, typer.Argument(help="Model file, e.g. an .onnx.", show_default=False)]
 _Backend = Annotated[str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}.")]
-_DatasetName = Annotated[str, typer.Option("--dataset", help="coco or demo.")]
+_DatasetName = Annotated[
+    str, typer.Option("--dataset", help="coco, demo or another folder of data_maps.")
+]
 _Split = Annotated[str, typer.Option(help="val or cal (calibration).")]
 _BuildDir = Annotated[
     Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
@@ -44,40 +50,8 @@ _Preprocessed = Annotated[
     ),
 ]
 
-_Name = TypeVar("_Name", bound=str)
-
-
-@app.command()
-def preprocess(
-    model: _Model,
-    *,
-    engine: _Backend = "onnxruntime",
-    dataset: _DatasetName = "coco",
-    split: _Split = "val",
-    preprocessed: _Preprocessed = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes.", show_default="one per CPU")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Do finished images again.")] = False,
-    skip_bad: Annotated[bool, typer.Option(help="Leave out missing and corrupt images.")] = False,
-    build_dir: _BuildDir = Path("build"),
-) -> None:
-    """Turn the images of a data set into the input that MODEL takes, once."""
-    from harness.preprocess import preprocess as preprocess_images
-
-    spec = load_engine(engine, model).input_spec
-    data = known_dataset(dataset, split, build_dir)
-    directory = preprocessed or _preprocessed_dir(build_dir, data, spec)
-    done = preprocess_images(
-        data,
-        spec,
-        directory,
-        workers=workers or len(os.sched_getaffinity(0)),
-        overwrite=overwrite,
-        skip_bad=skip_bad,
-        progress=sys.stderr.isatty(),
-    )
-    typer.echo(f"{len(done.files)} images in {directory}")
+app.add_typer(download_app, name="download")
+app.command()(preprocess)
 
 
 @app.command()
@@ -150,8 +124,8 @@ def run(
     LOG_DIR/SYSTEM/ssd-resnet34/SCENARIO/MODE. An INVALID result is a result (exit code 0); a run
     that fails has exit code 1.
     """
-    chosen = _choices(scenarios, tuple(SCENARIOS), "scenario")
-    modes = _choices(test_mode, MODES, "test mode")
+    chosen = choices(scenarios, tuple(SCENARIOS), "scenario")
+    modes = choices(test_mode, MODES, "test mode")
     settings = load_settings(
         chosen,
         config,
@@ -164,46 +138,32 @@ def run(
             "performance_sample_count": samples,
         },
     )
-    from engine.preprocessed import load_preprocessed
-    from harness.loadgen import RunFailedError
-    from harness.report import print_table
+    from harness.preprocess import open_current
     from harness.run import Benchmark
-    from harness.run import run as run_benchmark
+    from harness.run_all import run_all
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
     loaded: Engine = load_engine(engine, model, device=device, threads=threads)
     data = known_dataset(dataset, split, build_dir)
-    source = load_preprocessed(
-        preprocessed or _preprocessed_dir(build_dir, data, loaded.input_spec), loaded.input_spec
-    )
+    directory = preprocessed or preprocessed_dir(build_dir, data, loaded.input_spec)
+    source = open_current(data, loaded.input_spec, directory)
     benchmark = Benchmark(loaded, source, data, timeout, pictures)
     root = log_dir or build_dir / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S")
-    results = []
-    try:
-        for mode in modes:
-            for setting in settings:
-                typer.echo(_announcement(setting, mode, len(source.files)), err=True)
-                where = root / (system or platform.node()) / MODEL / setting.scenario / mode
-                with progress_bar(f"{setting.scenario} {mode}") as progress:
-                    results.append(
-                        (where, run_benchmark(benchmark, setting, mode, where, progress))
-                    )
-    except RunFailedError as error:
-        if results:
-            print_table(results)
-        # LoadGen cannot be stopped, and an ordinary exit would abort in its threads
-        _complain(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.exit_code)
-    print_table(results)
+    home = root / (system or platform.node()) / MODEL
+    run_all(
+        [
+            (benchmark, setting, mode, home / setting.scenario / mode)
+            for mode in modes
+            for setting in settings
+        ]
+    )
 
 
 @app.command()
 def accuracy(
     log: Annotated[Path, typer.Argument(help="mlperf_log_accuracy.json of any run.")],
     dataset: Annotated[
-        str | None, typer.Option(help="coco or demo: its annotations and its map.")
+        str | None, typer.Option(help="Its annotations and its map: coco, demo or another.")
     ] = None,
     annotations: Annotated[
         Path | None,
@@ -254,6 +214,12 @@ def report(
         print_table(results)
 
 
+app.command()(compliance)
+app.command()(submission)
+register_route(app)
+app.command()(doctor)
+
+
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
     try:
@@ -263,35 +229,8 @@ def main() -> None:
         sys.exit(2)
 
 
-def _announcement(settings: Settings, mode: str, samples: int) -> str:
-    """Say what is about to run: a run of the benchmark's length is silent for long."""
-    if mode == "AccuracyOnly":
-        return f"{settings.scenario} {mode}: {samples} samples"
-    least = [f"{settings.min_duration_ms / 1000:g} s"]
-    if settings.min_query_count:
-        what = "samples" if settings.scenario == "Offline" else "queries"
-        least.append(f"{settings.min_query_count} {what}")
-    return f"{settings.scenario} {mode}: at least {' and '.join(least)}"
-
-
 def _complain(error: Exception) -> None:
     typer.echo(f"harness: error: {error}", err=True)
-
-
-def _preprocessed_dir(build_dir: Path, dataset: Dataset, spec: InputSpec) -> Path:
-    _, height, width = spec.shape
-    return build_dir / "preprocessed_data" / dataset.name / f"{spec.dtype}_{height}x{width}"
-
-
-def _choices(text: str, known: tuple[_Name, ...], what: str) -> tuple[_Name, ...]:
-    """Names of a comma-separated list, in any case, each once."""
-    names = {name.lower(): name for name in known}
-    chosen: dict[_Name, None] = {}
-    for word in text.split(","):
-        if word.strip().lower() not in names:
-            raise HarnessError(f"unknown {what} {word!r}; choose of: {', '.join(known)}")
-        chosen[names[word.strip().lower()]] = None
-    return tuple(chosen)
 
 
 def _whole(value: float | None) -> float | int | None:

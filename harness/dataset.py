@@ -1,14 +1,20 @@
-"""Which images, in which order: map files and the two data sets the project knows."""
+"""Which images, in which order: map files, and where the images of a data set lie."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.coco import load_annotations
+from engine.coco import load_annotations, positions_by_name
+from engine.protocol import InputSpec
 from harness.errors import HarnessError
 
+MAPS = Path("data_maps")
+"""Folder of the map files, one folder per data set; relative to where the commands run."""
+
 _COCO_FOLDERS = {"val": "val2017", "cal": "train2017"}
+_BENCHMARK_SIZE = 1200
+_DEMO_SIZE = 400
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,15 @@ class Dataset:
         One file name per line; the line order is the sample order.
     annotations
         COCO instances JSON; None for a split without ground truth.
+    image_size
+        Height and width of the network input that the data set is meant for.
     """
 
     name: str
     image_dir: Path
     map_file: Path
     annotations: Path | None
+    image_size: int = _BENCHMARK_SIZE
 
 
 def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
@@ -39,7 +48,10 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
     Parameters
     ----------
     name
-        ``coco`` (downloaded to `build_dir`) or ``demo`` (shipped with the project).
+        ``coco`` (downloaded to ``data/coco`` in `build_dir`), ``demo`` (shipped with the project),
+        or any other with map files in ``data_maps/<name>``: its images lie in
+        ``data/<name>/val`` and ``data/<name>/cal`` of `build_dir`, its annotations in
+        ``data/<name>/annotations/instances_val.json``.
     split
         ``val`` or ``cal``.
     build_dir
@@ -53,23 +65,57 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
     """
     if split not in ("val", "cal"):
         raise HarnessError(f"unknown split {split!r}; the splits are val and cal")
-    map_file = Path("data_maps") / name / f"{split}_map.txt"
+    size = _BENCHMARK_SIZE
+    data = build_dir / "data" / name
+    image_dir = data / split
+    annotations = data / "annotations" / "instances_val.json"
     if name == "coco":
-        data = build_dir / "data" / "coco"
         image_dir = data / _COCO_FOLDERS[split]
         annotations = data / "annotations" / "instances_val2017.json"
     elif name == "demo":
-        data = Path("demo") / "data"
-        image_dir = data / split
-        annotations = data / "annotations" / "instances_val.json"
-    else:
-        raise HarnessError(f"unknown data set {name!r}; the data sets are coco and demo")
+        size = _DEMO_SIZE
+        image_dir = Path("demo") / "data" / split
+        annotations = Path("demo") / "data" / "annotations" / "instances_val.json"
+    elif name not in (there := sorted(path.name for path in MAPS.glob("*/"))):
+        raise HarnessError(
+            f"unknown data set {name!r}; a data set is a folder of {MAPS} with a val_map.txt or a "
+            f"cal_map.txt, and there are: {', '.join(there) or 'none'}"
+        )
     return Dataset(
         name=f"{name}-{split}",
         image_dir=image_dir,
-        map_file=map_file,
+        map_file=MAPS / name / f"{split}_map.txt",
         annotations=annotations if split == "val" else None,
+        image_size=size,
     )
+
+
+def preprocessed_dir(build_dir: Path, dataset: Dataset, spec: InputSpec) -> Path:
+    """Where the preprocessed images of a data set for an engine's input lie by default."""
+    _, height, width = spec.shape
+    return build_dir / "preprocessed_data" / dataset.name / f"{spec.dtype}_{height}x{width}"
+
+
+def check_annotated(dataset: Dataset) -> None:
+    """Make sure that the annotations, where there are any, know every image of the map.
+
+    Raises
+    ------
+    EngineError
+        The annotation file is damaged.
+    HarnessError
+        An image of the map is not in it.
+    """
+    if dataset.annotations is None or not dataset.annotations.exists():
+        return
+    images = load_annotations(dataset.annotations)["images"]
+    known = positions_by_name(images, dataset.annotations)
+    missing = [name for name in load_map(dataset.map_file) if name not in known]
+    if missing:
+        raise HarnessError(
+            f"{dataset.annotations} lacks {len(missing)} images of {dataset.map_file}, the first "
+            f"is {missing[0]}; a map and its annotations belong together"
+        )
 
 
 def load_map(path: Path) -> tuple[str, ...]:

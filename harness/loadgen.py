@@ -12,6 +12,7 @@ import mlperf_loadgen as lg
 
 from engine.progress import Progress
 from engine.protocol import Engine, EngineError
+from harness.audit import Audit
 from harness.errors import HarnessError
 from harness.loadgen_log import DetailLog, read_complete
 from harness.qsl import SampleLibrary, SampleSource
@@ -19,6 +20,7 @@ from harness.settings import Mode, Settings, apply, fitted
 from harness.sut import Sut
 
 USER_CONF = "user.conf"
+AUDIT_CONFIG = "audit.config"
 
 _POLL_SECONDS = 0.2
 _POLLS_PER_REPORT = 5  # drawing takes the GIL for some milliseconds, which the latencies feel
@@ -70,6 +72,7 @@ def run_test(
     *,
     timeout_s: float,
     progress: Progress | None = None,
+    audit: Audit | None = None,
 ) -> Outcome:
     """Run one LoadGen test and read its logs back.
 
@@ -89,6 +92,8 @@ def run_test(
         Longest time in seconds that the engine may take for one batch.
     progress
         Called about once a second and at the end.
+    audit
+        Compliance test that the run belongs to.
 
     Raises
     ------
@@ -113,6 +118,7 @@ def run_test(
                 library=library,
                 test=apply(settings, mode, directory / USER_CONF),
                 directory=directory,
+                audit=audit,
                 sizes=(total, settings.performance_sample_count),
             )
             _watch(sut, thread, timeout_s, _reporter(sut, progress, settings, mode, total))
@@ -137,6 +143,7 @@ class _StartTest(threading.Thread):
         library: SampleLibrary,
         test: Any,
         directory: Path,
+        audit: Audit | None,
         sizes: tuple[int, int],
     ) -> None:
         super().__init__(name="loadgen", daemon=True)
@@ -144,6 +151,7 @@ class _StartTest(threading.Thread):
         self._library = library
         self._test = test
         self._directory = directory
+        self._audit = audit
         self._sizes = sizes
         self.ended = threading.Event()
 
@@ -158,7 +166,12 @@ class _StartTest(threading.Thread):
             qsl = lg.ConstructQSL(*self._sizes, self._load, self._library.unload)
             sut = lg.ConstructSUT(self._sut.issue, self._sut.flush)
             # the empty name: LoadGen would else obey an audit.config in the working directory
-            lg.StartTestWithLogSettings(sut, qsl, self._test, log, "")
+            config = ""
+            if self._audit is not None:
+                config = str(self._directory / AUDIT_CONFIG)
+                Path(config).write_text(self._audit.config)
+                self._test.test05 = self._audit.other_seeds
+            lg.StartTestWithLogSettings(sut, qsl, self._test, log, config)
             lg.DestroySUT(sut)
             lg.DestroyQSL(qsl)
         except BaseException as error:

@@ -1,27 +1,34 @@
 """Preprocessed sets: every image of a map as a .npy file, once, with a manifest.
 
 A set that is interrupted is resumed: a journal names every image that is done together with the
-size and modification time of its source. An image is done again when either has changed, when
-its .npy lacks bytes or holds another shape or dtype, or when the transform differs. (A hash of
-every source would also notice a change that keeps both size and time stamp, for the price of
-reading the whole data set at every start; ``overwrite`` is there for that.)
+size, modification time and SHA-256 of its source. An image is done again when its source has
+changed, when its .npy lacks bytes or holds another shape or dtype, or when the transform differs.
+A source of the same size and time has not changed; with the same size and another time, as a copy
+has, its hash decides. (A change that keeps both size and time is not noticed; ``overwrite`` is
+there for that.)
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from engine.files import write_atomically
+from engine.files import file_sha256, write_atomically
 from engine.npy import is_npy, npy_path
-from engine.preprocessed import JOURNAL, MANIFEST, PreprocessedSet, transform_settings
+from engine.preprocessed import (
+    JOURNAL,
+    MANIFEST,
+    PreprocessedSet,
+    load_preprocessed,
+    transform_settings,
+)
 from engine.protocol import InputSpec
 from harness.dataset import Dataset, load_map
 from harness.errors import HarnessError
-from harness.preprocess_pool import Job, Stamp, run
+from harness.preprocess_pool import Job, run
+from harness.transform import Source
 
 BAD_IMAGES = "bad_images.txt"
 
@@ -86,11 +93,11 @@ def preprocess(
         (out_dir / BAD_IMAGES).unlink(missing_ok=True)
         earlier = {} if overwrite else _read_finished(out_dir, settings)
         finished = {
-            name: earlier[name]
+            name: source
             for name in files
             if name in earlier
-            and earlier[name] == _stamp(dataset.image_dir / name)
             and is_npy(npy_path(out_dir, name), spec)
+            and (source := _unchanged(dataset.image_dir / name, earlier[name]))
         }
         bad: dict[str, str] = {}
         if len(finished) < len(files):
@@ -101,7 +108,7 @@ def preprocess(
             todo = [name for name in files if name not in finished]
             with (out_dir / JOURNAL).open("a", encoding="utf-8") as journal:
                 for results in run(job, todo, workers=workers, progress=progress):
-                    good = {name: r for name, r in results.items() if isinstance(r, Stamp)}
+                    good = {name: r for name, r in results.items() if isinstance(r, Source)}
                     bad |= {name: r for name, r in results.items() if isinstance(r, str)}
                     finished |= good
                     journal.write(_lines(_entries(good)))
@@ -113,7 +120,7 @@ def preprocess(
             raise HarnessError(_describe_bad(bad, len(files), dataset.image_dir, out_dir))
         manifest = {
             "dataset": dataset.name,
-            "map_sha256": sha256(dataset.map_file.read_bytes()).hexdigest(),
+            "map_sha256": file_sha256(dataset.map_file),
             **settings,
             "images": _entries({name: finished[name] for name in files if name in finished}),
             "bad": [{"file": name, "reason": reason} for name, reason in bad.items()],
@@ -127,6 +134,51 @@ def preprocess(
         ) from error
     files = tuple(name for name in files if name in finished)
     return PreprocessedSet(out_dir, files, spec, manifest)
+
+
+def open_current(dataset: Dataset, spec: InputSpec, directory: Path) -> PreprocessedSet:
+    """Open a preprocessed set, unless the data set has changed since.
+
+    Images whose sources are not there any more count as unchanged.
+
+    Parameters
+    ----------
+    dataset
+        Where the images came from.
+    spec
+        The engine's input.
+    directory
+        Folder of the set.
+
+    Raises
+    ------
+    EngineError
+        No complete set for this input, see `load_preprocessed`.
+    HarnessError
+        The map lists other images, or in another order; images have changed.
+    """
+    found = load_preprocessed(directory, spec)
+    again = "run `harness preprocess` again"
+    try:
+        bad = {entry["file"] for entry in found.manifest["bad"]}
+        sources = [(entry["file"], _source(entry)) for entry in found.manifest["images"]]
+    except (KeyError, TypeError) as error:
+        raise HarnessError(f"{directory / MANIFEST} is damaged; {again}") from error
+    if found.files != tuple(name for name in load_map(dataset.map_file) if name not in bad):
+        raise HarnessError(
+            f"{directory} was preprocessed by another map than {dataset.map_file} is now; {again}"
+        )
+    changed = [
+        name
+        for name, source in sources
+        if (path := dataset.image_dir / name).exists() and not _unchanged(path, source)
+    ]
+    if changed:
+        raise HarnessError(
+            f"{len(changed)} of {len(sources)} images in {dataset.image_dir} have changed since "
+            f"{directory} was made, the first is {changed[0]}; {again}"
+        )
+    return found
 
 
 def _settings(spec: InputSpec) -> dict[str, Any]:
@@ -146,16 +198,25 @@ def _describe_bad(bad: Mapping[str, str], total: int, image_dir: Path, out_dir: 
     )
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _unchanged(path: Path, before: Source) -> Source | None:
+    """State of a source that is what it was, None for any other."""
     try:
         state = path.stat()
+        if state.st_size != before.size:
+            return None
+        if state.st_mtime_ns != before.mtime_ns and file_sha256(path) != before.sha256:
+            return None
     except OSError:
         return None
-    return Stamp(state.st_size, state.st_mtime_ns)
+    return before._replace(mtime_ns=state.st_mtime_ns)
 
 
-def _entries(stamps: Mapping[str, Stamp]) -> list[dict[str, object]]:
-    return [{"file": name, **stamp._asdict()} for name, stamp in stamps.items()]
+def _entries(sources: Mapping[str, Source]) -> list[dict[str, object]]:
+    return [{"file": name, **source._asdict()} for name, source in sources.items()]
+
+
+def _source(entry: Mapping[str, Any]) -> Source:
+    return Source(*(entry[field] for field in Source._fields))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -166,7 +227,7 @@ def _lines(entries: Iterable[Mapping[str, object]]) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
-def _read_finished(out_dir: Path, settings: Mapping[str, Any]) -> dict[str, Stamp]:
+def _read_finished(out_dir: Path, settings: Mapping[str, Any]) -> dict[str, Source]:
     """Images that the manifest, or else the journal, calls finished with the same settings."""
     try:
         if (out_dir / MANIFEST).exists():
@@ -176,7 +237,7 @@ def _read_finished(out_dir: Path, settings: Mapping[str, Any]) -> dict[str, Stam
             head, *entries = _read_journal(out_dir / JOURNAL)
         if any(head[key] != value for key, value in settings.items()):
             return {}
-        return {entry["file"]: Stamp(entry["size"], entry["mtime_ns"]) for entry in entries}
+        return {entry["file"]: _source(entry) for entry in entries}
     except (ValueError, KeyError, TypeError):  # damaged: nothing is known to be finished
         return {}
 

@@ -11,14 +11,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from engine.npy import npy_path, write_npy
 from engine.protocol import InputSpec
 from harness.errors import HarnessError
-from harness.transform import BadImageError, preprocess_image
+from harness.transform import BadImageError, Source, preprocess_image
 
 _CHUNK = 8  # images per task: enough to hide the queue, few enough for Ctrl-C and load balance
 
@@ -42,22 +41,15 @@ class Job:
     spec: InputSpec
 
 
-class Stamp(NamedTuple):
-    """State of a source image: size in bytes, modification time in ns."""
-
-    size: int
-    mtime_ns: int
-
-
 def run(
     job: Job, names: Sequence[str], *, workers: int, progress: bool
-) -> Iterator[dict[str, Stamp | str]]:
+) -> Iterator[dict[str, Source | str]]:
     """Preprocess images in parallel.
 
     Yields
     ------
     dict
-        As each task ends, for each of its images: the source's stamp, or why it is bad.
+        As each task ends, for each of its images: the state of the source, or why it is bad.
 
     Raises
     ------
@@ -131,12 +123,12 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _work(job: Job, names: Sequence[str]) -> dict[str, Stamp | str]:
+def _work(job: Job, names: Sequence[str]) -> dict[str, Source | str]:
     out = np.empty(job.spec.shape, job.spec.dtype)
-    results: dict[str, Stamp | str] = {}
+    results: dict[str, Source | str] = {}
     for name in names:
         try:
-            results[name] = Stamp(*preprocess_image(job.image_dir / name, job.spec, out))
+            results[name] = preprocess_image(job.image_dir / name, job.spec, out)
         except BadImageError as error:
             results[name] = str(error)
         else:

@@ -14,6 +14,7 @@ from engine.environment import commit, now
 from engine.progress import Progress
 from engine.protocol import Engine
 from harness.accuracy import evaluate, read_accuracy_log
+from harness.audit import Audit
 from harness.dataset import Dataset, category_names, load_map
 from harness.errors import HarnessError
 from harness.loadgen import Outcome, RunFailedError, run_test
@@ -61,6 +62,8 @@ def run(
     mode: Mode,
     directory: Path,
     progress: Progress | None = None,
+    *,
+    audit: Audit | None = None,
 ) -> RunResult:
     """Run one test and leave its logs and result.json.
 
@@ -77,6 +80,8 @@ def run(
         Folder to be made.
     progress
         Called about once a second during the test.
+    audit
+        Compliance test that a performance run belongs to; its name becomes the result's mode.
 
     Raises
     ------
@@ -101,8 +106,11 @@ def run(
             partial,
             timeout_s=benchmark.timeout_s,
             progress=progress,
+            audit=audit,
         )
         result = _result(benchmark, outcome, mode, partial)
+        if audit is not None:
+            result = dataclasses.replace(result, mode=audit.name)
         result.write(partial)
         partial.rename(directory)
     except OSError as error:
@@ -115,7 +123,8 @@ def run(
         with contextlib.suppress(OSError):
             (partial / ERROR).write_text("".join(traceback.format_exception(error)))
         raise RunFailedError(
-            f"{settings.scenario} {mode}: {error}; its unfinished logs: {partial}",
+            f"{settings.scenario} {audit.name if audit else mode}: {error}; "
+            f"its unfinished logs: {partial}",
             error.exit_code,
         ) from error
     return result

@@ -247,7 +247,20 @@ def load_settings(
     HarnessError
         For an unreadable file, an unknown name or a value of the wrong kind.
     """
-    tables = _read(config) if config else {}
+    tables: dict[str, Any] = {}
+    if config is not None:
+        try:
+            tables = tomllib.loads(config.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise HarnessError(f"{config}: cannot read the settings: {error}") from error
+        check_tables(tables, str(config))
+    return settings_from(tables, scenarios, overrides)
+
+
+def settings_from(
+    tables: Mapping[str, Any], scenarios: Sequence[str], overrides: Mapping[str, object]
+) -> tuple[Settings, ...]:
+    """Settings as of `load_settings`, from the content of a file: see `check_tables`."""
     shared = {key: value for key, value in tables.items() if not isinstance(value, dict)}
     given = {key: value for key, value in overrides.items() if value is not None}
     kinds = [SCENARIOS[scenario] for scenario in scenarios]
@@ -262,6 +275,26 @@ def load_settings(
         }
         result.append(kind(**values))
     return tuple(result)
+
+
+def check_tables(tables: Mapping[str, Any], where: str) -> None:
+    """Refuse unknown names in the content of a settings file, which messages call `where`."""
+    every = {key for kind in SCENARIOS.values() for key in _fields(kind)}
+    for key, value in tables.items():
+        if not isinstance(value, dict):
+            known: set[str] = every
+        elif key in SCENARIOS:
+            for inner in value:
+                if inner not in _fields(SCENARIOS[key]):
+                    raise HarnessError(
+                        f"{where}: {key} has no setting {inner!r}; "
+                        f"it has: {', '.join(_fields(SCENARIOS[key]))}"
+                    )
+            continue
+        else:
+            known = set(SCENARIOS)
+        if key not in known:
+            raise HarnessError(f"{where}: {key!r} is unknown; known: {', '.join(sorted(known))}")
 
 
 def fitted(settings: Settings, max_batch: int | None) -> Settings:
@@ -350,30 +383,6 @@ def _entries(settings: Settings) -> list[tuple[Mapping[str, Any], int | float]]:
 
 def _fields(kind: type[Settings]) -> dict[str, dataclasses.Field[Any]]:
     return {item.name: item for item in dataclasses.fields(kind)}
-
-
-def _read(config: Path) -> dict[str, Any]:
-    try:
-        tables = tomllib.loads(config.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HarnessError(f"{config}: cannot read the settings: {error}") from error
-    every = {key for kind in SCENARIOS.values() for key in _fields(kind)}
-    for key, value in tables.items():
-        if not isinstance(value, dict):
-            known: set[str] = every
-        elif key in SCENARIOS:
-            for inner in value:
-                if inner not in _fields(SCENARIOS[key]):
-                    raise HarnessError(
-                        f"{config}: {key} has no setting {inner!r}; "
-                        f"it has: {', '.join(_fields(SCENARIOS[key]))}"
-                    )
-            continue
-        else:
-            known = set(SCENARIOS)
-        if key not in known:
-            raise HarnessError(f"{config}: {key!r} is unknown; known: {', '.join(sorted(known))}")
-    return tables
 
 
 def _checked(kind: type[Settings], key: str, value: object) -> int | float:

@@ -39,7 +39,7 @@ def build_plugin(
     if output is None:
         output = Path(os.environ.get("BUILD_DIR") or "build") / "plugins"
     todo = plan(output, None if arch is None else _architectures(arch))
-    typer.echo(f"nvcc {todo.nvcc.version} ({todo.nvcc.path}); a first build takes a minute")
+    typer.echo(f"nvcc {todo.nvcc.version} ({todo.nvcc.path}); a first build takes minutes")
     libraries = build(todo)
     for library in libraries:
         size = library.stat().st_size / 1e6
@@ -53,8 +53,8 @@ def build_plugin(
     else:
         typer.echo(
             f"left out: {PLUGIN}, for no headers of TensorRT 10 or later were found; set "
-            "TENSORRT_INCLUDE_DIR to the folder of NvInferRuntime.h and build again "
-            f"({KERNELS} does not need it)"
+            "TENSORRT_INCLUDE_DIR to the folder of NvInferRuntime.h, or 'pip install --no-deps "
+            f"kernel-lens==2.0.1', and build again ({KERNELS} does not need them)"
         )
 
 

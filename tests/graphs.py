@@ -80,6 +80,7 @@ class Variant:
     batch: int | str = 1
     yxyx: bool = False
     half: bool = False  # network in float16, postprocessing in float32
+    norms: bool = False  # a batch norm behind every convolution of the backbone
     cap: int = 60  # max_output_boxes_per_class
     keep: int = 25
     threshold: float = 0.05
@@ -120,10 +121,12 @@ def detector(variant: Variant, seed: int = 0) -> onnx.ModelProto:
     x = b.op("Cast", "image", to=TensorProto.FLOAT16) if variant.half else "image"
     features, cin = [], 3
     for stride in (4, 2, 2):
-        x = b.op("Relu", conv(x, cin, 12, stride, 2.0))
-        if stride == 4 and not variant.half:
-            scale = [b.floats(rng.uniform(0.5, 2, 12)) for _ in range(4)]
-            x = b.op("BatchNormalization", x, *scale)
+        x = conv(x, cin, 12, stride, 2.0)
+        if variant.norms:
+            x = b.op("BatchNormalization", x, *_norm(b, rng, kind), epsilon=0.02)
+        x = b.op("Relu", x)
+        if stride == 4 and not variant.half and not variant.norms:
+            x = b.op("BatchNormalization", x, *_norm(b, rng, kind))
         features.append(x)
         cin = 12
     loc = [conv(f, 12, 4 * a, 1, 1.0) for f, (a, _) in zip(features, LEVELS, strict=True)]
@@ -161,6 +164,10 @@ def detector(variant: Variant, seed: int = 0) -> onnx.ModelProto:
     helper.set_model_props(model, {"made_by": "hand"})
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _norm(b: Builder, rng: np.random.Generator, kind: type) -> list[str]:
+    return [b.const(rng.uniform(0.5, 2, 12), kind) for _ in range(4)]
 
 
 def _join(b: Builder, heads: list[str], rows: int, variant: Variant) -> str:

@@ -7,9 +7,6 @@ import io
 import itertools
 import json
 import math
-import shlex
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -394,25 +391,3 @@ def test_precision_is_that_of_pycocotools(surgered, small_images, tmp_path):
     assert found.precision == (pytest.approx(expected, abs=1e-6), found.precision[0])
     with pytest.raises(EngineError, match=r"lacks 1 of 2 images, the first is x\.jpg"):
         load_truth(path, ["0.jpg", "x.jpg"])
-
-
-def readme_commands():
-    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.startswith("    polygraphy run ")]
-
-
-def test_polygraphy_commands_of_the_readme(exported, surgered, tmp_path):
-    """They run as they stand, but for the size of the image."""
-    (tmp_path / "ssd-resnet34.onnx").symlink_to(exported)
-    (tmp_path / "ssd-resnet34.nms.onnx").symlink_to(surgered)
-    commands = readme_commands()
-    assert len(commands) >= 2
-    for command in commands:
-        arguments = [word.replace("1200,1200", "400,400") for word in command]
-        program = Path(sys.executable).with_name(arguments[0])
-        done = subprocess.run(
-            [program, *arguments[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    assert "PASSED" in done.stdout
-    assert "detections" in done.stdout

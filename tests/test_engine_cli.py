@@ -41,7 +41,7 @@ def demo(tmp_path_factory):
     for command in (
         ["export", "--weights", CHECKPOINT, "-o", plain],
         ["graph_surgery", "nms", plain, surgered],
-        ["harness", "preprocess", surgered, *build, "--split", "cal"],
+        ["harness", "preprocess", surgered, *build, "--cal_only"],
         ["harness", "preprocess", surgered, *build],
     ):
         done = subprocess.run(

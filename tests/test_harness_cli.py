@@ -123,7 +123,7 @@ def harness(place, *arguments, **more):
 
 @pytest.fixture(scope="module")
 def preprocessed(place):
-    done = harness(place, "preprocess", "grey.onnx", "--workers", "1")
+    done = harness(place, "preprocess", "grey.onnx", "--val_only", "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert f"{len(GREYS)} images in build/preprocessed_data/coco-val/float32_8x8" in done.stdout
     return place
@@ -212,7 +212,7 @@ def test_a_skipped_image_is_not_forgotten(preprocessed):
     bad = images / "000000000002.png"
     content = bad.read_bytes()
     bad.write_bytes(content[:30])
-    arguments = ["--workers", "1", "--preprocessed", "five"]
+    arguments = ["--val_only", "--workers", "1", "--preprocessed", "five"]
     done = harness(preprocessed, "preprocess", "grey.onnx", *arguments)
     assert done.returncode == 2 and bad.name in done.stderr
     done = harness(preprocessed, "preprocess", "grey.onnx", *arguments, "--skip-bad")

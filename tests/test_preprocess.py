@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
+from hashlib import sha256
 from pathlib import Path
 
 import cv2
@@ -15,13 +19,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from engine.preprocessed import PreprocessedSet, load_preprocessed
 from engine.protocol import EngineError, InputSpec
+from harness import bench_loading
+from harness.bench_loading import measure
 from harness.dataset import Dataset
 from harness.errors import HarnessError
-from harness.preprocess import preprocess
+from harness.preprocess import open_current, preprocess
 from harness.transform import BadImageError, decode, transform
 
 SPEC = InputSpec("image", (3, 96, 128), "float32")
@@ -171,6 +177,52 @@ def test_decode_is_imread(tmp_path: Path) -> None:
     assert decode((tmp_path / "rotated.jpg").read_bytes()).shape == (83, 61, 3)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_as_the_reference_does(
+    tmp_path: Path, orientation: int
+) -> None:
+    """The MLPerf reference calls cv2.imread(src), which turns the picture as EXIF says."""
+    picture = Image.fromarray(photo(48, 80)[..., ::-1])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    picture.save(path, quality=95, exif=exif)
+    found = decode(path.read_bytes())
+    np.testing.assert_array_equal(found, cv2.imread(str(path)))
+    with Image.open(path) as stored:
+        turned = np.asarray(ImageOps.exif_transpose(stored))[..., ::-1]
+        as_stored = np.asarray(stored)[..., ::-1]
+    assert found.shape == turned.shape
+    assert np.abs(found.astype(int) - turned).mean() < 1  # two JPEG decoders
+    if orientation > 1 and found.shape == as_stored.shape:
+        assert np.abs(found.astype(int) - as_stored).mean() > 5
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def without_pixels(suffix: str, width: int, height: int) -> bytes:
+    """A whole file whose header gives this size."""
+    if suffix == ".png":
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*part) for part in parts)
+    if suffix == ".bmp":
+        info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+        return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + info
+    jpeg = cv2.imencode(".jpg", photo(16, 16))[1].tobytes()
+    frame = jpeg.index(b"\xff\xc0") + 5  # marker, length, precision; then height and width
+    return jpeg[:frame] + struct.pack(">HH", height, width) + jpeg[frame + 4 :]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp"])
+@pytest.mark.parametrize("size", [(0, 16), (16, 0), (0, 0)])
+def test_an_image_of_zero_size_is_bad(suffix: str, size: tuple[int, int]) -> None:
+    with pytest.raises(BadImageError, match="cannot be decoded"):
+        decode(without_pixels(suffix, *size))
+
+
 def jpeg_with_thumbnail(image: np.ndarray) -> bytes:
     """A JPEG whose first segment, like an EXIF thumbnail, holds a whole JPEG of its own."""
     thumbnail = cv2.imencode(".jpg", image[::8, ::8])[1].tobytes()
@@ -248,6 +300,61 @@ def test_only_what_changed_is_done_again(tmp_path: Path) -> None:
     assert write_times(out) == after
     run(dataset, out, overwrite=True)
     assert not set(write_times(out).items()) & set(after.items())
+
+
+def test_the_hash_decides_where_only_the_time_differs(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, {f"{n}.png": photo(40, 50, n) for n in range(3)})
+    images, out = dataset.image_dir, tmp_path / "out"
+    content = (images / "1.png").read_bytes()
+    (images / "1.png").write_bytes(content + b"1")
+    run(dataset, out)
+    before = write_times(out)
+    (images / "1.png").write_bytes(content + b"2")  # another file of the same size
+    for name in ("0.png", "1.png"):
+        os.utime(images / name, ns=(1, 1))  # as a copy of the data set has it
+    result = run(dataset, out)
+    after = write_times(out)
+    assert {name for name in after if after[name] != before[name]} == {"1.png.npy"}
+    for entry in result.manifest["images"]:
+        path = images / entry["file"]
+        assert entry["sha256"] == sha256(path.read_bytes()).hexdigest()
+        assert (entry["size"], entry["mtime_ns"]) == (
+            path.stat().st_size,
+            path.stat().st_mtime_ns,
+        )
+    assert result.manifest["map_sha256"] == sha256(dataset.map_file.read_bytes()).hexdigest()
+
+
+def test_a_changed_data_set_is_not_run(tmp_path: Path) -> None:
+    names = ["a.png", "b.png", "c.png"]
+    dataset = make_dataset(tmp_path, {name: photo(40, 50, n) for n, name in enumerate(names)})
+    images, out = dataset.image_dir, tmp_path / "out"
+    run(dataset, out)
+    (images / "c.png").touch()
+    assert open_current(dataset, SPEC, out).files == tuple(names)
+    for text in ("b.png\na.png\nc.png\n", "a.png\nb.png\n", "a.png\nb.png\nc.png\nd.png\n"):
+        dataset.map_file.write_text(text)
+        with pytest.raises(HarnessError, match=r"another map than .*map\.txt"):
+            open_current(dataset, SPEC, out)
+    dataset.map_file.write_text("a.png\r\nb.png\r\nc.png")  # the same images
+    cv2.imwrite(str(images / "b.png"), photo(30, 30))
+    with pytest.raises(HarnessError, match=r"1 of 3 images .* have changed .* first is b\.png"):
+        open_current(dataset, SPEC, out)
+    run(dataset, out)
+    assert open_current(dataset, SPEC, out).files == tuple(names)
+    shutil.rmtree(images)  # the preprocessed images are enough to run
+    assert open_current(dataset, SPEC, out).files == tuple(names)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["images"][0]["sha256"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(HarnessError, match="damaged"):
+        open_current(dataset, SPEC, out)
+
+
+def test_a_set_with_skipped_images_is_current(tmp_path: Path) -> None:
+    dataset = bad_dataset(tmp_path)
+    run(dataset, tmp_path / "out", skip_bad=True)
+    assert open_current(dataset, SPEC, tmp_path / "out").files == ("ok1.png", "ok2.png", "ok3.png")
 
 
 def test_another_scale_is_another_set(tmp_path: Path) -> None:
@@ -378,6 +485,17 @@ def test_missing_image_folder(tmp_path: Path) -> None:
     dataset = Dataset("test", tmp_path / "nowhere", tmp_path / "map.txt", None)
     with pytest.raises(HarnessError, match="nowhere not found"):
         run(dataset, tmp_path / "out")
+
+
+def test_loading_is_measured_on_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = {"file per image", "one file, read", "one file, mapped"}
+    figures = measure(tmp_path, InputSpec("image", (3, 8, 8), "int8", 0.02), 70, 2)
+    assert figures["milliseconds_per_image"].keys() == ways
+    monkeypatch.setattr(bench_loading._Reader, "__call__", lambda *_: np.ones(3, np.int8))
+    with pytest.raises(HarnessError, match="one file, read loads other images"):
+        measure(tmp_path, InputSpec("image", (3, 8, 8), "int8", 0.02), 70, 2)
 
 
 # Faults of a run, in a process of its own

@@ -422,7 +422,7 @@ def test_int8_keeps_the_accuracy_of_the_demo_model(tmp_path) -> None:
     plain, surgered, quantized = (tmp_path / f"{n}.onnx" for n in ("plain", "nms", "int8"))
     command("export", "--weights", weights, "-o", plain)
     command("graph_surgery", "nms", plain, surgered)
-    command("harness", "preprocess", surgered, "--dataset", "demo", "--split", "cal")
+    command("harness", "preprocess", surgered, "--dataset", "demo", "--cal_only")
     spec = load_engine("onnxruntime", surgered).input_spec
     images = tmp_path / "preprocessed_data" / "demo-cal" / "float32_400x400"
     calibration = calibrate(surgered, load_preprocessed(images, spec))
@@ -430,7 +430,7 @@ def test_int8_keeps_the_accuracy_of_the_demo_model(tmp_path) -> None:
     accuracy = {}
     for path in (surgered, quantized):
         logs = tmp_path / f"logs-{path.stem}"
-        command("harness", "preprocess", path, "--dataset", "demo")
+        command("harness", "preprocess", path, "--dataset", "demo", "--val_only")
         command(
             "harness", "run", path, "--dataset", "demo", "--test_mode", "AccuracyOnly",
             "--log-dir", logs,

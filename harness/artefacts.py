@@ -1,0 +1,136 @@
+"""Artefacts of the route: files that know what they were made from.
+
+Beside every artefact lies ``<name>.inputs.json``: the SHA-256, or the value, of everything that it
+was made from, and its own SHA-256. An artefact is used only when all of that still holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+
+import engine
+from engine.files import file_sha256, write_atomically
+from engine.preprocessed import MANIFEST
+from harness.errors import HarnessError
+
+Say = Callable[[str], None]
+
+MISSING = "there is none"
+"""Reason to make what was never made."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Something that is made from something.
+
+    Attributes
+    ----------
+    step
+        What makes it, for messages.
+    path
+        File, or folder of a preprocessed set.
+    inputs
+        What it is made from: name to SHA-256 or value. The names stand in messages.
+    """
+
+    step: str
+    path: Path
+    inputs: Mapping[str, str]
+
+
+def stale(artefact: Artefact) -> str | None:
+    """Say why an artefact has to be made (again); None when it is current."""
+    content = _content(artefact.path)
+    if not content.exists():
+        return MISSING
+    made_from, digest = _record(artefact)
+    if not made_from:
+        return "nothing tells what it was made from"
+    names = [*artefact.inputs, *(name for name in made_from if name not in artefact.inputs)]
+    changed = [name for name in names if artefact.inputs.get(name) != made_from.get(name)]
+    if changed:
+        return f"{', '.join(changed)} changed"
+    return None if digest == file_sha256(content) else "it was changed after it was made"
+
+
+def changed_input(artefact: Artefact, name: str) -> bool:
+    """Tell whether an artefact was made from another `name`; False when nothing is recorded."""
+    made_from, _ = _record(artefact)
+    return name in made_from and made_from[name] != artefact.inputs[name]
+
+
+def make(artefact: Artefact, build: Callable[[], object], say: Say) -> Path:
+    """Build an artefact unless it is current, and say in one line which of both, and why.
+
+    Raises
+    ------
+    HarnessError
+        When a file cannot be read or written, or the builder left nothing.
+    """
+    reason = stale(artefact)
+    if reason is None:
+        say(f"{artefact.step}: reused {artefact.path}")
+    else:
+        remake(artefact, build, say, reason)
+    return artefact.path
+
+
+def remake(artefact: Artefact, build: Callable[[], object], say: Say, reason: str) -> None:
+    """Build an artefact and record its inputs; see `make`."""
+    verb = "made" if reason == MISSING else f"rebuilt because {reason}:"
+    say(f"{artefact.step}: {verb} {artefact.path}")
+    record = _record_path(artefact)
+    try:
+        artefact.path.parent.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)  # what is interrupted counts as never made
+        build()
+        document = {
+            "inputs": dict(artefact.inputs),
+            "sha256": file_sha256(_content(artefact.path)),
+        }
+        write_atomically(record, (json.dumps(document, indent=1) + "\n").encode())
+    except OSError as error:
+        raise HarnessError(
+            f"{artefact.step}: {error.filename or artefact.path}: {error.strerror}"
+        ) from error
+
+
+def code_sha256(*patterns: str) -> str:
+    """Hash of the project's own source files, e.g. of ``export/*.py``."""
+    root = Path(engine.__file__).parent.parent
+    digest = sha256()
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
+            digest.update(f"{path.relative_to(root)} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def version(package: str) -> str:
+    """Version of an installed package; ``none`` where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _content(path: Path) -> Path:
+    """Return the file that stands for an artefact; the manifest of a set lists all its images."""
+    return path / MANIFEST if path.is_dir() else path
+
+
+def _record_path(artefact: Artefact) -> Path:
+    return artefact.path.with_name(f"{artefact.path.name}.inputs.json")
+
+
+def _record(artefact: Artefact) -> tuple[Mapping[str, str], str | None]:
+    """Recorded inputs and SHA-256; of a missing or damaged record, nothing."""
+    try:
+        document = json.loads(_record_path(artefact).read_bytes())
+        return dict(document["inputs"]), str(document["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, None

@@ -1,0 +1,151 @@
+"""The commands behind the make targets: ``harness make`` and ``harness tune``."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.load import BACKENDS
+from harness.errors import HarnessError
+from harness.settings import MODEL, MODES, SCENARIOS
+from harness.system_config import VERSIONS
+
+_BuildDir = Annotated[
+    Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
+]
+_Weights = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="WEIGHTS",
+        help="Checkpoint of ssd-resnet34, or its .onnx.",
+        show_default="models/ssd-resnet34/resnet34-ssd1200.pytorch in the build folder",
+    ),
+]
+_Batches = Annotated[int, typer.Option("--max-batch", min=1, help="Largest batch to try.")]
+
+
+def make_command(
+    context: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="One of: preprocess_data, calibrate, generate_engines, run_harness, run, onnx."
+        ),
+    ],
+    *,
+    benchmarks: Annotated[
+        str, typer.Option(help="Comma-separated, of: ssd-resnet34 (COCO), ssd-resnet34-demo.")
+    ] = MODEL,
+    scenarios: Annotated[
+        str, typer.Option(help=f"Comma-separated, of: {', '.join(SCENARIOS)}.")
+    ] = "Offline",
+    test_mode: Annotated[
+        str, typer.Option("--test_mode", help=f"Comma-separated, of: {', '.join(MODES)}.")
+    ] = "PerformanceOnly",
+    config_ver: Annotated[
+        str, typer.Option("--config_ver", help=f"One of: {', '.join(VERSIONS)}.")
+    ] = VERSIONS[0],
+    system: Annotated[
+        str | None,
+        typer.Option(help="Name of a file in configs/.", show_default="this machine's"),
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Run for 60 s: a trial.")] = False,
+    weights: _Weights = None,
+    build_dir: _BuildDir = Path("build"),
+) -> None:
+    """Do what the make target TARGET stands for, from the weights on.
+
+    Each artefact is used again as long as everything that it was made from, and it itself, has the
+    recorded SHA-256; else it is rebuilt, and a line says why. `run` is generate_engines and
+    run_harness.
+    """
+    if context.args:
+        known = [name for option in context.command.params for name in option.opts]
+        raise HarnessError(
+            f"unknown argument {context.args[0]!r}; the arguments are: "
+            f"{', '.join(name for name in known if name.startswith('-'))}"
+        )
+    from harness.build_lock import locked
+    from harness.route import route_of
+    from harness.run_args import choice, run_args
+    from harness.targets import TARGETS
+
+    make = TARGETS[choice(target, tuple(TARGETS), "target")]
+    arguments = run_args(
+        benchmarks=benchmarks,
+        scenarios=scenarios,
+        test_mode=test_mode,
+        config_ver=config_ver,
+        system=system,
+        fast=fast,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
+    with locked(build_dir), _one_line():
+        make(
+            [route_of(name, weights, build_dir, typer.echo) for name in arguments.benchmarks],
+            arguments,
+        )
+
+
+def tune_command(
+    *,
+    benchmark: Annotated[str, typer.Option(help="ssd-resnet34 or ssd-resnet34-demo.")] = MODEL,
+    engine: Annotated[str, typer.Option(help=f"One of: {', '.join(BACKENDS)}.")] = BACKENDS[0],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    max_batch: _Batches = 64,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of one trial run.")] = 10.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="File to write.", show_default="configs/<machine>.toml"
+        ),
+    ] = None,
+    weights: _Weights = None,
+    build_dir: _BuildDir = Path("build"),
+) -> None:
+    """Measure the best settings of this machine, and write its system configuration.
+
+    Offline: the threads (on a CPU) and the batch of the highest throughput. Server: the highest
+    arrival rate that LoadGen calls VALID, by bisection.
+    """
+    from harness.build_lock import locked
+    from harness.loadgen import RunFailedError
+    from harness.route import DATASETS, route_of
+    from harness.run_all import leave
+    from harness.run_args import choice
+    from harness.tune import Tuning, config_path, config_text, tune, write_config
+
+    benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
+    tuning = Tuning(engine, device, max_batch, seconds)
+    path = output or config_path(benchmark)
+    if not path.parent.is_dir():
+        raise HarnessError(f"{path.parent}: no such folder to write {path.name} to")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with locked(build_dir), _one_line():
+        try:
+            found = tune(route_of(benchmark, weights, build_dir, typer.echo), tuning)
+        except RunFailedError as error:
+            leave(error)
+    write_config(path, config_text(benchmark, tuning, found))
+    typer.echo(f"wrote {path}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    rest = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command("make", context_settings=rest)(make_command)
+    app.command("tune")(tune_command)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Make a user error of a file that cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise HarnessError(f"{error.filename}: {error.strerror}") from error

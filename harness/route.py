@@ -1,0 +1,294 @@
+"""The route of a benchmark: weights, ONNX, preprocessed images, calibration, INT8, engine.
+
+Every function makes one artefact with all that it needs, and rebuilds exactly what is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from engine.files import file_sha256, write_atomically
+from engine.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
+from engine.protocol import EngineError, InputSpec
+from harness.artefacts import (
+    Artefact,
+    Say,
+    changed_input,
+    code_sha256,
+    make,
+    remake,
+    stale,
+    version,
+)
+from harness.dataset import check_annotated, known_dataset, preprocessed_dir
+from harness.errors import HarnessError
+from harness.settings import MODEL
+
+DEMO = f"{MODEL}-demo"
+DATASETS = {MODEL: "coco", DEMO: "demo"}
+"""Benchmark to its data set."""
+
+WEIGHTS = Path("models") / MODEL / "resnet34-ssd1200.pytorch"
+"""The benchmark's weights in the build folder."""
+
+_DEMO_WEIGHTS = Path("demo") / f"{DEMO}.safetensors"
+_METHOD = "entropy"
+_TRANSFORM = "harness/transform.py"
+_STDERR = 2  # file descriptor
+_PLUGIN = Path("plugins") / "libnmsoptplugin.so"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a benchmark's artefacts lie, and how to report on them.
+
+    Attributes
+    ----------
+    benchmark
+        Key of `DATASETS`.
+    weights
+        Checkpoint, or an ONNX detector that needs no export.
+    build_dir
+        The build folder.
+    say
+        Takes one line for each artefact.
+    """
+
+    benchmark: str
+    weights: Path
+    build_dir: Path
+    say: Say
+
+
+def route_of(benchmark: str, weights: Path | None, build_dir: Path, say: Say) -> Route:
+    """Return the route of a benchmark; `weights` are ssd-resnet34's, the demo brings its own."""
+    if benchmark == DEMO:
+        return Route(benchmark, _DEMO_WEIGHTS, build_dir, say)
+    return Route(benchmark, weights or build_dir / WEIGHTS, build_dir, say)
+
+
+def build_onnx(route: Route) -> Path:
+    """Weights to the surgered FP32 ONNX file.
+
+    Raises
+    ------
+    HarnessError
+        When the weights are missing, or a command fails (it has said why).
+    """
+    if not route.weights.is_file():
+        raise HarnessError(
+            f"{route.weights}: no such weights; put them there (make download_model) or name yours "
+            "with WEIGHTS"
+        )
+    folder = route.build_dir / "onnx"
+    detector = route.weights
+    if detector.suffix != ".onnx":
+        detector = folder / f"{route.benchmark}.onnx"
+        exported = Artefact(
+            "export-onnx",
+            detector,
+            {
+                "weights": file_sha256(route.weights),
+                "code": code_sha256("export/*.py"),
+                "torch": version("torch"),
+            },
+        )
+        make(
+            exported,
+            lambda: _command("export", "--weights", route.weights, "-o", detector, "--force"),
+            route.say,
+        )
+    surgered = Artefact(
+        "graph-surgery",
+        folder / f"{route.benchmark}.nms.onnx",
+        {
+            "ONNX": file_sha256(detector),
+            "code": code_sha256("graph_surgery/*.py"),
+            "onnx": version("onnx"),
+        },
+    )
+    return make(
+        surgered, lambda: _command("graph_surgery", "nms", detector, surgered.path), route.say
+    )
+
+
+def build_int8(route: Route) -> Path:
+    """Weights and calibration images to the calibration cache and the INT8 ONNX file.
+
+    Raises
+    ------
+    HarnessError, EngineError
+        When a step fails.
+    """
+    from engine.network import load_detector
+    from engine.placement import find_placement
+    from engine.quantize import quantize
+
+    model = build_onnx(route)
+    placement = find_placement(load_detector(model))
+    images = preprocess(route, "cal", InputSpec(placement.image, placement.shape, "float32"))
+    cache = build_cache(route, model, images)
+    quantized = Artefact(
+        "quantize",
+        route.build_dir / "onnx" / f"{route.benchmark}.int8.onnx",
+        {
+            "ONNX": file_sha256(model),
+            "calibration": file_sha256(cache.path),
+            "code": code_sha256("engine/quantize.py", "engine/placement.py", "engine/network.py"),
+        },
+    )
+
+    def build() -> None:
+        from engine.calibration_cache import Calibration
+
+        graph = quantize(load_detector(model), Calibration.load(cache.path))
+        write_atomically(quantized.path, graph.SerializeToString(deterministic=True))
+
+    return make(quantized, build, route.say)
+
+
+def build_cache(route: Route, model: Path, images: PreprocessedSet) -> Artefact:
+    """Make the calibration cache of a surgered model from preprocessed images."""
+    cache = Artefact(
+        "calibrate",
+        route.build_dir / "calibration" / f"{route.benchmark}.json",
+        {
+            "ONNX": file_sha256(model),
+            "calibration images": _images_sha256(images),
+            "method": _METHOD,
+            "code": code_sha256(
+                *(f"engine/{name}.py" for name in ("calibration", "calibration_cache")),
+                *(f"engine/{name}.py" for name in ("histogram", "network", "placement")),
+            ),
+            "onnxruntime": version("onnxruntime"),
+        },
+    )
+
+    def build() -> None:
+        from engine.calibration import calibrate
+        from engine.progress import progress_bar
+
+        with progress_bar("calibrate") as progress:
+            calibrate(model, images, method=_METHOD, progress=progress).save(cache.path)
+
+    make(cache, build, route.say)
+    return cache
+
+
+def preprocess(route: Route, split: str, spec: InputSpec) -> PreprocessedSet:
+    """Preprocess a split of the benchmark's data set, or what has changed in it.
+
+    Raises
+    ------
+    HarnessError, EngineError
+        See `harness.preprocess.preprocess`.
+    """
+    from harness.preprocess import open_current
+    from harness.preprocess import preprocess as preprocess_images
+
+    data = known_dataset(DATASETS[route.benchmark], split, route.build_dir)
+    check_annotated(data)
+    directory = preprocessed_dir(route.build_dir, data, spec)
+    images = Artefact(
+        f"preprocess {data.name}",
+        directory,
+        {
+            "map": file_sha256(data.map_file) if data.map_file.is_file() else "",
+            "image format": sha256(json.dumps(transform_settings(spec)).encode()).hexdigest(),
+            "code": code_sha256(_TRANSFORM),
+            "opencv": version("opencv-python-headless"),
+        },
+    )
+    reason = stale(images)
+    if reason is None:
+        try:
+            open_current(data, spec, directory)
+        except (EngineError, HarnessError) as error:
+            reason = str(error).partition("; ")[0]
+    if reason is None:
+        route.say(f"{images.step}: reused {directory}")
+    else:
+        overwrite = changed_input(images, "code")  # all else, preprocess notices itself
+        remake(
+            images,
+            lambda: preprocess_images(
+                data,
+                spec,
+                directory,
+                workers=len(os.sched_getaffinity(0)),
+                overwrite=overwrite,
+                skip_bad=False,
+                progress=sys.stderr.isatty(),
+            ),
+            route.say,
+            reason,
+        )
+    return load_preprocessed(directory, spec)
+
+
+def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> Path:
+    """INT8 ONNX to the file that a backend loads: an engine, or the ONNX itself.
+
+    Parameters
+    ----------
+    route
+        The benchmark.
+    model
+        INT8 ONNX file.
+    backend
+        Key of `engine.load.BACKENDS`.
+    batch
+        Largest batch, and the one to tune for; None for a backend that takes any.
+
+    Raises
+    ------
+    EngineError
+        When the engine cannot be built.
+    """
+    if batch is None:
+        route.say(f"engine: {backend} runs {model} as it is")
+        return model
+    from engine.backends.tensorrt_module import import_tensorrt
+    from engine.build import BuildOptions, build
+    from engine.environment import gpu_name
+
+    folder = route.build_dir / "engines"
+    plugin = route.build_dir / _PLUGIN
+    built = Artefact(
+        f"engine batch {batch}",
+        folder / f"{route.benchmark}.{backend}.b{batch}.engine",
+        {
+            "ONNX": file_sha256(model),
+            "backend": f"{backend} {import_tensorrt(backend).__version__}",
+            "GPU": gpu_name() or "none",
+            "plugin": file_sha256(plugin) if plugin.exists() else "none",
+            "code": code_sha256("engine/build.py", "engine/backends/tensorrt_builder.py"),
+        },
+    )
+    options = BuildOptions(
+        max_batch=batch,
+        timing_cache=folder / "timing.cache" if backend == "tensorrt" else None,
+        plugins=(plugin,) if plugin.exists() else (),
+    )
+    return make(built, lambda: build(model, backend, built.path, options), route.say)
+
+
+def _images_sha256(images: PreprocessedSet) -> str:
+    """Hash of the names and contents of the sources, and of what turned them into input."""
+    sources = [(entry["file"], entry["sha256"]) for entry in images.manifest["images"]]
+    turned = {key: value for key, value in images.manifest.items() if key != "images"}
+    return sha256(json.dumps([sources, turned, code_sha256(_TRANSFORM)]).encode()).hexdigest()
+
+
+def _command(room: str, *arguments: str | Path) -> None:
+    """Run the command of a room that this one must not import; what it prints goes to stderr."""
+    command = [sys.executable, "-m", room, *map(str, arguments)]
+    done = subprocess.run(command, stdout=_STDERR, check=False)
+    if done.returncode != 0:
+        raise HarnessError(f"python -m {room} failed with exit code {done.returncode}; see above")

@@ -1,0 +1,63 @@
+"""All tests of a run, one after the other, and their table."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from engine.progress import progress_bar
+from harness.loadgen import RunFailedError
+from harness.report import print_table
+from harness.result import RunResult
+from harness.run import Benchmark, run
+from harness.settings import Mode, Settings
+
+Test = tuple[Benchmark, Settings, Mode, Path]
+"""What to run, and the folder for its logs."""
+
+
+def run_all(tests: Sequence[Test]) -> None:
+    """Run tests and print the table of their results.
+
+    After a test that fails the process ends.
+
+    Raises
+    ------
+    HarnessError
+        See `harness.run.run`.
+    """
+    results: list[tuple[Path, RunResult]] = []
+    try:
+        for benchmark, settings, mode, where in tests:
+            typer.echo(_announcement(settings, mode, len(benchmark.source.files)), err=True)
+            with progress_bar(f"{settings.scenario} {mode}") as progress:
+                results.append((where, run(benchmark, settings, mode, where, progress)))
+    except RunFailedError as error:
+        if results:
+            print_table(results)
+        leave(error)
+    print_table(results)
+
+
+def leave(error: RunFailedError) -> NoReturn:
+    """End the process after a test that failed, see `RunFailedError`."""
+    typer.echo(f"harness: error: {error}", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code)
+
+
+def _announcement(settings: Settings, mode: Mode, samples: int) -> str:
+    """Say what is about to run: a run of the benchmark's length is silent for long."""
+    if mode == "AccuracyOnly":
+        return f"{settings.scenario} {mode}: {samples} samples"
+    least = [f"{settings.min_duration_ms / 1000:g} s"]
+    if settings.min_query_count:
+        what = "samples" if settings.scenario == "Offline" else "queries"
+        least.append(f"{settings.min_query_count} {what}")
+    return f"{settings.scenario} {mode}: at least {' and '.join(least)}"

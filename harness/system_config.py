@@ -1,0 +1,159 @@
+"""System configurations: one TOML file in configs/ for each machine and benchmark.
+
+A file says which machine it is for, and has a table for each version that ``--config_ver`` can
+choose:
+
+    [system]
+    benchmark = "ssd-resnet34"
+    gpu = "NVIDIA A100-SXM4-80GB"   # how the GPU's name begins; or cpu = "…", the processor's
+
+    [default]                       # engine, device, threads, and what harness/settings.py has
+    engine = "tensorrt"
+    device = "cuda"
+
+    [default.Offline]
+    batch_size = 64
+    target_qps = 960.0
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.environment import cpu_name, gpu_name
+from engine.load import BACKENDS
+from harness.errors import HarnessError
+from harness.settings import check_tables
+
+CONFIGS = Path("configs")
+"""Folder of the files; relative to where the commands run, the repository root."""
+
+DEFAULT_VERSION = "default"
+VERSIONS = (DEFAULT_VERSION, "triton", "maxq")
+
+_ENGINE_KEYS = {"engine": str, "device": str, "threads": int}
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """How a benchmark runs on a machine.
+
+    Attributes
+    ----------
+    name
+        Name of the system: the file's, or that of the GPU or processor without a file.
+    source
+        The file; None: there is none for this machine, and the values are the program's own.
+    engine, device, threads
+        See `engine.load.load_engine`.
+    tables
+        Settings, see `harness.settings.settings_from`.
+    """
+
+    name: str
+    source: Path | None = None
+    engine: str = "onnxruntime"
+    device: str = "cpu"
+    threads: int | None = None
+    tables: Mapping[str, Any] = field(default_factory=dict)
+
+
+def system_config(benchmark: str, version: str, name: str | None) -> SystemConfig:
+    """Return the configuration of this machine, or of a named one.
+
+    Parameters
+    ----------
+    benchmark
+        Name of the benchmark.
+    version
+        One of `VERSIONS`.
+    name
+        Name of a file in `CONFIGS`, without ``.toml``; None: the file whose ``gpu``, or else whose
+        ``cpu`` is how this machine's begins, the longest if there are several.
+
+    Raises
+    ------
+    HarnessError
+        When there is no such file, it lacks the version, or it cannot be understood.
+    """
+    files = {path: _read(path) for path in sorted(CONFIGS.glob("*.toml"))}
+    fitting = {p: t for p, t in files.items() if t["system"]["benchmark"] == benchmark}
+    if name is not None:
+        path = CONFIGS / f"{name}.toml"
+        if path not in fitting:
+            raise HarnessError(
+                f"no configuration {name!r} for {benchmark} in {CONFIGS}; there are: "
+                f"{', '.join(found.stem for found in fitting) or 'none'}"
+            )
+    else:
+        here = {"gpu": gpu_name(), "cpu": cpu_name()}
+        found = next(
+            filter(None, (_match(fitting, key, here[key]) for key in ("gpu", "cpu"))), None
+        )
+        if found is None:
+            if version != DEFAULT_VERSION:
+                raise HarnessError(
+                    f"no file in {CONFIGS} is for {benchmark} on {here['gpu'] or here['cpu']}, so "
+                    f"--config_ver={version} has no meaning; `harness tune` writes one"
+                )
+            return SystemConfig(here["gpu"] or here["cpu"] or "unknown")
+        path = found
+    tables = files[path]
+    versions = [key for key in tables if key != "system"]
+    if version not in tables:
+        raise HarnessError(f"{path} has no [{version}]; it has: {', '.join(versions)}")
+    return _config(path, version, tables[version])
+
+
+def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
+    settings = {key: value for key, value in table.items() if key not in _ENGINE_KEYS}
+    check_tables(settings, f"{path} [{version}]")
+    chosen = {key: value for key, value in table.items() if key in _ENGINE_KEYS}
+    for key, value in chosen.items():
+        if type(value) is not _ENGINE_KEYS[key] or value == 0:
+            raise HarnessError(
+                f"{path} [{version}]: {key} is {value!r}; a {_ENGINE_KEYS[key].__name__} expected"
+            )
+    if chosen.get("engine", BACKENDS[0]) not in BACKENDS:
+        raise HarnessError(
+            f"{path} [{version}] is for the engine {chosen['engine']!r}, which is not among this "
+            f"release's: {', '.join(BACKENDS)}"
+        )
+    return SystemConfig(path.stem, path, tables=settings, **chosen)
+
+
+def _match(files: Mapping[Path, Mapping[str, Any]], key: str, here: str | None) -> Path | None:
+    """File for a GPU or processor, that with the longest beginning of its name."""
+    if here is None:
+        return None
+    found = {
+        path: len(tables["system"][key])
+        for path, tables in files.items()
+        if here.startswith(tables["system"].get(key, "\n"))
+    }
+    return max(found, key=lambda path: found[path], default=None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise HarnessError(f"{path}: cannot read the configuration: {error}") from error
+    system = tables.get("system")
+    if (
+        not isinstance(system, dict)
+        or system.keys() not in ({"benchmark", "gpu"}, {"benchmark", "cpu"})
+        or not all(isinstance(value, str) for value in system.values())
+    ):
+        raise HarnessError(f"{path}: [system] needs benchmark, and either gpu or cpu, as texts")
+    for key, value in tables.items():
+        if key != "system" and (key not in VERSIONS or not isinstance(value, dict)):
+            raise HarnessError(
+                f"{path}: {key!r} is unknown; known: [system], "
+                f"{', '.join(f'[{version}]' for version in VERSIONS)}"
+            )
+    return tables

@@ -1,0 +1,120 @@
+"""What each make target does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from engine.load import load_engine
+from engine.preprocessed import PreprocessedSet
+from engine.protocol import Engine
+from harness.dataset import known_dataset
+from harness.route import DATASETS, Route, build_engine, build_int8, build_onnx, preprocess
+from harness.run import Benchmark
+from harness.run_all import Test, run_all
+from harness.run_args import FAST, RunArgs
+from harness.settings import Settings, settings_from
+from harness.system_config import SystemConfig, system_config
+
+TIMEOUT_S = 300.0
+"""Longest time in seconds that the engine may take for one batch."""
+
+
+def make_onnx(routes: Sequence[Route], _: RunArgs) -> None:
+    """Make the surgered FP32 ONNX files."""
+    for route in routes:
+        build_onnx(route)
+
+
+def calibrate(routes: Sequence[Route], _: RunArgs) -> None:
+    """Make the calibration caches and the INT8 ONNX files."""
+    for route in routes:
+        build_int8(route)
+
+
+def preprocess_data(routes: Sequence[Route], _: RunArgs) -> None:
+    """Preprocess both splits; the INT8 images need the scale of the calibration."""
+    for route in routes:
+        val_images(route, build_int8(route))
+
+
+def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
+    """Make the engines of all scenarios."""
+    for route in routes:
+        config, settings = _settings(route, arguments)
+        _engines(route, build_int8(route), config, settings)
+
+
+def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
+    """Run every scenario in every test mode on its engine, and print the table of the results."""
+    tests: list[Test] = []
+    root = routes[0].build_dir / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S")
+    for route in routes:
+        config, settings = _settings(route, arguments)
+        model = build_int8(route)
+        files = _engines(route, model, config, settings)
+        images = val_images(route, model)
+        data = known_dataset(DATASETS[route.benchmark], "val", route.build_dir)
+        engines: dict[Path, Engine] = {
+            file: load_engine(config.engine, file, device=config.device, threads=config.threads)
+            for file in dict.fromkeys(files.values())
+        }
+        folder = root / config.name.replace("/", "-") / route.benchmark
+        tests += [
+            (
+                Benchmark(engines[files[setting.scenario]], images, data, TIMEOUT_S),
+                setting,
+                mode,
+                folder / setting.scenario / mode,
+            )
+            for mode in arguments.modes
+            for setting in settings
+        ]
+    run_all(tests)
+
+
+TARGETS = {
+    "onnx": make_onnx,
+    "preprocess_data": preprocess_data,
+    "calibrate": calibrate,
+    "generate_engines": generate_engines,
+    "run_harness": run_harness,
+    "run": run_harness,  # which makes the engines that it needs
+}
+"""Name of a make target to what it does."""
+
+
+def val_images(route: Route, model: Path) -> PreprocessedSet:
+    """Preprocess the validation images for an INT8 ONNX file."""
+    return preprocess(route, "val", load_engine("onnxruntime", model).input_spec)
+
+
+def _settings(route: Route, arguments: RunArgs) -> tuple[SystemConfig, tuple[Settings, ...]]:
+    """Configuration of the machine, said in one line, and the settings of the scenarios."""
+    config = system_config(route.benchmark, arguments.version, arguments.system)
+    where = f"{config.engine} on {config.device}"
+    if config.source is None:
+        route.say(
+            f"system: {config.name} has no configuration for {route.benchmark}: {where}, targets "
+            "from a warm-up; `harness tune` measures and writes one"
+        )
+    else:
+        route.say(f"system: {config.source} [{arguments.version}]: {where}")
+    overrides: Mapping[str, object] = FAST if arguments.fast else {}
+    return config, settings_from(config.tables, arguments.scenarios, overrides)
+
+
+def _engines(
+    route: Route, model: Path, config: SystemConfig, settings: Sequence[Settings]
+) -> dict[str, Path]:
+    """Engine file of each scenario; scenarios with the same batch share one."""
+    files = {
+        batch: build_engine(route, model, config.engine, batch)
+        for batch in dict.fromkeys(_batch(config, setting) for setting in settings)
+    }
+    return {setting.scenario: files[_batch(config, setting)] for setting in settings}
+
+
+def _batch(config: SystemConfig, settings: Settings) -> int | None:
+    return None if config.engine == "onnxruntime" else settings.batch

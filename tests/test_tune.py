@@ -1,0 +1,106 @@
+"""What `harness tune` finds on engines whose best settings are known."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from dataclasses import dataclass
+
+import pytest
+from harness_fakes import FakeEngine, Memory
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness import system_config as module
+from harness.settings import settings_from
+from harness.tune import (
+    PRECISION,
+    Tuned,
+    Tuning,
+    climb,
+    config_text,
+    highest_valid,
+    search,
+    write_config,
+)
+
+
+@given(st.floats(0, 2000), st.floats(1e-3, 2000))
+def test_bisection_ends_just_below_the_limit(limit, ceiling):
+    asked = []
+
+    def valid(value):
+        asked.append(value)
+        return value <= limit
+
+    found = highest_valid(valid, ceiling)
+    assert len(asked) <= 12
+    assert all(0 < value < ceiling for value in asked)
+    if found is None:
+        assert limit < ceiling / 16
+    else:
+        assert found in asked
+        assert found <= limit
+        assert min(limit, ceiling) - found <= PRECISION * min(limit, ceiling) / (1 - PRECISION)
+
+
+@given(st.integers(0, 6), st.integers(1, 200))
+def test_climb_finds_the_peak(peak, largest):
+    found = climb(lambda size: -abs(size - 2**peak), largest)
+    assert max(found) <= largest
+    assert max(found, key=found.get) == min(2**peak, 2 ** (largest.bit_length() - 1))
+    assert len(found) <= peak + 3  # no more than two beyond the peak
+
+
+@dataclass
+class Device(FakeEngine):
+    """A batch takes 8 ms and 0.25 ms an image, from 16 images on 2 ms; one thread, twice that."""
+
+    threads: int = 1
+
+    def infer(self, images):
+        per_image = 0.002 if len(images) >= 16 else 0.00025
+        time.sleep((0.008 + per_image * len(images)) * (3 - self.threads))
+        return super().infer(images)
+
+
+def test_search_finds_the_best_batch_threads_and_a_valid_rate(monkeypatch):
+    monkeypatch.setattr("harness.tune.SERVER_QUERIES", 700)
+    said = []
+    tuning = Tuning("fake", "cpu", 64, 0.1)
+    found = search(lambda _, threads: Device(threads=threads), Memory(100), tuning, 2, said.append)
+    assert found.offline_batch == 8
+    assert found.threads == 2
+    assert 0 < found.offline_qps <= 8 / 0.010  # what the sleeping allows
+    assert found.server_batch == 8
+    assert 0 < found.server_qps < found.offline_qps * 1.05
+    assert any(f"{found.server_qps:.2f} queries/s" in line and " VALID" in line for line in said)
+    assert not any("batch 64" in line for line in said)
+
+
+def test_an_engine_slower_than_the_bound_gets_no_rate():
+    said = []
+    engine = FakeEngine(seconds=0.12)  # 100 ms are allowed
+    found = search(
+        lambda *_: engine, Memory(100), Tuning("fake", "cuda", 1, 0.3), None, said.append
+    )
+    assert (found.server_batch, found.server_qps, found.threads) == (None, None, None)
+    assert said[-1] == "Server: no arrival rate was valid within 100 ms"
+
+
+@pytest.mark.parametrize(
+    "found", [Tuned(3, 16, 48.25, 2, 20.5), Tuned(None, 16, 48.25, None, None)]
+)
+def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    monkeypatch.setattr(module, "CONFIGS", folder)
+    text = config_text("ssd-resnet34-demo", Tuning("onnxruntime", "cpu", 64, 5), found)
+    write_config(folder / "here.toml", text)
+    assert tomllib.loads(text)["system"]["cpu"] == module.cpu_name()
+    monkeypatch.setattr(module, "gpu_name", lambda: None)
+    config = module.system_config("ssd-resnet34-demo", "default", None)
+    assert (config.name, config.engine, config.threads) == ("here", "onnxruntime", found.threads)
+    offline, server = settings_from(config.tables, ("Offline", "Server"), {})
+    assert (offline.batch_size, offline.target_qps) == (16, 48.25)
+    assert (server.batch_size, server.target_qps) == (found.server_batch, found.server_qps)
