@@ -22,12 +22,25 @@ ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = {"torch", "onnxscript", "safetensors", "cuda-bindings", "tensorrt-rtx-cu13", "cmake"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def checkout(tmp_path_factory):
+    """The project's packages without the metadata that an editable install leaves beside them."""
+    folder = tmp_path_factory.mktemp("checkout")
+    packages = [part.parent for part in ROOT.glob("*/__init__.py")]
+    for part in (*packages, ROOT / "data_maps"):
+        (folder / part.name).symlink_to(part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOCTOR_CHECKOUT", str(folder))
+        yield folder
+
+
 def run_doctor(python=sys.executable, *arguments, **environment):
     """Output of `harness doctor`; it always ends with exit code 0."""
+    checkout = os.environ["DOCTOR_CHECKOUT"]
     done = subprocess.run(
         [python, "-m", "harness", "doctor", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "150", **environment},
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": checkout, "COLUMNS": "150", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -69,9 +82,9 @@ def interpreter(folder, names, *, project):
             if not (site / top).exists():
                 (site / top).symlink_to(Path(one.locate_file(top)))
     if project:
-        info = {file.parts[0] for file in metadata.distribution(PROJECT).files}
-        (top,) = (name for name in info if name.endswith(".dist-info"))
-        (site / top).symlink_to(Path(metadata.distribution(PROJECT).locate_file(top)))
+        places = [Path(one.locate_file("")) for one in metadata.distributions(name=PROJECT)]
+        (info,) = {info for place in places for info in place.glob("ssd_resnet34_trt-*.dist-info")}
+        (site / info.name).symlink_to(info)
     return str(folder / "bin" / "python")
 
 
