@@ -20,6 +20,9 @@ from harness.errors import HarnessError
 
 Say = Callable[[str], None]
 
+TRANSFORM_CODE = "harness/transform.py"
+"""What turns an image into an input."""
+
 MISSING = "there is none"
 """Reason to make what was never made."""
 
@@ -56,12 +59,6 @@ def stale(artefact: Artefact) -> str | None:
     if changed:
         return f"{', '.join(changed)} changed"
     return None if digest == file_sha256(content) else "it was changed after it was made"
-
-
-def changed_input(artefact: Artefact, name: str) -> bool:
-    """Tell whether an artefact was made from another `name`; False when nothing is recorded."""
-    made_from, _ = _record(artefact)
-    return name in made_from and made_from[name] != artefact.inputs[name]
 
 
 def make(artefact: Artefact, build: Callable[[], object], say: Say) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,8 +122,11 @@ def tune_command(
     from harness.tune import Tuning, config_path, config_text, tune, write_config
 
     benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
+    engine = choice(engine, BACKENDS, "engine")
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise HarnessError(f"unknown device {device!r}; choose of: cpu, cuda, cuda:N")
     tuning = Tuning(engine, device, max_batch, seconds)
-    path = output or config_path(benchmark)
+    path = output or config_path(benchmark, device)
     if not path.parent.is_dir():
         raise HarnessError(f"{path.parent}: no such folder to write {path.name} to")
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -190,15 +190,20 @@ def check_demo() -> tuple[Fetched, ...]:
     HarnessError, EngineError
         An image of its maps or the annotations are missing or damaged.
     """
+    from harness.transform import BadImageError, decode
+
     done = []
     for split in ("val", "cal"):
         data = known_dataset("demo", split, Path())
         names = load_map(data.map_file)
         for name in names:
-            if not (data.image_dir / name).is_file():
+            try:
+                decode((data.image_dir / name).read_bytes())
+            except (OSError, BadImageError) as error:
                 raise HarnessError(
-                    f"{data.image_dir / name} is missing; it is part of the repository: restore it"
-                )
+                    f"{data.image_dir / name} is missing or damaged; it is part of the "
+                    "repository: restore it"
+                ) from error
         if data.annotations is not None:
             load_annotations(data.annotations)
             done.append(Fetched(data.annotations, 1, 0))

@@ -25,6 +25,8 @@ from engine.preprocessed import (
     transform_settings,
 )
 from engine.protocol import InputSpec
+from harness.artefacts import TRANSFORM_CODE, code_sha256
+from harness.build_lock import locked
 from harness.dataset import Dataset, load_map
 from harness.errors import HarnessError
 from harness.preprocess_pool import Job, run
@@ -85,9 +87,36 @@ def preprocess(
         raise HarnessError(
             f"image folder {dataset.image_dir} not found; download the data set {dataset.name}"
         )
-    settings = _settings(spec)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out_dir, error) from error
+    with locked(out_dir):  # two that write into one set would mix their images
+        return _preprocess(
+            dataset,
+            files,
+            spec,
+            out_dir,
+            workers=workers,
+            overwrite=overwrite,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+
+
+def _preprocess(
+    dataset: Dataset,
+    files: tuple[str, ...],
+    spec: InputSpec,
+    out_dir: Path,
+    *,
+    workers: int,
+    overwrite: bool,
+    skip_bad: bool,
+    progress: bool,
+) -> PreprocessedSet:
+    settings = _settings(spec)
+    try:
         for leftover in out_dir.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
         (out_dir / BAD_IMAGES).unlink(missing_ok=True)
@@ -128,12 +157,16 @@ def preprocess(
         _write_text(out_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         (out_dir / JOURNAL).unlink(missing_ok=True)
     except OSError as error:
-        raise HarnessError(
-            f"cannot write {error.filename or out_dir}: {error.strerror}; mend that and run "
-            "again, finished images are kept"
-        ) from error
+        raise _unwritable(out_dir, error) from error
     files = tuple(name for name in files if name in finished)
     return PreprocessedSet(out_dir, files, spec, manifest)
+
+
+def _unwritable(out_dir: Path, error: OSError) -> HarnessError:
+    return HarnessError(
+        f"cannot write {error.filename or out_dir}: {error.strerror}; mend that and run "
+        "again, finished images are kept"
+    )
 
 
 def open_current(dataset: Dataset, spec: InputSpec, directory: Path) -> PreprocessedSet:
@@ -185,8 +218,12 @@ def _settings(spec: InputSpec) -> dict[str, Any]:
     """What finished images must have in common."""
     import cv2
 
-    # for resuming alone: another OpenCV rounds differently by less than an engine would notice
-    return {**transform_settings(spec), "opencv": cv2.__version__}
+    # for resuming alone: other code, and an OpenCV that rounds differently, make an image again
+    return {
+        **transform_settings(spec),
+        "opencv": cv2.__version__,
+        "code_sha256": code_sha256(TRANSFORM_CODE),
+    }
 
 
 def _describe_bad(bad: Mapping[str, str], total: int, image_dir: Path, out_dir: Path) -> str:

@@ -12,14 +12,15 @@ import sys
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 from engine.files import file_sha256, write_atomically
 from engine.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
 from engine.protocol import EngineError, InputSpec
 from harness.artefacts import (
+    TRANSFORM_CODE,
     Artefact,
     Say,
-    changed_input,
     code_sha256,
     make,
     remake,
@@ -39,7 +40,7 @@ WEIGHTS = Path("models") / MODEL / "resnet34-ssd1200.pytorch"
 
 _DEMO_WEIGHTS = Path("demo") / f"{DEMO}.safetensors"
 _METHOD = "entropy"
-_TRANSFORM = "harness/transform.py"
+_INT8_SUFFIX = {"fp32": "int8", "fp16": "int8.fp16"}
 _STDERR = 2  # file descriptor
 _PLUGIN = Path("plugins") / "libnmsoptplugin.so"
 
@@ -118,8 +119,18 @@ def build_onnx(route: Route) -> Path:
     )
 
 
-def build_int8(route: Route) -> Path:
+def float_type(backend: str) -> Literal["fp32", "fp16"]:
+    """Type between the INT8 islands of the graph that a backend takes.
+
+    TensorRT is strongly typed, and runs as float32 what the graph says is float32.
+    """
+    return "fp16" if backend.startswith("tensorrt") else "fp32"
+
+
+def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Path:
     """Weights and calibration images to the calibration cache and the INT8 ONNX file.
+
+    `between` is the type of the tensors between the INT8 islands.
 
     Raises
     ------
@@ -136,7 +147,7 @@ def build_int8(route: Route) -> Path:
     cache = build_cache(route, model, images)
     quantized = Artefact(
         "quantize",
-        route.build_dir / "onnx" / f"{route.benchmark}.int8.onnx",
+        route.build_dir / "onnx" / f"{route.benchmark}.{_INT8_SUFFIX[between]}.onnx",
         {
             "ONNX": file_sha256(model),
             "calibration": file_sha256(cache.path),
@@ -147,7 +158,8 @@ def build_int8(route: Route) -> Path:
     def build() -> None:
         from engine.calibration_cache import Calibration
 
-        graph = quantize(load_detector(model), Calibration.load(cache.path))
+        calibration = Calibration.load(cache.path)
+        graph = quantize(load_detector(model), calibration, float_type=between)
         write_atomically(quantized.path, graph.SerializeToString(deterministic=True))
 
     return make(quantized, build, route.say)
@@ -201,7 +213,7 @@ def preprocess(route: Route, split: str, spec: InputSpec) -> PreprocessedSet:
         {
             "map": file_sha256(data.map_file) if data.map_file.is_file() else "",
             "image format": sha256(json.dumps(transform_settings(spec)).encode()).hexdigest(),
-            "code": code_sha256(_TRANSFORM),
+            "code": code_sha256(TRANSFORM_CODE),
             "opencv": version("opencv-python-headless"),
         },
     )
@@ -214,7 +226,6 @@ def preprocess(route: Route, split: str, spec: InputSpec) -> PreprocessedSet:
     if reason is None:
         route.say(f"{images.step}: reused {directory}")
     else:
-        overwrite = changed_input(images, "code")  # all else, preprocess notices itself
         remake(
             images,
             lambda: preprocess_images(
@@ -222,7 +233,7 @@ def preprocess(route: Route, split: str, spec: InputSpec) -> PreprocessedSet:
                 spec,
                 directory,
                 workers=len(os.sched_getaffinity(0)),
-                overwrite=overwrite,
+                overwrite=False,  # it notices itself what is stale
                 skip_bad=False,
                 progress=sys.stderr.isatty(),
             ),
@@ -283,7 +294,7 @@ def _images_sha256(images: PreprocessedSet) -> str:
     """Hash of the names and contents of the sources, and of what turned them into input."""
     sources = [(entry["file"], entry["sha256"]) for entry in images.manifest["images"]]
     turned = {key: value for key, value in images.manifest.items() if key != "images"}
-    return sha256(json.dumps([sources, turned, code_sha256(_TRANSFORM)]).encode()).hexdigest()
+    return sha256(json.dumps([sources, turned, code_sha256(TRANSFORM_CODE)]).encode()).hexdigest()
 
 
 def _command(room: str, *arguments: str | Path) -> None:

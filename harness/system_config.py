@@ -109,6 +109,12 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
     return _config(path, version, tables[version])
 
 
+def named_configs(benchmark: str, key: str, name: str) -> list[Path]:
+    """Files in `CONFIGS` for a benchmark on the machine of exactly this ``gpu`` or ``cpu``."""
+    files = {path: _read(path)["system"] for path in sorted(CONFIGS.glob("*.toml"))}
+    return [p for p, s in files.items() if (s["benchmark"], s.get(key)) == (benchmark, name)]
+
+
 def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
     settings = {key: value for key, value in table.items() if key not in _ENGINE_KEYS}
     check_tables(settings, f"{path} [{version}]")

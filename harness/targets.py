@@ -10,7 +10,15 @@ from engine.load import load_engine
 from engine.preprocessed import PreprocessedSet
 from engine.protocol import Engine
 from harness.dataset import known_dataset
-from harness.route import DATASETS, Route, build_engine, build_int8, build_onnx, preprocess
+from harness.route import (
+    DATASETS,
+    Route,
+    build_engine,
+    build_int8,
+    build_onnx,
+    float_type,
+    preprocess,
+)
 from harness.run import Benchmark
 from harness.run_all import Test, run_all
 from harness.run_args import FAST, RunArgs
@@ -43,7 +51,7 @@ def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Make the engines of all scenarios."""
     for route in routes:
         config, settings = _settings(route, arguments)
-        _engines(route, build_int8(route), config, settings)
+        _engines(route, build_int8(route, float_type(config.engine)), config, settings)
 
 
 def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
@@ -52,7 +60,7 @@ def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
     root = routes[0].build_dir / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S")
     for route in routes:
         config, settings = _settings(route, arguments)
-        model = build_int8(route)
+        model = build_int8(route, float_type(config.engine))
         files = _engines(route, model, config, settings)
         images = val_images(route, model)
         data = known_dataset(DATASETS[route.benchmark], "val", route.build_dir)

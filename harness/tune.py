@@ -17,9 +17,9 @@ from engine.progress import progress_bar
 from engine.protocol import Engine
 from harness.errors import HarnessError
 from harness.loadgen import Outcome, run_test
-from harness.route import Route, build_engine, build_int8
+from harness.route import Route, build_engine, build_int8, float_type
 from harness.settings import MODEL, Offline, Server, Settings
-from harness.system_config import CONFIGS, DEFAULT_VERSION
+from harness.system_config import CONFIGS, DEFAULT_VERSION, named_configs
 from harness.targets import TIMEOUT_S, val_images
 
 SERVER_QUERIES = 1000
@@ -83,7 +83,7 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
     RunFailedError
         When a trial fails.
     """
-    model = build_int8(route)
+    model = build_int8(route, float_type(tuning.engine))
     images = val_images(route, model)
     onnx = tuning.engine == "onnxruntime"
 
@@ -206,23 +206,40 @@ def highest_valid(valid: Callable[[float], bool], ceiling: float) -> float | Non
     return low or None
 
 
-def config_path(benchmark: str) -> Path:
-    """File in `CONFIGS` for this machine and a benchmark."""
-    name = re.sub(r"[^a-z0-9]+", "-", (gpu_name() or cpu_name()).lower()).strip("-")
-    return CONFIGS / f"{name}{benchmark.removeprefix(MODEL)}.toml"
+def config_path(benchmark: str, device: str) -> Path:
+    """File in `CONFIGS` for this machine and a benchmark: that which names it, or a new one.
+
+    Raises
+    ------
+    HarnessError
+        When the device is a GPU and this machine names none.
+    """
+    key, name = _machine(device)
+    named = named_configs(benchmark, key, name)
+    if named:
+        return named[0]
+    stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return CONFIGS / f"{stem}{benchmark.removeprefix(MODEL)}.toml"
+
+
+def _machine(device: str) -> tuple[str, str]:
+    """Key and name of what a configuration is found by."""
+    if not device.startswith("cuda"):
+        return "cpu", cpu_name()
+    name = gpu_name()
+    if name is None:
+        raise HarnessError(f"--device {device}: this machine names no GPU")
+    return "gpu", name
 
 
 def config_text(benchmark: str, tuning: Tuning, found: Tuned) -> str:
     """Content of the configuration file, see `harness.system_config`."""
-    on_gpu = tuning.device.startswith("cuda")
-    name = gpu_name() if on_gpu else cpu_name()
-    if name is None:
-        raise HarnessError(f"--device {tuning.device}: this machine names no GPU")
+    key, name = _machine(tuning.device)
     lines = [
         f"# Measured by `harness tune` on {now()}, trials of {tuning.seconds:g} s.",
         "[system]",
         f"benchmark = {json.dumps(benchmark)}",
-        f"{'gpu' if on_gpu else 'cpu'} = {json.dumps(name)}",
+        f"{key} = {json.dumps(name)}",
         "",
         f"[{DEFAULT_VERSION}]",
         f"engine = {json.dumps(tuning.engine)}",

@@ -73,16 +73,21 @@ def test_read_only_folder(tmp_path):
     tmp_path.chmod(0o755)
     folder.chmod(0o555)
     user = os.geteuid()
+    changed = {}
     if user == 0:
         for parent in [folder, *folder.parents[:-1]]:  # pytest's are private to root
-            if parent.stat().st_uid == 0 and parent.stat().st_mode & 0o5 != 0o5:
-                parent.chmod(parent.stat().st_mode | 0o5)
+            mode = parent.stat().st_mode
+            if parent.stat().st_uid == 0 and mode & 0o5 != 0o5:
+                changed[parent] = mode
+                parent.chmod(mode | 0o5)
         os.seteuid(65534)
     try:
         with pytest.raises(HarnessError, match=r"cannot write to the build folder.*BUILD_DIR"):
             locked(folder).__enter__()
     finally:
         os.seteuid(user)
+        for parent, mode in changed.items():
+            parent.chmod(mode)
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):

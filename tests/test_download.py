@@ -414,7 +414,10 @@ def test_demo_set_is_used_where_it_lies(tmp_path, monkeypatch):
     check_demo()
     lost = sorted(Path("demo/data/cal").iterdir())[5]
     lost.unlink()
-    with pytest.raises(HarnessError, match=f"{lost} is missing; .* restore it"):
+    with pytest.raises(HarnessError, match=f"{lost} is missing or damaged; .* restore it"):
+        check_demo()
+    lost.write_bytes(b"")
+    with pytest.raises(HarnessError, match=f"{lost} is missing or damaged"):
         check_demo()
 
 

@@ -25,6 +25,7 @@ from engine.preprocessed import PreprocessedSet, load_preprocessed
 from engine.protocol import EngineError, InputSpec
 from harness import bench_loading
 from harness.bench_loading import measure
+from harness.build_lock import locked
 from harness.dataset import Dataset
 from harness.errors import HarnessError
 from harness.preprocess import open_current, preprocess
@@ -588,4 +589,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None
     assert (process.returncode, errors) == (2, "")
     assert output.startswith(f"cannot write {tmp_path}/out/")
     assert output.count("\n") == 1
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl", "lock"}
+
+
+def test_a_set_in_the_making_is_left_alone(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, {"a.jpg": photo(40, 50, 1)})
+    with locked(tmp_path / "out"), pytest.raises(HarnessError, match="is in use by process"):
+        run(dataset, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"lock"}

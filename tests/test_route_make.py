@@ -16,6 +16,7 @@ import onnx
 import pytest
 from small_benchmark import BENCHMARK, ROOT, VAL, small_benchmark, write_map
 
+import harness.preprocess
 import harness.route
 from harness.cli import main
 from harness.route import build_engine, build_int8, build_onnx, route_of
@@ -229,6 +230,7 @@ def test_changed_preprocessing_code(place, monkeypatch):
         return "other" if patterns == ("harness/transform.py",) else genuine(*patterns)
 
     monkeypatch.setattr(harness.route, "code_sha256", other)
+    monkeypatch.setattr(harness.preprocess, "code_sha256", other)
     files = sorted((place / "build" / "preprocessed_data").rglob("*.npy"))
     before = [path.stat().st_mtime_ns for path in files]
     # the images come out the same, so the scales do, and nothing behind them is stale
