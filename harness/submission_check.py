@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.files import file_sha256
 from harness.audit import COMPLIANCE_TESTS
-from harness.compliance_rules import PASS
+from harness.compliance_rules import PASS, verify_performance, verify_same_sample
 from harness.errors import HarnessError
 from harness.findings import (
     Finding,
@@ -55,8 +55,15 @@ REQUIRED_SCENARIOS = {
     "edge": {"SingleStream", "MultiStream", "Offline"},
 }
 
-_MAP_LINE = re.compile(r"^mAP=([\d.]+)%?$", re.MULTILINE)
+_MAP_LINE = re.compile(r"^mAP=(\d{1,2}(?:\.\d+)?|100(?:\.0+)?)%?$", re.MULTILINE)
 _HASH_LINE = re.compile(r"^hash=([0-9a-f]{64})$", re.MULTILINE)
+_FIXED: dict[str, dict[str, object]] = {
+    "any": {"effective_performance_issue_unique": False, "effective_performance_issue_same": False},
+    "Server": {"effective_target_latency_percentile": 0.99},
+    "MultiStream": {"effective_samples_per_query": 8},
+}
+"""Settings of a performance run that count for the result."""
+
 _FLAGS = {
     "TEST01": ("effective_accuracy_log_sampling_target", "logs no answers"),
     "TEST04-A": ("effective_performance_issue_unique", "does not issue unique samples"),
@@ -180,6 +187,9 @@ def _performance(folder: Path, scenario: str, closed: bool) -> Iterator[Finding]
         limits.append(("samples_per_query", OFFLINE_SAMPLES))
     for key, least in limits:
         yield from _at_least(path, detail, f"effective_{key}", least)
+    for key, wanted in _FIXED.get(scenario, {}).items() | _FIXED["any"].items():
+        if values.get(key) != wanted:
+            yield Finding(path, f"{key} is {values.get(key)}, not {wanted}")
     if values.get("early_stopping_met") is not True and scenario != "Offline":
         yield Finding(path, "early_stopping_met is not true")
     if scenario == "Server":
@@ -274,17 +284,45 @@ def _compliance(folder: Path, results: Path) -> Iterator[Finding]:
             continue
         if detail.values.get("effective_scenario") != folder.name:
             yield Finding(path, f"the scenario is {detail.values.get('effective_scenario')}")
+        if audit.name != "TEST04-A" and detail.values.get("result_validity") != "VALID":
+            yield Finding(path, f"the run is {detail.values.get('result_validity')}")
         key, complaint = _FLAGS.get(audit.name, ("", ""))
         if key and not detail.values.get(key):
             yield Finding(path, f"the run {complaint}: {key} is {detail.values.get(key)}")
+        yield from _recomputed(path, audit.name, folder, results, detail)
         if audit.name == "TEST05":
             yield from _other_seeds(path, detail, results / "performance" / "run_1" / DETAIL)
+
+
+def _recomputed(
+    path: Path, test: str, folder: Path, results: Path, detail: DetailLog
+) -> Iterator[Finding]:
+    """The verdict on a test's performance once more, from the logs that lie in the tree."""
+    reference = {
+        "TEST01": results / "performance" / "run_1",
+        "TEST04-B": folder / "TEST04-A" / "performance" / "run_1",
+        "TEST05": results / "performance" / "run_1",
+    }.get(test)
+    if reference is None:
+        return
+    try:
+        base = read_detail(reference / DETAIL)
+        if test == "TEST04-B":
+            check = verify_same_sample(folder.name, base, detail)
+        else:
+            check = verify_performance(test, folder.name, base, detail)
+    except (HarnessError, KeyError, TypeError) as error:
+        yield Finding(path, f"cannot be compared with {reference.parent.parent.name}: {error}")
+        return
+    if not check.passed:
+        figures = ", ".join(f"{name} {value:g}" for name, value in check.figures.items())
+        yield Finding(path, f"the logs do not pass {test}: {figures}")
 
 
 def _verdict(path: Path) -> Iterator[Finding]:
     if not path.is_file():
         yield Finding(path, "the file is missing")
-    elif PASS not in read_text(path):
+    elif PASS not in read_text(path).splitlines():
         yield Finding(path, f"no {PASS}")
 
 
@@ -293,7 +331,7 @@ def _answers(test: Path) -> Iterator[Finding]:
     folder = test / "accuracy"
     verdict = test / "verify_accuracy.txt"
     pair = {"baseline_accuracy.txt", "compliance_accuracy.txt"}
-    passed = PASS in read_text(verdict)
+    passed = PASS in read_text(verdict).splitlines()
     if not verdict.is_file():
         yield Finding(verdict, "the file is missing")
     required = {ACCURACY, ACCURACY_TEXT} | (set() if passed else pair)

@@ -119,7 +119,7 @@ def test_the_tree(runs, tmp_path):
 
 
 def edit_log(path, **values):
-    """Give keys of a detail log other values; a key that is not there is appended."""
+    """Give those of the keys that a detail log has other values."""
     lines = []
     for line in path.read_text().splitlines():
         entry = json.loads(line.removeprefix(":::MLLOG "))
@@ -155,6 +155,8 @@ def good(runs, tmp_path_factory):
             effective_min_duration_ms=600_000,
             effective_accuracy_sample_count=5000,
             effective_samples_per_query=24_576 if "Offline" in path.parts else 1,
+            result_samples_per_second=100.0,
+            result_scheduled_samples_per_sec=100.0,
         )
     for path in tree.rglob("verify_performance.txt"):
         path.write_text("Verifying performance.\nTEST PASS\n")
@@ -238,6 +240,25 @@ FAULTS = [
     (f"{MEASUREMENTS}/box_fake_Server.json", json_without("retraining"), "'retraining' is missing"),
     (f"{COMPLIANCE}/TEST01/verify_performance.txt", write("TEST FAIL\n"), "no TEST PASS"),
     (f"{COMPLIANCE}/TEST04-A/verify_performance.txt", write("TEST FAIL\n"), "no TEST PASS"),
+    (f"{COMPLIANCE}/TEST01/verify_performance.txt", write("no TEST PASS\n"), "no TEST PASS"),
+    (
+        f"{COMPLIANCE}/TEST01/performance/run_1/{DETAIL}",
+        log_value(result_scheduled_samples_per_sec=1.0),
+        "the logs do not pass TEST01: reference 100, test 1",
+    ),
+    (
+        f"{COMPLIANCE}/TEST04-B/performance/run_1/{DETAIL}",
+        log_value(result_scheduled_samples_per_sec=1e9),
+        "the logs do not pass TEST04-B",
+    ),
+    (
+        f"{COMPLIANCE}/TEST05/performance/run_1/{DETAIL}",
+        log_value(result_validity="INVALID"),
+        "the run is INVALID",
+    ),
+    (PERFORMANCE, log_value(effective_performance_issue_same=True), "issue_same is True"),
+    (PERFORMANCE, log_value(effective_target_latency_percentile=0.5), "percentile is 0.5, not"),
+    (f"{ACCURACY}/accuracy.txt", replace("mAP=", "mAP=2.0.1"), "no line mAP"),
     (
         f"{COMPLIANCE}/TEST01/performance/run_1/{DETAIL}",
         log_value(effective_accuracy_log_sampling_target=0),
