@@ -61,9 +61,9 @@ def compliance(
     name = test.upper()
     if name not in COMPLIANCE_TESTS:
         raise HarnessError(f"unknown test {test!r}; choose of: {', '.join(COMPLIANCE_TESTS)}")
-    from engine.preprocessed import load_preprocessed
     from harness.compliance import check_compliance, find_bases
     from harness.loadgen import RunFailedError
+    from harness.preprocess import open_current
     from harness.run import Benchmark
     from harness.run_all import leave
 
@@ -75,10 +75,8 @@ def compliance(
             _, result = one.run("PerformanceOnly")
             dataset, _, split = str(result.dataset["name"]).rpartition("-")
             data = known_dataset(dataset, split, build_dir)
-            source = load_preprocessed(
-                preprocessed or preprocessed_dir(build_dir, data, loaded.input_spec),
-                loaded.input_spec,
-            )
+            directory = preprocessed or preprocessed_dir(build_dir, data, loaded.input_spec)
+            source = open_current(data, loaded.input_spec, directory)
             timeout = float(result.settings["timeout_s"])
             with progress_bar(f"{one.scenario} {name}") as progress:
                 verdict = check_compliance(
