@@ -83,7 +83,7 @@ def write_submission(
     root = output / division / submitter
     if root.exists():
         raise HarnessError(f"{root} exists; remove it or choose another folder")
-    _check_bases(bases)
+    _check_bases(bases, division)
     partial = root.with_name(f".{submitter}.partial")
     notes: list[str] = []
     try:
@@ -131,11 +131,17 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
-def _check_bases(bases: Sequence[Base]) -> None:
+def _check_bases(bases: Sequence[Base], division: str) -> None:
     seen: dict[tuple[str, str], Path] = {}
     for base in bases:
-        if not base.directory.parent.name.startswith(MODEL):  # the demo's name is longer
+        benchmark = base.directory.parent.name
+        if not benchmark.startswith(MODEL):  # the demo's name is longer
             raise HarnessError(f"{base.directory} is no SYSTEM/{MODEL}/SCENARIO folder")
+        if benchmark != MODEL and division == "closed":
+            raise HarnessError(
+                f"{base.directory}: {benchmark} is not the benchmark {MODEL}; its runs go into the "
+                "open division alone"
+            )
         _check_name("system", _system(base))
         key = (_system(base), base.scenario)
         if key in seen:

@@ -506,3 +506,14 @@ def test_user_errors_are_one_line(arguments, message, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("harness: error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_the_demo_is_not_the_benchmark(runs, tmp_path):
+    (system,) = (runs / "logs").iterdir()
+    shutil.copytree(system, tmp_path / "logs" / system.name)
+    (folder,) = (tmp_path / "logs" / system.name).iterdir()
+    folder.rename(folder.with_name("ssd-resnet34-demo"))
+    with pytest.raises(HarnessError, match="ssd-resnet34-demo is not the benchmark"):
+        submit(tmp_path, tmp_path)
+    root, _ = submit(tmp_path, tmp_path, "open")
+    assert root.is_dir()
