@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +37,14 @@ class Finding:
         return f"{'error' if self.error else 'warning'}: {self.path}: {self.message}"
 
 
-def read_log(path: Path, *, strict: bool = True) -> Generator[Finding, None, DetailLog | None]:
-    """LoadGen's errors, if `strict`; returns the log, if it can be read."""
+def read_log(path: Path) -> Generator[Finding, None, DetailLog | None]:
+    """LoadGen's errors; returns the log, if it can be read."""
     try:
         detail = read_detail(path)
     except HarnessError as error:
         yield Finding(path, without_folder(error, path.parent))
         return None
-    if strict:
-        yield from log_errors(path, detail)
+    yield from log_errors(path, detail)
     return detail
 
 
@@ -57,6 +57,19 @@ def log_errors(path: Path, detail: DetailLog) -> Iterator[Finding]:
     """One finding for each error that LoadGen reported."""
     for message in detail.errors:
         yield Finding(path, f"LoadGen reported an error: {message}")
+
+
+def summary_agrees(path: Path, detail: DetailLog) -> Iterator[Finding]:
+    """Scenario and verdict of a summary, where they are not those of the detail log."""
+    text = read_text(path)
+    for title, key in (("Scenario", "effective_scenario"), ("Result is", "result_validity")):
+        stated = re.search(rf"^{title} *: *(.*?) *$", text, re.MULTILINE)
+        if stated is None or stated[1] != detail.values.get(key):
+            yield Finding(
+                path,
+                f"{title!r} is {stated[1] if stated else 'missing'}; the detail log's {key} is "
+                f"{detail.values.get(key)}",
+            )
 
 
 def folder_files(

@@ -37,7 +37,7 @@ DIVISIONS = ("open", "closed")
 ACCURACY_TEXT = "accuracy.txt"
 ACCURACY_LIMIT = 10 * 1024
 """Largest accuracy log in a tree, in bytes."""
-_KEPT = 4 * 1024
+KEPT = 4 * 1024
 """Bytes kept of each end of a longer one, as truncate_accuracy_log.py does."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -117,7 +117,7 @@ def truncated(log: bytes) -> bytes:
     """Accuracy log as a tree holds it: both ends of what is longer than `ACCURACY_LIMIT`."""
     if len(log) <= ACCURACY_LIMIT:
         return log
-    return log[:_KEPT] + b"\n\n...\n\n" + log[-_KEPT:]
+    return log[:KEPT] + b"\n\n...\n\n" + log[-KEPT:]
 
 
 def _system(base: Base) -> str:

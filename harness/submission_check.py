@@ -26,11 +26,12 @@ from harness.findings import (
     log_errors,
     read_log,
     read_text,
+    summary_agrees,
     without_folder,
 )
 from harness.loadgen_log import ACCURACY, DETAIL, SUMMARY, DetailLog, read_complete, read_detail
 from harness.settings import MODEL, SCENARIOS
-from harness.submission import ACCURACY_LIMIT, ACCURACY_TEXT, DIVISIONS
+from harness.submission import ACCURACY_LIMIT, ACCURACY_TEXT, DIVISIONS, KEPT
 from harness.system_description import (
     MEASUREMENT_FIELDS,
     STATUSES,
@@ -57,6 +58,8 @@ REQUIRED_SCENARIOS = {
 
 _MAP_LINE = re.compile(r"^mAP=(\d{1,2}(?:\.\d+)?|100(?:\.0+)?)%?$", re.MULTILINE)
 _HASH_LINE = re.compile(r"^hash=([0-9a-f]{64})$", re.MULTILINE)
+_CUT = b"\n\n...\n\n"
+"""What stands for the middle of a truncated accuracy log."""
 _FIXED: dict[str, dict[str, object]] = {
     "any": {"effective_performance_issue_unique": False, "effective_performance_issue_same": False},
     "Server": {"effective_target_latency_percentile": 0.99},
@@ -165,20 +168,10 @@ def _description(root: Path, path: Path) -> Generator[Finding, None, dict[str, A
 
 
 def _performance(folder: Path, scenario: str, closed: bool) -> Iterator[Finding]:
-    complete = yield from folder_files(folder, {SUMMARY, DETAIL}, {ACCURACY})
-    if not complete:
+    detail = yield from _performance_log(folder, scenario)
+    if detail is None:
         return
-    path = folder / DETAIL
-    try:
-        detail = read_complete(folder, accuracy=False)
-    except HarnessError as error:
-        yield Finding(folder, without_folder(error, folder))
-        return
-    values = detail.values
-    yield from log_errors(path, detail)
-    if values.get("result_validity") != "VALID":
-        yield Finding(path, f"the run is {values.get('result_validity', 'without a verdict')}")
-    yield from _kind(path, detail, scenario, "PerformanceOnly")
+    path, values = folder / DETAIL, detail.values
     limits = [
         ("performance_sample_count", PERFORMANCE_SAMPLES),
         ("min_duration_ms", MIN_DURATION_MS),
@@ -207,6 +200,29 @@ def _performance(folder: Path, scenario: str, closed: bool) -> Iterator[Finding]
             )
 
 
+def _performance_log(
+    folder: Path, scenario: str, *, strict: bool = True
+) -> Generator[Finding, None, DetailLog | None]:
+    """What any performance run must be; `strict`: also VALID and without errors."""
+    complete = yield from folder_files(folder, {SUMMARY, DETAIL}, {ACCURACY})
+    if not complete:
+        return None
+    path = folder / DETAIL
+    try:
+        detail = read_complete(folder, accuracy=False)
+    except HarnessError as error:
+        yield Finding(folder, without_folder(error, folder))
+        return None
+    verdict = detail.values.get("result_validity", "without a verdict")
+    if strict:
+        yield from log_errors(path, detail)
+    if strict and verdict != "VALID":
+        yield Finding(path, f"the run is {verdict}")
+    yield from _kind(path, detail, scenario, "PerformanceOnly")
+    yield from summary_agrees(folder / SUMMARY, detail)
+    return detail
+
+
 def _accuracy(folder: Path, scenario: str, closed: bool) -> Iterator[Finding]:
     complete = yield from folder_files(folder, {SUMMARY, DETAIL, ACCURACY, ACCURACY_TEXT}, set())
     if not complete:
@@ -222,6 +238,10 @@ def _accuracy(folder: Path, scenario: str, closed: bool) -> Iterator[Finding]:
             error=closed,
         )
     yield from _truncated(folder)
+    if _CUT not in (folder / ACCURACY).read_bytes():
+        yield Finding(folder / ACCURACY, f"both ends of {DATASET_IMAGES} answers are wanted")
+    if "encountered" not in read_text(folder / SUMMARY):
+        yield Finding(folder / SUMMARY, "the log is cut off")
     path = folder / DETAIL
     detail = yield from read_log(path)
     if detail is None:
@@ -238,10 +258,16 @@ def _truncated(folder: Path) -> Iterator[Finding]:
     size = log.stat().st_size
     if size > ACCURACY_LIMIT:
         yield Finding(log, f"{size} bytes; must be truncated to at most {ACCURACY_LIMIT}")
+    content = log.read_bytes()
+    head, cut, tail = content.partition(_CUT)
+    if cut and min(len(head), len(tail)) < KEPT:
+        yield Finding(log, f"truncated to less than {KEPT} bytes of each end")
+    if not (content.lstrip().startswith(b"[") and content.rstrip().endswith(b"]")):
+        yield Finding(log, "lacks the beginning or the end of an accuracy log")
     stated = _HASH_LINE.search(read_text(text))
     if stated is None:
         yield Finding(text, "no line hash=<SHA-256 of the whole accuracy log>")
-    elif b"\n...\n" not in log.read_bytes() and file_sha256(log) != stated[1]:
+    elif not cut and file_sha256(log) != stated[1]:
         yield Finding(log, f"not truncated, but its SHA-256 is not the hash in {ACCURACY_TEXT}")
 
 
@@ -273,19 +299,15 @@ def _compliance(folder: Path, results: Path) -> Iterator[Finding]:
             yield Finding(test, "the compliance test is missing")
             continue
         path = test / "performance" / "run_1" / DETAIL
-        complete = yield from folder_files(path.parent, {SUMMARY, DETAIL}, {ACCURACY})
         # TEST04-A ends before LoadGen's minimum, which LoadGen 6 marks as an error
-        detail = (yield from read_log(path, strict=audit.name != "TEST04-A")) if complete else None
+        strict = audit.name != "TEST04-A"
+        detail = yield from _performance_log(path.parent, folder.name, strict=strict)
         if audit.name != "TEST04-B":  # whose verdict is in TEST04-A
             yield from _verdict(test / "verify_performance.txt")
         if audit.name == "TEST01":
             yield from _answers(test)
         if detail is None:
             continue
-        if detail.values.get("effective_scenario") != folder.name:
-            yield Finding(path, f"the scenario is {detail.values.get('effective_scenario')}")
-        if audit.name != "TEST04-A" and detail.values.get("result_validity") != "VALID":
-            yield Finding(path, f"the run is {detail.values.get('result_validity')}")
         key, complaint = _FLAGS.get(audit.name, ("", ""))
         if key and not detail.values.get(key):
             yield Finding(path, f"the run {complaint}: {key} is {detail.values.get(key)}")
@@ -311,7 +333,7 @@ def _recomputed(
             check = verify_same_sample(folder.name, base, detail)
         else:
             check = verify_performance(test, folder.name, base, detail)
-    except (HarnessError, KeyError, TypeError) as error:
+    except (HarnessError, KeyError, TypeError, ValueError) as error:
         yield Finding(path, f"cannot be compared with {reference.parent.parent.name}: {error}")
         return
     if not check.passed:

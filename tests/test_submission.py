@@ -119,12 +119,14 @@ def test_the_tree(runs, tmp_path):
 
 
 def edit_log(path, **values):
-    """Give those of the keys that a detail log has other values."""
-    lines = []
+    """Give keys of a detail log other values."""
+    lines, found = [], set()
     for line in path.read_text().splitlines():
         entry = json.loads(line.removeprefix(":::MLLOG "))
+        found.add(entry["key"])
         entry["value"] = values.get(entry["key"], entry["value"])
         lines.append(f":::MLLOG {json.dumps(entry)}\n")
+    assert set(values) <= found, path
     path.write_text("".join(lines))
 
 
@@ -148,16 +150,21 @@ def good(runs, tmp_path_factory):
     submit(runs, tree)
     for path in tree.rglob(DETAIL):
         without_errors(path)
+        offline = "Offline" in path.parts
         edit_log(
             path,
-            result_validity="VALID",
-            early_stopping_met=True,
             effective_min_duration_ms=600_000,
             effective_accuracy_sample_count=5000,
-            effective_samples_per_query=24_576 if "Offline" in path.parts else 1,
-            result_samples_per_second=100.0,
-            result_scheduled_samples_per_sec=100.0,
+            effective_samples_per_query=24_576 if offline else 1,
         )
+        if path.parent.name == "accuracy":
+            continue
+        score = "result_samples_per_second" if offline else "result_scheduled_samples_per_sec"
+        edit_log(path, result_validity="VALID", **{score: 100.0})
+        if not offline:
+            edit_log(path, early_stopping_met=True)
+        summary = path.with_name(SUMMARY)
+        summary.write_text(summary.read_text().replace("is : INVALID", "is : VALID"))
     for path in tree.rglob("verify_performance.txt"):
         path.write_text("Verifying performance.\nTEST PASS\n")
     return tree
@@ -205,7 +212,12 @@ def write(text):
     return lambda path: path.write_text(text)
 
 
+def keep(part):
+    return lambda path: path.write_bytes(path.read_bytes()[part])
+
+
 MODEL = f"{SYSTEM}/ssd-resnet34"
+SUMMARY_FILE = f"results/{MODEL}/Server/performance/run_1/{SUMMARY}"
 PERFORMANCE = f"results/{MODEL}/Server/performance/run_1/{DETAIL}"
 OFFLINE = f"results/{MODEL}/Offline/performance/run_1/{DETAIL}"
 ACCURACY = f"results/{MODEL}/Server/accuracy"
@@ -280,6 +292,35 @@ FAULTS = [
         "qsl_rng_seed is that of the performance run",
     ),
     (f"{COMPLIANCE}/TEST05/performance/run_1/{DETAIL}", add_error, "error_runtime: boom"),
+    (
+        f"{COMPLIANCE}/TEST01/performance/run_1/{DETAIL}",
+        log_value(effective_test_mode="AccuracyOnly"),
+        "effective_test_mode is AccuracyOnly, not PerformanceOnly",
+    ),
+    (
+        f"{COMPLIANCE}/TEST04-A/performance/run_1/{DETAIL}",
+        log_value(effective_scenario="Offline"),
+        "scenario is Offline, not Server",
+    ),
+    (
+        f"{COMPLIANCE}/TEST05/performance/run_1/{SUMMARY}",
+        replace("is : VALID", "is : INVALID"),
+        "'Result is' is INVALID; the detail log's result_validity is VALID",
+    ),
+    (
+        f"{COMPLIANCE}/TEST05/performance/run_1/{DETAIL}",
+        log_value(result_scheduled_samples_per_sec="fast"),
+        "cannot be compared with",
+    ),
+    (PERFORMANCE, log_value(effective_performance_issue_unique=True), "issue_unique is True"),
+    (SUMMARY_FILE, replace("is : VALID", "is : INVALID"), "'Result is' is INVALID"),
+    (SUMMARY_FILE, replace("Scenario : Server", "Scenario : Offline"), "'Scenario' is Offline"),
+    (f"{ACCURACY}/accuracy.txt", write("mAP=120.0%\nhash=" + 64 * "0"), "no line mAP"),
+    (f"{ACCURACY}/{SUMMARY}", write(""), "the log is cut off"),
+    (f"{ACCURACY}/{LOG}", keep(slice(0, 4200)), "lacks the beginning or the end"),
+    (f"{ACCURACY}/{LOG}", keep(slice(4000, None)), "lacks the beginning or the end"),
+    (f"{ACCURACY}/{LOG}", write("[\n\n...\n\n]"), "less than 4096 bytes of each end"),
+    (f"{ACCURACY}/{LOG}", write("[]"), "both ends of 5000 answers"),
 ]
 
 
@@ -290,6 +331,24 @@ def test_every_planted_fault_is_found(name, plant, words, tree):
     found = errors(tree)
     assert any(item.path == path and words in item.message for item in found), found
     assert all("\n" not in str(item) for item in found)
+
+
+def test_a_cut_compliance_log_is_found(tree):
+    folder = tree / "closed" / "Acme" / COMPLIANCE / "TEST04-A" / "performance" / "run_1"
+    log = folder / DETAIL
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if '"num_errors"' not in line))
+    assert [item.path for item in errors(tree) if "the log is cut off" in item.message] == [folder]
+
+
+def test_multistream_issues_eight_samples_a_query(tree):
+    results = tree / "closed" / "Acme" / "results" / MODEL
+    shutil.copytree(results / "Server", results / "MultiStream")
+    log = results / "MultiStream" / "performance" / "run_1" / DETAIL
+    for count, wrong in ((1, True), (8, False)):
+        edit_log(log, effective_scenario="MultiStream", effective_samples_per_query=count)
+        found = [item for item in errors(tree) if "effective_samples_per_query" in item.message]
+        assert [item.path for item in found] == [log] * wrong
 
 
 def test_every_missing_file_is_found(good, tmp_path):
