@@ -40,7 +40,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that this process sees; `memory_bytes` is all that it has."""
+    """A GPU; `memory_bytes` is all that it has."""
 
     name: str
     compute_capability: str

@@ -39,6 +39,23 @@ class InputSpec:
     scale: float | None = None
 
 
+def check_images(images: NDArray[np.generic], spec: InputSpec, taker: str) -> None:
+    """Check the dtype and the shape of a batch against what ``the <taker>`` takes.
+
+    Raises
+    ------
+    EngineError
+        When one of them is another.
+    """
+    if images.dtype != spec.dtype:
+        raise EngineError(f"images are {images.dtype}, the {taker} takes {spec.dtype}")
+    if images.ndim != 4 or images.shape[1:] != spec.shape or not len(images):
+        raise EngineError(
+            f"images have the shape {images.shape}, the {taker} takes (N >= 1, "
+            f"{', '.join(map(str, spec.shape))})"
+        )
+
+
 class Session(Protocol):
     """One stream of execution of an engine. Not shared between threads."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.load import BACKENDS, load_engine
+from engine.load import load_engine
 from engine.protocol import Engine, EngineError
 from harness.cli_doctor import doctor
 from harness.cli_download import download_app
@@ -20,6 +20,7 @@ from harness.cli_route import register as register_route
 from harness.cli_submission import compliance, submission
 from harness.dataset import known_dataset, load_map, preprocessed_dir
 from harness.errors import HarnessError
+from harness.options import Backend, BuildDir, DatasetName
 from harness.run_args import choices
 from harness.settings import MODEL, MODES, SCENARIOS, load_settings
 
@@ -34,14 +35,7 @@ app = typer.Typer(
 )
 
 _Model = Annotated[Path, typer.Argument(help="Model file, e.g. an .onnx.", show_default=False)]
-_Backend = Annotated[str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}.")]
-_DatasetName = Annotated[
-    str, typer.Option("--dataset", help="coco, demo or another folder of data_maps.")
-]
 _Split = Annotated[str, typer.Option(help="val or cal (calibration).")]
-_BuildDir = Annotated[
-    Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
-]
 _Preprocessed = Annotated[
     Path | None,
     typer.Option(
@@ -58,8 +52,8 @@ app.command()(preprocess)
 def run(
     model: _Model,
     *,
-    engine: _Backend = "onnxruntime",
-    dataset: _DatasetName = "coco",
+    engine: Backend = "onnxruntime",
+    dataset: DatasetName = "coco",
     split: _Split = "val",
     preprocessed: _Preprocessed = None,
     scenarios: Annotated[
@@ -116,7 +110,7 @@ def run(
         Path | None,
         typer.Option(help="Folder of the logs.", show_default="logs/<time> in the build folder"),
     ] = None,
-    build_dir: _BuildDir = Path("build"),
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Run LoadGen on MODEL: every scenario in every test mode.
 
@@ -169,7 +163,7 @@ def accuracy(
         Path | None,
         typer.Option(help="COCO annotations instead; the sample order is that of its images."),
     ] = None,
-    build_dir: _BuildDir = Path("build"),
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Compute the COCO mAP of an accuracy log as MLPerf's accuracy-coco.py does.
 

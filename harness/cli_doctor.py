@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from harness.options import BuildDir
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -18,9 +20,7 @@ _COLOURS = {"works": "green", "partly": "yellow", "no": "red"}
 
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
-    build_dir: Annotated[
-        Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
-    ] = Path("build"),
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Report what works on this machine, why the rest does not, and what to do about it.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness.errors import HarnessError
+from harness.options import BuildDir
 
 if TYPE_CHECKING:
     from harness.download import Fetched
@@ -25,9 +26,6 @@ _Mirror = Annotated[
         show_default="the original servers",
     ),
 ]
-_BuildDir = Annotated[
-    Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
-]
 
 
 @download_app.command()
@@ -37,7 +35,7 @@ def data(
         bool, typer.Option("--demo", help="The shipped demo set: check that it is whole.")
     ] = False,
     mirror: _Mirror = None,
-    build_dir: _BuildDir = Path("build"),
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Put COCO val2017, its annotations and the calibration images in place.
 
@@ -52,7 +50,7 @@ def data(
 
 
 @download_app.command()
-def model(*, mirror: _Mirror = None, build_dir: _BuildDir = Path("build")) -> None:
+def model(*, mirror: _Mirror = None, build_dir: BuildDir = Path("build")) -> None:
     """Put resnet34-ssd1200.pytorch and the official resnet34-ssd1200.onnx in place."""
     from harness.download import download_models
 

@@ -9,10 +9,11 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from engine.load import BACKENDS, load_engine
+from engine.load import load_engine
 from engine.protocol import InputSpec
 from harness.dataset import check_annotated, known_dataset, preprocessed_dir
 from harness.errors import HarnessError
+from harness.options import Backend, BuildDir, DatasetName
 
 Format = Literal["fp32", "int8_linear"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -29,12 +30,8 @@ def preprocess(
         ),
     ] = None,
     *,
-    engine: Annotated[
-        str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}.")
-    ] = "onnxruntime",
-    dataset: Annotated[
-        str, typer.Option("--dataset", help="coco, demo or another folder of data_maps.")
-    ] = "coco",
+    engine: Backend = "onnxruntime",
+    dataset: DatasetName = "coco",
     val_only: Annotated[bool, typer.Option("--val_only", help="No calibration images.")] = False,
     cal_only: Annotated[bool, typer.Option("--cal_only", help="No validation images.")] = False,
     formats: Annotated[
@@ -69,9 +66,7 @@ def preprocess(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out missing and corrupt images.")
     ] = False,
-    build_dir: Annotated[
-        Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
-    ] = Path("build"),
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Turn the validation and the calibration images of a data set into engine input, once.
 

@@ -13,12 +13,10 @@ import typer
 
 from engine.load import BACKENDS
 from harness.errors import HarnessError
+from harness.options import Backend, BuildDir
 from harness.settings import MODEL, MODES, SCENARIOS
 from harness.system_config import VERSIONS
 
-_BuildDir = Annotated[
-    Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
-]
 _Weights = Annotated[
     Path | None,
     typer.Option(
@@ -57,7 +55,7 @@ def make_command(
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Run for 60 s: a trial.")] = False,
     weights: _Weights = None,
-    build_dir: _BuildDir = Path("build"),
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Do what the make target TARGET stands for, from the weights on.
 
@@ -96,7 +94,7 @@ def make_command(
 def tune_command(
     *,
     benchmark: Annotated[str, typer.Option(help="ssd-resnet34 or ssd-resnet34-demo.")] = MODEL,
-    engine: Annotated[str, typer.Option(help=f"One of: {', '.join(BACKENDS)}.")] = BACKENDS[0],
+    engine: Backend = BACKENDS[0],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_batch: _Batches = 64,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of one trial run.")] = 10.0,
@@ -107,7 +105,7 @@ def tune_command(
         ),
     ] = None,
     weights: _Weights = None,
-    build_dir: _BuildDir = Path("build"),
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Measure the best settings of this machine, and write its system configuration.
 

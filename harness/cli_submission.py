@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.load import BACKENDS, load_engine
+from engine.load import load_engine
 from engine.progress import progress_bar
 from harness.audit import COMPLIANCE_TESTS
 from harness.dataset import known_dataset, preprocessed_dir
 from harness.errors import HarnessError
+from harness.options import Backend, BuildDir
 
 if TYPE_CHECKING:
     from harness.compliance import Verdict
@@ -29,7 +30,7 @@ def compliance(
             metavar="LOG_DIR",
         ),
     ],
-    engine: Annotated[str, typer.Option(help=f"One of: {', '.join(BACKENDS)}.")] = "onnxruntime",
+    engine: Backend = "onnxruntime",
     preprocessed: Annotated[
         Path | None,
         typer.Option(
@@ -49,9 +50,7 @@ def compliance(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="one per CPU")
     ] = None,
-    build_dir: Annotated[
-        Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
-    ] = Path("build"),
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Run a compliance test of MLPerf Inference v2.0 on every scenario that LOG_DIR holds.
 

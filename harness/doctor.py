@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.environment import commit, cpu_count, cpu_name
+from engine.probes import Gpu
 from harness.packages import PROJECT, Package, declared_packages, installed_version
 from harness.resources import Resources, find_resources
 
@@ -82,15 +83,6 @@ class Ability:
     state: Literal["works", "partly", "no"]
     detail: str
     fix: str | None = None
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU; memory in bytes, all that it has."""
-
-    name: str
-    compute_capability: str
-    memory_bytes: int
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from int8_models import write_int8
 
-from engine.backends.tensorrt import check_images
+from engine.backends.tensorrt import check_batch
 from engine.build import BuildOptions, build, read_detector
 from engine.load import load_engine
 from engine.manifest import (
@@ -421,6 +421,6 @@ def test_plugin_library_that_cannot_be_used(tmp_path, monkeypatch):
 )
 def test_batch_that_the_engine_does_not_take(images, message):
     spec = InputSpec("image", (3, 4, 4), "int8", 0.1)
-    check_images(np.zeros((16, 3, 4, 4), np.int8), spec, 16)
+    check_batch(np.zeros((16, 3, 4, 4), np.int8), spec, 16)
     with pytest.raises(EngineError, match=message):
-        check_images(images, spec, 16)
+        check_batch(images, spec, 16)

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
+from engine.probes import Gpu
 from harness import doctor, resources
-from harness.doctor import Gpu, parse_smi
+from harness.doctor import parse_smi
 from harness.packages import PROJECT, declared_packages
 
 ROOT = Path(__file__).resolve().parent.parent

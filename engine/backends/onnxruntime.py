@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.files import file_sha256
-from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec
+from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, check_images
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -236,7 +236,7 @@ class OnnxRuntimeSession:
         EngineError
             When the images' dtype, shape or number is not what the model takes, or the run fails.
         """
-        check_images(images, self._spec, self._fixed_batch)
+        check_batch(images, self._spec, self._fixed_batch)
         count = len(images)
         if self._fixed_batch is not None and count < self._fixed_batch:
             padding = np.zeros((self._fixed_batch - count, *self._spec.shape), images.dtype)
@@ -252,7 +252,7 @@ class OnnxRuntimeSession:
         del self._session
 
 
-def check_images(images: NDArray[np.generic], spec: InputSpec, fixed_batch: int | None) -> None:
+def check_batch(images: NDArray[np.generic], spec: InputSpec, fixed_batch: int | None) -> None:
     """Check a batch against what a model takes.
 
     Raises
@@ -260,13 +260,7 @@ def check_images(images: NDArray[np.generic], spec: InputSpec, fixed_batch: int 
     EngineError
         When its dtype, shape or number is another.
     """
-    if images.dtype != spec.dtype:
-        raise EngineError(f"images are {images.dtype}, the model takes {spec.dtype}")
-    if images.ndim != 4 or images.shape[1:] != spec.shape or not len(images):
-        raise EngineError(
-            f"images have the shape {images.shape}, the model takes (N >= 1, "
-            f"{', '.join(map(str, spec.shape))})"
-        )
+    check_images(images, spec, "model")
     if fixed_batch is not None and len(images) > fixed_batch:
         raise EngineError(
             f"a batch of {len(images)} images, but the model's batch is fixed at {fixed_batch}"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream, runtime, use_gpu
 from engine.backends.onnxruntime import (
-    check_images,
+    check_batch,
     describe,
     find_provider,
     input_spec,
@@ -193,7 +193,7 @@ class SplitSession:
         """
         if self._count:
             raise EngineError("the result of the last batch was not taken")
-        check_images(images, self._spec, self._fixed_batch)
+        check_batch(images, self._spec, self._fixed_batch)
         try:
             self._start(images, self._fixed_batch or len(images))
         except BaseException as error:

@@ -28,7 +28,7 @@ from engine.manifest import (
     load_manifest,
 )
 from engine.plugins import load_plugins
-from engine.protocol import EngineError, InputSpec
+from engine.protocol import EngineError, InputSpec, check_images
 
 if TYPE_CHECKING:
     import tensorrt
@@ -167,7 +167,7 @@ class Session:
         """
         if self._count:
             raise EngineError("the result of the last batch was not taken")
-        check_images(images, self._spec, self._engine.max_batch)
+        check_batch(images, self._spec, self._engine.max_batch)
         batch = max(len(images), self._min_batch)
         self._images[: len(images)] = images
         if batch in self._replays:
@@ -205,7 +205,7 @@ class Session:
             self._stream.download(array[:batch], self._addresses[name])
 
 
-def check_images(images: NDArray[np.generic], spec: InputSpec, max_batch: int) -> None:
+def check_batch(images: NDArray[np.generic], spec: InputSpec, max_batch: int) -> None:
     """Check a batch against what an engine takes.
 
     Raises
@@ -213,13 +213,7 @@ def check_images(images: NDArray[np.generic], spec: InputSpec, max_batch: int) -
     EngineError
         When its dtype, shape or number is another.
     """
-    if images.dtype != spec.dtype:
-        raise EngineError(f"images are {images.dtype}, the engine takes {spec.dtype}")
-    if images.ndim != 4 or images.shape[1:] != spec.shape or not len(images):
-        raise EngineError(
-            f"images have the shape {images.shape}, the engine takes (N >= 1, "
-            f"{', '.join(map(str, spec.shape))})"
-        )
+    check_images(images, spec, "engine")
     if len(images) > max_batch:
         raise EngineError(
             f"a batch of {len(images)} images, but the engine's profile ends at {max_batch}; "

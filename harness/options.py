@@ -1,0 +1,18 @@
+"""Command-line options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.load import BACKENDS
+
+Backend = Annotated[str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}.")]
+BuildDir = Annotated[
+    Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
+]
+DatasetName = Annotated[
+    str, typer.Option("--dataset", help="coco, demo or another folder of data_maps.")
+]
