@@ -1,4 +1,4 @@
-"""Build libnms_opt.so and the TensorRT plugin's libraries with CMake and nvcc."""
+"""Build libnms_opt.so, libint8_conv.so and the TensorRT plugin's libraries with CMake and nvcc."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ from plugin_cuda.toolchain import (
 )
 
 KERNELS = "libnms_opt.so"
+CONVOLUTIONS = "libint8_conv.so"
 PLUGIN = "libnmsoptplugin.so"
 REGISTER = "libnmsoptplugin_register.so"
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 """Compute capabilities of the default build, times ten, as far as nvcc knows them."""
+
+CONVOLUTIONS_FOR = 90
+"""The architecture that `CONVOLUTIONS` is written for."""
 
 _SOURCES = Path(__file__).resolve().parent
 _TREE = ".cmake"
@@ -69,6 +73,16 @@ class Plan:
     headers: TensorRTHeaders | None
     real: tuple[int, ...]
     virtual: int | None
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Names of the files."""
+        names = [KERNELS]
+        if CONVOLUTIONS_FOR in self.real:
+            names.append(CONVOLUTIONS)
+        if self.headers is not None:
+            names += [PLUGIN, REGISTER]
+        return tuple(names)
 
     @property
     def architectures(self) -> str:
@@ -113,8 +127,7 @@ def build(plan: Plan) -> tuple[Path, ...]:
     Returns
     -------
     libraries
-        In the output folder: `KERNELS`, and `PLUGIN` and `REGISTER` when there are TensorRT
-        headers.
+        In the output folder: `Plan.libraries`.
 
     Raises
     ------
@@ -130,8 +143,7 @@ def build(plan: Plan) -> tuple[Path, ...]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _configure(plan, tree)
             _run(plan, [plan.cmake, "--build", tree, "--parallel", str(os.cpu_count())])
-            names = (KERNELS,) if plan.headers is None else (KERNELS, PLUGIN, REGISTER)
-            return tuple(_install(tree / name, plan.output / name) for name in names)
+            return tuple(_install(tree / name, plan.output / name) for name in plan.libraries)
     except OSError as error:
         raise PluginError(
             f"{plan.output}: cannot write the libraries there: {error.strerror or error}"

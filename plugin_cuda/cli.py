@@ -1,4 +1,4 @@
-"""``build-plugin``: build the CUDA kernels of NMS_OPT_TRT and the TensorRT plugin."""
+"""``build-plugin``: build the CUDA kernels and the TensorRT plugin."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def build_plugin(
 ) -> None:
     """Build libnms_opt.so and, where TensorRT's headers are found, the plugin on top of it.
 
+    For architecture 90 there is libint8_conv.so besides, with convolutions of the cuDNN engine.
+
     The plugin is libnmsoptplugin.so, for programs that load it into TensorRT's registry;
     libnmsoptplugin_register.so does that for programs that only open a library.
     """
-    from plugin_cuda.build import KERNELS, PLUGIN, REGISTER, build, plan
+    from plugin_cuda.build import CONVOLUTIONS, KERNELS, PLUGIN, REGISTER, build, plan
 
     if output is None:
         output = Path(os.environ.get("BUILD_DIR") or "build") / "plugins"
@@ -43,7 +45,8 @@ def build_plugin(
     libraries = build(todo)
     for library in libraries:
         size = library.stat().st_size / 1e6
-        code = "" if library.name == REGISTER else f"  {todo.architectures}"
+        codes = {REGISTER: "", CONVOLUTIONS: "  sm_90a"}
+        code = codes.get(library.name, f"  {todo.architectures}")
         typer.echo(f"{library.name:<{len(REGISTER)}}  {size:6.2f} MB{code}")
     typer.echo(f"written to {output}")
     if todo.headers is not None:

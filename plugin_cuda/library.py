@@ -6,10 +6,10 @@ import ctypes
 import operator
 import os
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from plugin_cuda.errors import PluginError
+from plugin_cuda.loader import load
 
 VERSION = 1
 """NMS_OPT_VERSION of the header that this module was written for."""
@@ -129,7 +129,7 @@ def int32(value: int, name: str) -> int:
     """Check that ctypes will not cut an integer short."""
     number = operator.index(value)
     if number not in _INT32:
-        raise PluginError(f"NMS_OPT_TRT: {name}={number} does not fit in 32 bits")
+        raise PluginError(f"{name}={number} does not fit in 32 bits")
     return number
 
 
@@ -157,30 +157,8 @@ def load_library(path: Path | None = None) -> ctypes.CDLL:
     PluginError
         When it is missing, cannot be loaded or is of another NMS_OPT_VERSION.
     """
-    return _load((path or library_path()).resolve())
-
-
-@lru_cache
-def _load(path: Path) -> ctypes.CDLL:
-    if not path.is_file():
-        raise PluginError(f"{path} not found: build it with build-plugin, or set NMS_OPT_LIBRARY")
-    try:
-        library = ctypes.CDLL(str(path))
-        library.nms_opt_version.argtypes = ()
-        library.nms_opt_version.restype = ctypes.c_int32
-        version = library.nms_opt_version()
-        if version == VERSION:
-            _declare(library)
-    except (OSError, AttributeError) as error:
-        raise PluginError(
-            f"{path} is no libnms_opt.so that can be loaded ({error}); build it with build-plugin"
-        ) from error
-    if version != VERSION:
-        raise PluginError(
-            f"{path} is of version {version}, this binding of {VERSION}: build it again with "
-            "build-plugin"
-        )
-    return library
+    remedy = "build it with build-plugin, or set NMS_OPT_LIBRARY"
+    return load((path or library_path()).resolve(), "nms_opt", VERSION, _declare, remedy)
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -16,7 +16,7 @@ from conftest import ROOT
 from typer.testing import CliRunner
 
 from plugin_cuda import toolchain
-from plugin_cuda.build import ARCHITECTURES, build, plan
+from plugin_cuda.build import ARCHITECTURES, CONVOLUTIONS, build, plan
 from plugin_cuda.cli import app
 from plugin_cuda.errors import PluginError
 from plugin_cuda.toolchain import find_cmake, find_nvcc, find_tensorrt_headers
@@ -212,6 +212,8 @@ def stub(tmp_path_factory, plugin_libraries):
     ignored = shutil.ignore_patterns("__pycache__", "bench*")
     shutil.copytree(ROOT / "plugin_cuda", root / "plugin_cuda", ignore=ignored)
     (root / "plugin_cuda" / "src" / "nms_opt.cu").write_text(STUB)
+    conv = root / "plugin_cuda" / "conv" / "int8_conv.cu"
+    conv.write_text('#include "int8_conv.h"\nint32_t int8_conv_version(void) { return 1; }\n')
     return root
 
 
@@ -274,7 +276,18 @@ def test_without_headers_the_plugin_is_left_out(stub, tmp_path, monkeypatch):
     last = done.output.splitlines()[-1]
     assert last.startswith("left out: libnmsoptplugin.so, for no headers of TensorRT 10 or later")
     assert "set TENSORRT_INCLUDE_DIR to the folder of NvInferRuntime.h" in last
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".cmake", "libnms_opt.so"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(".cmake", "libint8_conv.so", "libnms_opt.so")
+    }
+
+
+def test_convolutions_are_for_one_architecture(stub, tmp_path):
+    done = run_command("--arch", "80", "-o", tmp_path / "out", root=stub)
+    assert done.returncode == 0, done.stderr
+    assert "int8_conv" not in done.stdout
+    assert not (tmp_path / "out" / "libint8_conv.so").exists()
+    done = run_command("--arch", "80,90", "-o", tmp_path / "out", root=stub)
+    assert re.search(r"^libint8_conv\.so +[\d.]+ MB  sm_90a$", done.stdout, re.MULTILINE)
 
 
 def test_wrong_headers_in_the_environment(plugin_libraries, tmp_path):
@@ -379,11 +392,12 @@ def test_code_is_for_what_was_asked(plugin_libraries):
         text = subprocess.run(
             [program, "--list-elf", "--list-ptx", name], check=True, capture_output=True, text=True
         ).stdout
-        assert set(re.findall(r"\.(sm_\d+)\.", text)) == {"sm_80", "sm_90"}
+        expected = {"sm_90a"} if name.name == CONVOLUTIONS else {"sm_80", "sm_90"}
+        assert set(re.findall(r"\.(sm_\d+a?)\.", text)) == expected
 
 
 def test_build_returns_what_is_there(plugin_libraries):
     """The command's folder again, by the function."""
     todo = plan(plugin_libraries, [80, 90])
-    expected = 1 if todo.headers is None else 3
+    expected = 2 if todo.headers is None else 4
     assert [path.is_file() for path in build(todo)] == [True] * expected
