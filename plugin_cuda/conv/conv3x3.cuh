@@ -7,6 +7,7 @@
 // tensor cores. Results go through shared memory, over the residual where there is one, to full lines.
 #pragma once
 
+#include "finish.cuh"
 #include "hopper.cuh"
 
 namespace int8_conv {
@@ -31,7 +32,6 @@ struct Conv3x3Shape {
   static constexpr int kPixels = 8 * kRows;                      // columns of the MMA
   static constexpr int kPitch = 10 * kChannels;                  // a row of the tile, with borders
   static constexpr int kTile = (kRows + 2) * kPitch;
-  static constexpr int kPixelPitch = 80;                         // of 64 results; conflict-free
   static constexpr int kResults = kPixels * kPixelPitch;
   static constexpr int kStage = (kTile + kBlocks * kResults + 1023) / 1024 * 1024;
   static constexpr int kStages = 5;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
           const bool inside = y < p.height && x < p.width;
           const int64_t pixel = image_start + (inside ? y * p.width + x : 0);
           copy_async(base + S::kTile + chunk / 4 * S::kResults +
-                         i * S::kPixelPitch + chunk % 4 * 16,
+                         i * kPixelPitch + chunk % 4 * 16,
                      p.residual + pixel * kChannels + chunk * 16, inside);
         }
       }
@@ -123,10 +123,7 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
             *reinterpret_cast<const uint32_t*>(k + i % 2 * 9 * kChannels + i / 2 * 16);
       }
     }
-    // The results lie in [0, 127] / 127, so that the saturation of the FMA is ReLU and clipping.
-    const float multiplier[2] = {p.multiplier[channel] / 127, p.multiplier[channel + 1] / 127};
-    const float bias[2] = {p.bias[channel] / 127, p.bias[channel + 1] / 127};
-    const float residual_multiplier = kResidual ? p.residual_multiplier / 127 : 0.0f;
+    const Scales scales(p.multiplier, p.bias, p.residual_multiplier, channel);
 
     constexpr int kStride = S::kBlocks == 1 ? 2 : 1;  // tiles alternate unless both take all
     int count = S::kBlocks == 1 ? consumer : 0;
@@ -154,43 +151,9 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
       mma_wait(sum);
 
       const uint32_t results = base + S::kTile + block * S::kResults;
-      const uint32_t mine = results + lane % 16 * S::kPixelPitch + warp * 16;
-#pragma unroll
-      for (int i = 0; i < S::kPixels / 16; ++i) {
-        const uint32_t address = mine + i * 16 * S::kPixelPitch;
-        uint32_t packed[2];
-        if (kResidual) load_pixels(address, packed);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t shifted = packed[half] ^ 0x80808080;  // of signed bytes, plus 128
-          float out[4];
-#pragma unroll
-          for (int b = 0; b < 4; ++b) {  // byte: pixel b / 2, channel b % 2
-            float value = fmaf(static_cast<float>(sum[i * 8 + half * 4 + b % 2 * 2 + b / 2]),
-                               multiplier[b % 2], bias[b % 2]);
-            if (kResidual) {
-              const float byte = __uint_as_float(__byte_perm(shifted, 0x4B000000, 0x7650 + b)) -
-                                 8388736.0f;  // 2^23 + 128
-              value = fmaf(byte, residual_multiplier, value);
-            }
-            out[b] = fmaf(__saturatef(value), 127.0f, kRounder);
-          }
-          packed[half] = low_bytes(out[0], out[1], out[2], out[3]);
-        }
-        store_pixels(address, packed);
-      }
-      warpgroup_sync(consumer);
-#pragma unroll
-      for (int i = thread; i < S::kPixels * 4; i += kWarpgroup) {
-        const int pixel = i / 4, y = top + pixel / 8, x = left + pixel % 8;
-        if (y < p.height && x < p.width) {
-          const uint4 value = *reinterpret_cast<const uint4*>(
-              shared + (results - stages) + pixel * S::kPixelPitch + i % 4 * 16);
-          *reinterpret_cast<uint4*>(
-              p.y + ((static_cast<int64_t>(image) * p.height + y) * p.width + x) * kChannels +
-              block * 64 + i % 4 * 16) = value;
-        }
-      }
+      finish_tile<S::kRows, kResidual>(sum, scales, thread, consumer, results, shared,
+                                       p.y + block * 64, kChannels, image, top, left, p.height,
+                                       p.width);
       barrier_arrive(empty + 8 * stage);
     }
   }

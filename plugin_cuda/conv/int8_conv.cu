@@ -126,7 +126,7 @@ int32_t int8_conv_stem(int32_t batch, int32_t height, int32_t width, const int8_
   double best_cost = 0;
   for (int segment = 1; segment <= rows; ++segment) {
     const int64_t tiles = static_cast<int64_t>(batch) * strips * ceil_div(rows, segment);
-    const double cost = static_cast<double>((tiles + consumers - 1) / consumers) * (segment + 1.5);
+    const double cost = static_cast<double>((tiles + consumers - 1) / consumers) * (segment + 2.0);
     if (segment == 1 || cost < best_cost) best = segment, best_cost = cost;
   }
   const int segments = ceil_div(rows, best);

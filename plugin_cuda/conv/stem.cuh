@@ -12,6 +12,7 @@
 
 #include <climits>
 
+#include "finish.cuh"
 #include "hopper.cuh"
 
 namespace int8_conv {
@@ -33,7 +34,6 @@ struct StemShape {
   static constexpr int kPitch = 132 * 16;          // a row of half size
   static constexpr int kStage = 2 * kPitch;        // two rows
   static constexpr int kStages = 10;
-  static constexpr int kPixelPitch = 80;           // of 64 results
   static constexpr int kResults = 64 * kPixelPitch;
   static constexpr int kConsumer = kStages * kStage + 2 * kResults;
   static constexpr int kSharedBytes = 2 * (kConsumer + 16 * kStages) + 128;
@@ -91,11 +91,10 @@ __device__ __forceinline__ void pool_columns(int32_t (&most)[64], int lane, bool
 
 // Quantise twice, and store the pooled pixels with their channels together.
 __device__ __forceinline__ void store_pooled(const int32_t (&pooled)[16][2],
-                                             const float (&multiplier)[2], const float (&bias)[2],
-                                             float pool_multiplier, int lane, uint32_t target) {
+                                             const Scales& scales, float pool_multiplier, int lane, uint32_t target) {
   // A matrix column 2q is pixel 8t + q, 2q + 1 is pixel 8t + 4 + q.
   const int row = lane % 8;
-  target += (lane % 16 / 8 * 8 + row % 2 * 4 + row / 2) * StemShape::kPixelPitch;
+  target += (lane % 16 / 8 * 8 + row % 2 * 4 + row / 2) * kPixelPitch;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     uint32_t packed[2];
@@ -105,13 +104,13 @@ __device__ __forceinline__ void store_pooled(const int32_t (&pooled)[16][2],
 #pragma unroll
       for (int b = 0; b < 4; ++b) {  // byte: pixel b / 2, channel b % 2
         const float sum = static_cast<float>(pooled[4 * t + 2 * half + b / 2][b % 2]);
-        const float value = __saturatef(fmaf(sum, multiplier[b % 2], bias[b % 2]));
+        const float value = __saturatef(fmaf(sum, scales.multiplier[b % 2], scales.bias[b % 2]));
         const float quantised = fmaf(value, 127.0f, kRounder) - kRounder;
         out[b] = fminf(fmaf(quantised, pool_multiplier, kRounder), kRounder + 127.0f);
       }
       packed[half] = low_bytes(out[0], out[1], out[2], out[3]);
     }
-    store_pixels(target + t * 16 * StemShape::kPixelPitch, packed);
+    store_pixels(target + t * 16 * kPixelPitch, packed);
   }
 }
 
@@ -204,9 +203,7 @@ __global__ void __launch_bounds__(kStemThreads, 1) stem_kernel(const Stem p) {
         weight[step * 4 + i] = *reinterpret_cast<const uint32_t*>(k + i % 2 * 256 + i / 2 * 16);
       }
     }
-    // As in conv3x3.cuh, results lie in [0, 127] / 127.
-    const float multiplier[2] = {p.multiplier[channel] / 127, p.multiplier[channel + 1] / 127};
-    const float bias[2] = {p.bias[channel] / 127, p.bias[channel + 1] / 127};
+    const Scales scales(p.multiplier, p.bias, 0.0f, channel);
     int count = 0;  // stages of earlier tiles
     int staging = 0;
     const uint32_t staged = ring + S::kStages * S::kStage;
@@ -253,7 +250,7 @@ __global__ void __launch_bounds__(kStemThreads, 1) stem_kernel(const Stem p) {
         start_second(row + 1);  // under way during the rest; the last one is for nothing
         const uint32_t results = staged + staging * S::kResults;
         staging ^= 1;
-        store_pooled(pooled, multiplier, bias, p.pool_multiplier, lane, results + warp * 16);
+        store_pooled(pooled, scales, p.pool_multiplier, lane, results + warp * 16);
         warpgroup_sync(consumer);
         const int columns = min(S::kColumns, p.width / 4 - tile.column);
         int8_t* y = p.y + ((static_cast<int64_t>(tile.image) * (p.height / 4) + tile.row + row) *
@@ -262,7 +259,7 @@ __global__ void __launch_bounds__(kStemThreads, 1) stem_kernel(const Stem p) {
                               64;
         for (int i = thread; i < columns * 4; i += kWarpgroup) {
           *reinterpret_cast<uint4*>(y + i * 16) = *reinterpret_cast<const uint4*>(
-              shared + (results - start) + i / 4 * S::kPixelPitch + i % 4 * 16);
+              shared + (results - start) + i / 4 * kPixelPitch + i % 4 * 16);
         }
       }
       mma_wait(most);

@@ -1,0 +1,69 @@
+// From the int32 sums of a tile of 64 channels to INT8 in memory.
+#pragma once
+
+#include "hopper.cuh"
+
+namespace int8_conv {
+
+constexpr int kPixelPitch = 80;  // of 64 results in shared memory: rows of 16 bytes meet all banks
+
+// What becomes of a thread's two channels. Results lie in [0, 127] / 127, so that the saturation of
+// the FMA is ReLU and clipping.
+struct Scales {
+  float multiplier[2], bias[2], residual;
+
+  __device__ Scales(const float* multipliers, const float* biases, float residual_multiplier,
+                    int channel)
+      : multiplier{multipliers[channel] / 127, multipliers[channel + 1] / 127},
+        bias{biases[channel] / 127, biases[channel + 1] / 127},
+        residual(residual_multiplier / 127) {}
+};
+
+// Finish a tile of 8 columns and kRows rows at (top, left) of an image. `sum` is what Mma leaves, its
+// rows lane / 4 and + 8 neighbouring channels; at `results` there is room for the tile, with the
+// residual in it if there is one. `y` is the first of the 64 channels of the first image.
+template <int kRows, bool kResidual>
+__device__ __forceinline__ void finish_tile(const int32_t (&sum)[4 * kRows], const Scales& scales,
+                                            int thread, int warpgroup, uint32_t results,
+                                            const uint8_t* shared, int8_t* y, int channels,
+                                            int image, int top, int left, int height, int width) {
+  const int warp = thread / 32, lane = thread % 32;
+  const uint32_t mine = results + lane % 16 * kPixelPitch + warp * 16;
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) {
+    const uint32_t address = mine + i * 16 * kPixelPitch;
+    uint32_t packed[2];
+    if (kResidual) load_pixels(address, packed);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t shifted = kResidual ? packed[half] ^ 0x80808080 : 0;  // plus 128
+      float out[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {  // byte: pixel b / 2, channel b % 2
+        float value = fmaf(static_cast<float>(sum[i * 8 + half * 4 + b % 2 * 2 + b / 2]),
+                           scales.multiplier[b % 2], scales.bias[b % 2]);
+        if (kResidual) {
+          const float byte =
+              __uint_as_float(__byte_perm(shifted, 0x4B000000, 0x7650 + b)) - 8388736.0f;
+          value = fmaf(byte, scales.residual, value);  // 2^23 + 128 was too much
+        }
+        out[b] = fmaf(__saturatef(value), 127.0f, kRounder);
+      }
+      packed[half] = low_bytes(out[0], out[1], out[2], out[3]);
+    }
+    store_pixels(address, packed);
+  }
+  warpgroup_sync(warpgroup);
+  const uint8_t* source = shared + (results - shared_address(shared));
+#pragma unroll
+  for (int i = thread; i < kRows * 32; i += kWarpgroup) {
+    const int pixel = i / 4, row = top + pixel / 8, column = left + pixel % 8;
+    if (row < height && column < width) {
+      *reinterpret_cast<uint4*>(
+          y + ((static_cast<int64_t>(image) * height + row) * width + column) * channels +
+          i % 4 * 16) = *reinterpret_cast<const uint4*>(source + pixel * kPixelPitch + i % 4 * 16);
+    }
+  }
+}
+
+}  // namespace int8_conv
