@@ -22,8 +22,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from engine.backends.blocking import BlockingSession
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
 from engine.files import write_atomically
 from engine.load import load_engine
@@ -95,7 +96,8 @@ def measure_efficiency(
     not quiet, it tells what the harness itself costs.
     """
     source = _RandomImages(engine.input_spec)
-    images = source.load(range(_SAMPLES_IN_MEMORY))
+    images = np.empty((_SAMPLES_IN_MEMORY, *engine.input_spec.shape), engine.input_spec.dtype)
+    source.read_into(images, range(_SAMPLES_IN_MEMORY))
     session = engine.session()
     session.infer(images[:batch])
     batches = max(1, round(_loop_rate(session, images, batch, 2) * seconds / batch))
@@ -201,8 +203,8 @@ class _RandomImages:
             images = np.clip(np.rint(images / spec.scale), -127, 127)
         self._images = images.astype(spec.dtype)
 
-    def load(self, indices: Sequence[int]) -> NDArray[np.generic]:
-        return np.ascontiguousarray(self._images[list(indices)])
+    def read_into(self, batch: NDArray[np.generic], indices: Sequence[int]) -> None:
+        batch[:] = self._images[list(indices)]
 
 
 class _NullEngine:
@@ -212,15 +214,18 @@ class _NullEngine:
     max_batch = None
     manifest: Mapping[str, object] = {"backend": "null"}
 
-    def session(self) -> _NullEngine:
-        return self
+    def __init__(self) -> None:
+        self._detections = np.zeros((_SAMPLES_IN_MEMORY, 200, DETECTION_FIELDS), np.float32)
+        self._counts = np.full(_SAMPLES_IN_MEMORY, 10, np.int32)
 
-    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        detections = np.zeros((len(images), 200, DETECTION_FIELDS), np.float32)
-        return detections, np.full(len(images), 10, np.int32)
+    def session(self) -> BlockingSession:
+        return BlockingSession(
+            lambda _: None,
+            lambda images: (self._detections[: len(images)], self._counts[: len(images)]),
+        )
 
-    def close(self) -> None:
-        pass
+    def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        return np.empty(shape, dtype)
 
 
 def _loop_rate(session: Session, images: NDArray[np.generic], batch: int, batches: int) -> float:
@@ -235,7 +240,7 @@ def _loop_rate(session: Session, images: NDArray[np.generic], batch: int, batche
 
 def _run(engine: Engine, source: SampleSource, settings: Settings) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
-        return run_test(engine, source, settings, "PerformanceOnly", Path(folder), timeout_s=600)
+        return run_test((engine,), source, settings, "PerformanceOnly", Path(folder), timeout_s=600)
 
 
 def _plain_preprocess(image_dir: Path, names: tuple[str, ...], size: int) -> float:

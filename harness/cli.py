@@ -141,7 +141,7 @@ def run(
     data = known_dataset(dataset, split, build_dir)
     directory = preprocessed or preprocessed_dir(build_dir, data, loaded.input_spec)
     source = open_current(data, loaded.input_spec, directory)
-    benchmark = Benchmark(loaded, source, data, timeout, pictures)
+    benchmark = Benchmark((loaded,), source, data, timeout, pictures)
     root = log_dir or build_dir / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S")
     home = root / (system or platform.node()) / MODEL
     run_all(

@@ -79,7 +79,7 @@ def compliance(
             timeout = float(result.settings["timeout_s"])
             with progress_bar(f"{one.scenario} {name}") as progress:
                 verdict = check_compliance(
-                    Benchmark(loaded, source, data, timeout),
+                    Benchmark((loaded,), source, data, timeout),
                     one,
                     name,
                     samples=samples,

@@ -45,6 +45,8 @@ class Settings:
         Fewest queries of a performance run (Offline: samples).
     performance_sample_count
         Samples that are in memory together; a performance run uses only these.
+    streams
+        Sessions of the engine that work side by side on each device.
     """
 
     scenario: ClassVar[str]
@@ -59,6 +61,7 @@ class Settings:
         default=64,
         metadata=_loadgen("performance_sample_count_override", "performance_sample_count_override"),
     )
+    streams: int = 1
 
     @property
     def batch(self) -> int:

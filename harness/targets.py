@@ -71,7 +71,7 @@ def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
         folder = root / config.name.replace("/", "-") / route.benchmark
         tests += [
             (
-                Benchmark(engines[files[setting.scenario]], images, data, TIMEOUT_S),
+                Benchmark((engines[files[setting.scenario]],), images, data, TIMEOUT_S),
                 setting,
                 mode,
                 folder / setting.scenario / mode,

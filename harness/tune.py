@@ -280,7 +280,7 @@ def _trial(engine: Engine, images: PreprocessedSet, settings: Settings) -> Outco
         progress_bar(settings.scenario) as progress,
     ):
         return run_test(
-            engine,
+            (engine,),
             images,
             settings,
             "PerformanceOnly",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.backends.blocking import BlockingSession
 from engine.protocol import InputSpec
 
 SHAPE = (3, 4, 4)
@@ -27,10 +28,9 @@ class Memory:
         self.files = tuple(f"{i:06d}.jpg" for i in range(total))
         self._shape = shape
 
-    def load(self, indices):
-        images = np.empty((len(indices), *self._shape), np.float32)
-        images[:] = np.array(indices, np.float32)[:, None, None, None]
-        return images
+    def read_into(self, batch, indices):
+        assert batch.shape == (len(indices), *self._shape)
+        batch[:] = np.array(indices, np.float32)[:, None, None, None]
 
 
 def detect(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +65,12 @@ class FakeEngine:
     manifest = {"backend": "fake"}  # noqa: RUF012
 
     def session(self):
-        return self
+        session = BlockingSession(lambda _: None, self.infer)
+        session.close = self.close
+        return session
+
+    def host_array(self, shape, dtype):
+        return np.empty(shape, dtype)
 
     def close(self):
         self.closed = True
@@ -98,10 +103,10 @@ class FakeEngine:
 class BrokenMemory(Memory):
     """Its disk goes away once LoadGen asks for samples."""
 
-    def load(self, indices):
+    def read_into(self, batch, indices):
         if len(indices) > 8:
             raise OSError(5, "Input/output error", "000000.jpg.npy")
-        return super().load(indices)
+        super().read_into(batch, indices)
 
 
 def main(fault: str, directory: str, scenario="Offline", mode="PerformanceOnly", timeout="60"):
@@ -121,7 +126,7 @@ def main(fault: str, directory: str, scenario="Offline", mode="PerformanceOnly",
     )
     source = BrokenMemory(100) if fault == "load" else Memory(100)
     engine = FakeEngine(fault=fault, seconds=0.02 if fault == "slow" else 0.0005)
-    benchmark = Benchmark(engine, source, None, float(timeout))
+    benchmark = Benchmark((engine,), source, None, float(timeout))
     sys.stdout.write("start\n")
     sys.stdout.flush()
     try:
