@@ -17,7 +17,15 @@ from harness.audit import Audit
 from harness.errors import HarnessError
 from harness.loadgen_log import DetailLog, read_complete
 from harness.qsl import SampleLibrary, SampleSource
-from harness.settings import Mode, Server, Settings, apply, fitted
+from harness.settings import (
+    Mode,
+    MultiStream,
+    Server,
+    Settings,
+    SingleStream,
+    apply,
+    fitted,
+)
 from harness.sut import Sut
 
 USER_CONF = "user.conf"
@@ -111,7 +119,12 @@ def run_test(
     library = SampleLibrary(source, engines[0])
     batch = min(settings.batch, limit or settings.batch)
     sut = Sut(
-        engines, library, batch=batch, max_wait_s=settings.max_wait_s, streams=settings.streams
+        engines,
+        library,
+        batch=batch,
+        max_wait_s=settings.max_wait_s,
+        streams=settings.streams,
+        one_by_one=isinstance(settings, SingleStream | MultiStream),
     )
     total = len(source.files)
     warm_up = [index % total for index in range(batch)]

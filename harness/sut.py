@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from queue import SimpleQueue
 from typing import Any
 
@@ -46,6 +47,9 @@ class Sut:
         Seconds for which a sample waits for others to fill up its batch.
     streams
         Sessions of each engine.
+    one_by_one
+        Whether a query comes only after the answer to the last one: a session's first thread then
+        takes the result, too, which saves the time that waking up the other one takes.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class Sut:
         batch: int,
         max_wait_s: float,
         streams: int = 1,
+        one_by_one: bool = False,
     ) -> None:
         self.library = library
+        self.one_by_one = one_by_one
         self.batcher = Batcher(batch, max_wait_s)
         self.ended = threading.Event()
         self.failure: BaseException | None = None
@@ -117,14 +123,10 @@ class Sut:
     def flush(self) -> None:
         """LoadGen's FlushQueries: nothing is held back, so there is nothing to do."""
 
-    def complete(self, batch: Batch, rows: NDArray[np.float32], sizes: NDArray[np.int64]) -> None:
+    def complete(self, batch: Batch, rows: NDArray[np.float32], sizes: Sequence[int]) -> None:
         """Give LoadGen the responses of a batch; see `harness.response.pack`."""
-        ends = np.cumsum(sizes)
-        starts = (rows.ctypes.data + ends - sizes).tolist()
-        responses = [
-            lg.QuerySampleResponse(*response)
-            for response in zip(batch.ids, starts, sizes.tolist(), strict=True)
-        ]
+        starts = accumulate(sizes, initial=rows.ctypes.data)
+        responses = list(map(lg.QuerySampleResponse, batch.ids, starts, sizes))
         with self._lock:
             if self.failure is not None:  # somebody else has completed them already
                 return
@@ -308,32 +310,38 @@ class _Lane:
             except SessionLostError as error:
                 self._lose(batch, error)
                 return
-            self._in_flight.put((batch, started))
+            if sut.one_by_one:
+                self._finish(session, batch, started)
+            else:
+                self._in_flight.put((batch, started))
 
     def _take_results(self, session: Session) -> None:
-        sut = self._sut
         try:
             with running_on(self._cpus):
-                while (item := self._in_flight.get()) is not None and sut.failure is None:
-                    batch, started = item
-                    if self._lost:
-                        sut.batcher.put_back(batch)
-                        continue
-                    try:
-                        detections, counts = session.result()
-                    except SessionLostError as error:
-                        self._lose(batch, error)
-                        self._slots.put(None)
-                        continue
-                    sut.batch_seconds.append(self._took_result() - started)
-                    self._slots.put(None)  # the arrays are valid until the next result is taken
-                    check_outputs(detections, counts, len(batch.ids))
-                    sut.complete(batch, *pack(detections, counts, batch.indices))
+                while (item := self._in_flight.get()) is not None and self._sut.failure is None:
+                    self._finish(session, *item)
         except BaseException as error:
-            sut.fail(error)
+            self._sut.fail(error)
         self._slots.put(None)
         self._drained.set()
-        sut.ended.wait()  # see `_work`
+        self._sut.ended.wait()  # see `_work`
+
+    def _finish(self, session: Session, batch: Batch, started: float) -> None:
+        """Take the result of the oldest batch in flight, and complete its samples."""
+        sut = self._sut
+        if self._lost:
+            sut.batcher.put_back(batch)
+            return
+        try:
+            detections, counts = session.result()
+        except SessionLostError as error:
+            self._lose(batch, error)
+            self._slots.put(None)
+            return
+        sut.batch_seconds.append(self._took_result() - started)
+        self._slots.put(None)  # the arrays are valid until the next result is taken
+        check_outputs(detections, counts, len(batch.ids))
+        sut.complete(batch, *pack(detections, counts, batch.indices))
 
     def _took_result(self) -> float:
         self._started.popleft()
