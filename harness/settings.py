@@ -103,9 +103,8 @@ class SingleStream(Settings):
 
     def estimated(self, batch_seconds: float) -> SingleStream:
         """See `Settings.estimated`: half the measured latency."""
-        if self.target_latency_ms is not None:
-            return self
-        return dataclasses.replace(self, target_latency_ms=max(500 * batch_seconds, 1e-3))
+        latency_ms = self.target_latency_ms or max(500 * batch_seconds, 1e-3)
+        return dataclasses.replace(self, target_latency_ms=latency_ms)
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,8 @@ class MultiStream(Settings):
 
     def estimated(self, batch_seconds: float) -> MultiStream:
         """See `Settings.estimated`: half the measured latency."""
-        if self.target_latency_ms is not None:
-            return self
-        return dataclasses.replace(self, target_latency_ms=max(500 * batch_seconds, 1e-3))
+        latency_ms = self.target_latency_ms or max(500 * batch_seconds, 1e-3)
+        return dataclasses.replace(self, target_latency_ms=latency_ms)
 
 
 @dataclass(frozen=True)

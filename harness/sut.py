@@ -76,7 +76,11 @@ class Sut:
         self._last_progress = time.monotonic()
         self._ready = threading.Event()
         self._together = threading.Barrier(len(engines) * streams)
-        self._lanes = [_Lane(self, engine, n) for engine in engines for n in range(streams)]
+        self._lanes = [
+            _Lane(self, engine, number, opening)
+            for engine, opening in ((engine, threading.Lock()) for engine in engines)
+            for number in range(streams)
+        ]
         self._working = len(self._lanes)
 
     @property
@@ -188,12 +192,13 @@ def _complete_empty(ids: Sequence[int]) -> None:
 class _Lane:
     """A session: a thread that submits batches, and one that takes and completes their results."""
 
-    def __init__(self, sut: Sut, engine: Engine, number: int) -> None:
+    def __init__(self, sut: Sut, engine: Engine, number: int, opening: threading.Lock) -> None:
         device = str(engine.manifest.get("device", engine.manifest.get("backend")))
         self.name = f"session {number} on {device}"
         self.warm_up_seconds = 0.0
         self._sut = sut
         self._engine = engine
+        self._opening = opening
         self._cpus = gpu_cpus(device)
         self._slots: SimpleQueue[None] = SimpleQueue()
         self._in_flight: SimpleQueue[tuple[Batch, float] | None] = SimpleQueue()
@@ -234,9 +239,10 @@ class _Lane:
     ) -> None:
         try:
             with running_on(self._cpus):
-                self._started.append(time.monotonic())
-                session = self._engine.session()
-                self._started.popleft()
+                with self._opening:  # one after the other: engines need not expect anything else
+                    self._started.append(time.monotonic())
+                    session = self._engine.session()
+                    self._started.popleft()
                 with contextlib.closing(session):
                     self._warm_up(session, warm_up, sizes, together)
                     self._thread(self._take_results, session)

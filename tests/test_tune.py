@@ -89,7 +89,7 @@ def test_an_engine_slower_than_the_bound_gets_no_rate():
 
 
 @pytest.mark.parametrize(
-    "found", [Tuned(3, 16, 48.25, 2, 20.5), Tuned(None, 16, 48.25, None, None)]
+    "found", [Tuned(3, 2, 16, 48.25, 2, 20.5), Tuned(None, 1, 16, 48.25, None, None)]
 )
 def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
     folder = tmp_path / "configs"
@@ -102,5 +102,6 @@ def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
     config = module.system_config("ssd-resnet34-demo", "default", None)
     assert (config.name, config.engine, config.threads) == ("here", "onnxruntime", found.threads)
     offline, server = settings_from(config.tables, ("Offline", "Server"), {})
+    assert (offline.streams, server.streams) == (found.streams, found.streams)
     assert (offline.batch_size, offline.target_qps) == (16, 48.25)
     assert (server.batch_size, server.target_qps) == (found.server_batch, found.server_qps)
