@@ -127,10 +127,11 @@ def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
                 f"{path} [{version}]: {key} is {value!r}; a {_ENGINE_KEYS[key].__name__} expected"
             )
     if "devices" in chosen:
-        numbers = chosen["devices"] = tuple(chosen["devices"])
-        if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
+        devices = chosen["devices"] = tuple(chosen["devices"])
+        known = all(type(number) is int and number >= 0 for number in devices)
+        if not known or len(set(devices)) < max(1, len(devices)):
             raise HarnessError(
-                f"{path} [{version}]: devices are {list(numbers)}; as [0, 1] expected"
+                f"{path} [{version}]: devices are {list(devices)}; as [0, 1] expected"
             )
     if chosen.get("engine", BACKENDS[0]) not in BACKENDS:
         raise HarnessError(

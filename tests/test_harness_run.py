@@ -14,6 +14,7 @@ from harness.loadgen_log import ACCURACY, DETAIL, SUMMARY, read_complete
 from harness.report import find_results
 from harness.result import read_result
 from harness.run import Benchmark, run
+from harness.run_all import new_log_dir
 from harness.settings import SCENARIOS, load_settings
 
 TOTAL = 75  # no multiple of a batch, nor of the 20 samples in memory
@@ -220,3 +221,14 @@ def test_an_accuracy_log_without_a_sample_is_refused(finished, tmp_path):
     (tmp_path / ACCURACY).write_text(json.dumps(log[:-1]))
     with pytest.raises(HarnessError, match=f"{TOTAL - 1} of {TOTAL} samples"):
         read_complete(tmp_path, accuracy=True)
+
+
+def test_every_run_has_a_log_folder_of_its_own(tmp_path):
+    """Also those that begin in the same second."""
+    folders = [new_log_dir(tmp_path / "build") for _ in range(5)]
+    assert len(set(folders)) == 5
+    assert {folder.parent for folder in folders} == {tmp_path / "build" / "logs"}
+    assert all(folder.is_dir() for folder in folders)
+    (tmp_path / "file").touch()
+    with pytest.raises(HarnessError, match="cannot make it"):
+        new_log_dir(tmp_path / "file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -129,6 +130,50 @@ MANY = {
     "Server": {"min_query_count": 2000},
     "MultiStream": {"min_query_count": 200},
 }
+
+
+def test_work_and_memory_stay_next_to_the_gpu(tmp_path, monkeypatch):
+    """Threads of a device's sessions, and whoever allocates, on the CPUs of its NUMA node."""
+    here = os.sched_getaffinity(0)
+    near = frozenset({min(here)})
+    seen: dict[str, set[frozenset[int]]] = {}
+
+    def note(name):
+        seen.setdefault(name, set()).add(frozenset(os.sched_getaffinity(0)))
+
+    class Watched(PipelinedEngine):
+        def session(self):
+            session = super().session()
+            for name in ("submit", "result"):
+                genuine = getattr(session, name)
+
+                def call(*given, genuine=genuine, name=name):
+                    note(f"{name} {self.device}")
+                    return genuine(*given)
+
+                setattr(session, name, call)
+            return session
+
+        def host_array(self, shape, dtype):
+            note("memory")
+            return super().host_array(shape, dtype)
+
+    def cpus(device):
+        return near if device == "fake:0" else None
+
+    monkeypatch.setattr("harness.sut.gpu_cpus", cpus)
+    monkeypatch.setattr("harness.loadgen.gpu_cpus", cpus)
+    engines = (Watched(), Watched(device="fake:1"))
+    settings = short("Offline", performance_sample_count=30, min_query_count=500)
+    run_test(engines, Memory(TOTAL), settings, "PerformanceOnly", tmp_path, timeout_s=30)
+    assert seen == {
+        "memory": {near},
+        "submit fake:0": {near},
+        "result fake:0": {near},
+        "submit fake:1": {frozenset(here)},
+        "result fake:1": {frozenset(here)},
+    }
+    assert os.sched_getaffinity(0) == here
 
 
 def test_engines_that_differ_are_refused():
