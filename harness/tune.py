@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,20 +141,23 @@ def search(
 
     by_batch = climb(lambda batch: offline(batch, threads, 1), tuning.max_batch)
     batch = max(by_batch, key=lambda size: by_batch[size])
-    by_threads = {threads: by_batch[batch]}
-    fewer = (threads or 1) // 2
-    while fewer >= 1:
-        by_threads[fewer] = offline(batch, fewer, 1)
-        fewer //= 2
-    best = max(by_threads, key=lambda count: by_threads[count])
-    by_streams = climb(
-        lambda number: offline(batch, best, number), MOST_STREAMS, {1: by_threads[best]}
-    )
-    streams = max(by_streams, key=lambda number: by_streams[number])
+    shapes = {(threads, 1): by_batch[batch]}
+    if threads is None:
+        one = {1: by_batch[batch]}
+        found = climb(lambda number: offline(batch, None, number), MOST_STREAMS, one)
+        shapes = {(None, number): value for number, value in found.items()}
+    else:  # fewer threads leave CPUs to other streams, or to nobody
+        for fewer in _halves(threads):
+            for number in (1, threads // fewer):
+                shapes[fewer, number] = offline(batch, fewer, number)
+    best, streams = max(shapes, key=lambda shape: shapes[shape])
+    offline_qps = shapes[best, streams]
 
     # half of the bound is for the engine, the other half for waiting
     bound = Server().target_latency_ms / 1000
-    fitting = [size for size in by_batch if size / by_batch[size] <= bound / 2]
+    gain = offline_qps / by_batch[batch]
+    seconds = {size: streams / gain * size / by_batch[size] for size in by_batch}
+    fitting = [size for size in by_batch if seconds[size] <= bound / 2]
     server_batch = max(fitting, key=lambda size: by_batch[size], default=1)
     loaded = engine(server_batch, best)
 
@@ -174,13 +177,18 @@ def search(
         return bool(detail.valid)
 
     server_qps = None
-    if 1 / by_batch[1] < bound:
-        gained = by_streams[streams] / by_batch[batch]  # by threads and streams
-        server_qps = highest_valid(valid, by_batch[server_batch] * max(1.0, gained))
+    if seconds[1] < bound:
+        server_qps = highest_valid(valid, by_batch[server_batch] * gain)
     if server_qps is None:
         say(f"Server: no arrival rate was valid within {1000 * bound:g} ms")
-        return Tuned(best, streams, batch, by_streams[streams], None, None)
-    return Tuned(best, streams, batch, by_streams[streams], server_batch, server_qps)
+        return Tuned(best, streams, batch, offline_qps, None, None)
+    return Tuned(best, streams, batch, offline_qps, server_batch, server_qps)
+
+
+def _halves(number: int) -> Iterator[int]:
+    while number > 1:
+        number //= 2
+        yield number
 
 
 def climb(

@@ -78,13 +78,26 @@ def test_search_finds_the_best_batch_threads_and_a_valid_rate(monkeypatch):
     found = search(lambda _, threads: Device(threads=threads), Memory(100), tuning, 2, said.append)
     assert found.offline_batch == 8
     assert found.threads == 2
-    assert found.streams > 1
-    assert 8 / 0.016 < found.offline_qps <= 8 / 0.010  # what the sleeping allows
+    assert found.streams == 1
+    assert 0 < found.offline_qps <= 8 / 0.016  # what the sleeping allows
     assert found.server_batch == 8
     assert 0 < found.server_qps < found.offline_qps * 1.05
     assert any(f"{found.server_qps:.2f} queries/s" in line and " VALID" in line for line in said)
     assert not any("batch 64" in line for line in said)
-    assert any(f"{found.streams} streams" in line and "Server" in line for line in said)
+    assert any("batch 8, 1 thread, 2 streams" in line for line in said)
+
+
+def test_search_finds_the_streams_that_hide_the_copies(monkeypatch):
+    monkeypatch.setattr("harness.tune.SERVER_QUERIES", 100)
+    monkeypatch.setattr("harness.tune.highest_valid", lambda valid, qps: valid(qps / 2) or qps / 2)
+    said = []
+    tuning = Tuning("fake", "cuda", 8, 0.2)
+    found = search(lambda *_: Device(threads=2), Memory(100), tuning, None, said.append)
+    assert (found.offline_batch, found.threads) == (8, None)
+    assert found.streams > 1
+    assert 8 / 0.016 < found.offline_qps <= 8 / 0.010  # what the sleeping allows
+    assert found.server_qps == pytest.approx(found.offline_qps / 2)
+    assert any(f"Server, batch 8, {found.streams} streams" in line for line in said)
 
 
 def test_an_engine_slower_than_the_bound_gets_no_rate():
