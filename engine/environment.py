@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -80,5 +81,9 @@ def now() -> str:
 
 
 def command_line() -> str:
-    """Return the command that runs, with the program's bare name."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command that runs, as a shell takes it, with the program's bare name."""
+    program = Path(sys.argv[0])
+    name = [program.name]
+    if program.name == "__main__.py":
+        name = ["python", "-m", program.parent.name]
+    return shlex.join([*name, *sys.argv[1:]])

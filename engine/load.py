@@ -16,6 +16,9 @@ _LOADERS = {
 BACKENDS = tuple(_LOADERS)
 """Names that `load_engine` knows."""
 
+ONNX_BACKENDS = ("onnxruntime",)
+"""Those that run an ONNX file as it is, with any batch; the others have it built first."""
+
 
 def load_engine(
     backend: str, model: Path, *, device: str = "cpu", threads: int | None = None
@@ -29,7 +32,7 @@ def load_engine(
     model
         The model file: ONNX for ``onnxruntime``, an engine file for the others.
     device
-        ``cpu`` or ``cuda``; the TensorRT family also takes ``cuda:N``, and no ``cpu``.
+        ``cpu``, ``cuda`` or ``cuda:N``; the TensorRT family takes no ``cpu``.
     threads
         Threads that work on one batch; None: one for each CPU the process may use.
 

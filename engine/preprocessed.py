@@ -71,6 +71,11 @@ class PreprocessedSet:
             A file is missing, cut short or holds another shape or dtype.
         """
         batch = np.empty((len(indices), *self.spec.shape), self.spec.dtype)
+        self.read_into(batch, indices)
+        return batch
+
+    def read_into(self, batch: NDArray[np.generic], indices: Sequence[int]) -> None:
+        """Read images, as `load`, into memory that is there: C-contiguous, of that shape."""
         for image, index in zip(batch, indices, strict=True):
             path = npy_path(self.directory, self.files[index])
             try:
@@ -82,7 +87,6 @@ class PreprocessedSet:
                     f"{path} is damaged or holds no {self.spec.dtype} {list(self.spec.shape)}; "
                     "run `harness preprocess` again"
                 )
-        return batch
 
 
 def load_preprocessed(directory: Path, spec: InputSpec) -> PreprocessedSet:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 DETECTION_FIELDS = 7
 """Columns of a detection row: image index, ymin, xmin, ymax, xmax, score, label."""
@@ -15,6 +15,13 @@ DETECTION_FIELDS = 7
 
 class EngineError(Exception):
     """A user-visible failure of an engine: what was wrong, where, what to do. One line."""
+
+
+class SessionLostError(EngineError):
+    """A session cannot go on, as when its server or GPU is gone; other sessions may.
+
+    Its batches in flight are not done.
+    """
 
 
 @dataclass(frozen=True)
@@ -39,43 +46,98 @@ class InputSpec:
     scale: float | None = None
 
 
-def check_images(images: NDArray[np.generic], spec: InputSpec, taker: str) -> None:
-    """Check the dtype and the shape of a batch against what ``the <taker>`` takes.
+def check_images(images: Sequence[NDArray[np.generic]], spec: InputSpec, taker: str) -> int:
+    """Check the dtype and the shape of a batch, given as runs, against what ``the <taker>`` takes.
+
+    Returns
+    -------
+    int
+        Images of the batch.
 
     Raises
     ------
     EngineError
-        When one of them is another.
+        When one of them is another, or there is no image.
     """
-    if images.dtype != spec.dtype:
-        raise EngineError(f"images are {images.dtype}, the {taker} takes {spec.dtype}")
-    if images.ndim != 4 or images.shape[1:] != spec.shape or not len(images):
-        raise EngineError(
-            f"images have the shape {images.shape}, the {taker} takes (N >= 1, "
-            f"{', '.join(map(str, spec.shape))})"
-        )
+    total = 0
+    for run in images:
+        if run.dtype != spec.dtype:
+            raise EngineError(f"images are {run.dtype}, the {taker} takes {spec.dtype}")
+        if run.ndim != 4 or run.shape[1:] != spec.shape or not len(run):
+            raise EngineError(
+                f"images have the shape {run.shape}, the {taker} takes (N >= 1, "
+                f"{', '.join(map(str, spec.shape))})"
+            )
+        total += len(run)
+    if not total:
+        raise EngineError("a batch without images")
+    return total
 
 
 class Session(Protocol):
-    """One stream of execution of an engine. Not shared between threads."""
+    """One stream of execution of an engine.
 
-    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Detect objects in a batch.
+    One thread submits batches, and one, the same or another, takes their results, in the same
+    order.
+    """
+
+    @property
+    def depth(self) -> int:
+        """Batches that may be in flight: submitted, and their results not taken; 1 or more."""
+        ...
+
+    def submit(self, images: Sequence[NDArray[np.generic]]) -> None:
+        """Start on a batch.
 
         Parameters
         ----------
         images
-            [N, *spec.shape] of the input spec's dtype, C-contiguous, 1 <= N <= max_batch.
+            Runs of images: arrays [n, *spec.shape] of the input spec's dtype, C-contiguous, which
+            are the batch one after the other; 1 <= sum of n <= max_batch. They must not change
+            until the result has been taken. Fast where they lie in memory of `Engine.host_array`.
+
+        Raises
+        ------
+        EngineError
+            When the images are not what the engine takes, `depth` batches are in flight, or the
+            batch cannot be started.
+        SessionLostError
+            When the session cannot go on.
+        """
+        ...
+
+    def result(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Wait for the oldest batch in flight.
 
         Returns
         -------
         detections
             float32 [N, keepTopK, 7]: image index in the batch, ymin, xmin, ymax, xmax (normalised,
-            clipped to [0, 1]), score, label; descending score; unused rows have label -1.
+            clipped to [0, 1]), score, label; descending score; unused rows have label -1. Valid
+            until the next call.
         num_detections
-            int32 [N], valid rows per image.
+            int32 [N], valid rows per image; valid until the next call.
+
+        Raises
+        ------
+        EngineError
+            When no batch is in flight, or it failed.
+        SessionLostError
+            When the session cannot go on.
         """
         ...
+
+    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Detect objects in a batch, from `submit` to `result`; the arrays are the caller's.
+
+        Parameters
+        ----------
+        images
+            [N, *spec.shape], the whole batch.
+        """
+        self.submit([images])
+        detections, counts = self.result()
+        return detections.copy(), counts.copy()
 
     def close(self) -> None:
         """Release what the session holds, GPU memory above all; it cannot be used afterwards."""
@@ -102,4 +164,11 @@ class Engine(Protocol):
 
     def session(self) -> Session:
         """Open a new session."""
+        ...
+
+    def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Allocate host memory from which the engine takes images fastest, as pinned on a GPU.
+
+        It is freed when no array refers to it any more.
+        """
         ...

@@ -1,9 +1,10 @@
-"""Three measurements of the harness itself: ``python -m harness.bench``.
+"""Four measurements of the harness itself: ``python -m harness.bench``.
 
 1. efficiency: Offline samples/s through LoadGen over those of the bare engine in a plain loop, at
    the same batch and threads, in turns; 2. latency: Server p99 with an engine that does nothing at
-   1,000 queries/s; 3. preprocessing: images/s over those of a plain OpenCV loop on one core times
-   the processes used.
+1,000 queries/s; 3. overhead: samples/s with an engine that does nothing, over those of a SUT that
+answers in LoadGen's own call; 4. preprocessing: images/s over those of a plain OpenCV loop on one
+core times the processes used.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from engine.backends.blocking import BlockingSession
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
 from engine.files import write_atomically
 from engine.load import load_engine
@@ -31,13 +33,17 @@ from engine.preprocessed import MEAN, STD
 from engine.protocol import DETECTION_FIELDS, Engine, EngineError, InputSpec, Session
 from harness.dataset import Dataset, known_dataset, load_map
 from harness.errors import HarnessError
-from harness.loadgen import Outcome, RunFailedError, run_test
+from harness.loadgen import USER_CONF, Outcome, RunFailedError, run_test
+from harness.loadgen_log import DetailLog, read_complete
 from harness.preprocess import preprocess
 from harness.qsl import SampleSource
-from harness.settings import Offline, Server, Settings
+from harness.settings import Offline, Server, Settings, apply
 
 _SAMPLES_IN_MEMORY = 64
 _NULL_QPS = 1000.0
+_OVERHEAD_BATCH = 64
+_OVERHEAD_SAMPLES = 50_000  # Offline
+_SATURATING_QPS = 200_000.0  # Server, without batches: more than Python answers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -77,6 +83,7 @@ def bench(
     steps: dict[str, Callable[[], dict[str, object]]] = {
         "efficiency": lambda: measure_efficiency(loaded, batch, rounds, seconds),
         "null_server": lambda: measure_null_server(rounds, seconds),
+        "overhead": lambda: measure_overhead(rounds, seconds / 40),
         "preprocessing": lambda: measure_preprocessing(data, image_size, threads, rounds),
     }
     for name, measure in steps.items():
@@ -95,7 +102,8 @@ def measure_efficiency(
     not quiet, it tells what the harness itself costs.
     """
     source = _RandomImages(engine.input_spec)
-    images = source.load(range(_SAMPLES_IN_MEMORY))
+    images = np.empty((_SAMPLES_IN_MEMORY, *engine.input_spec.shape), engine.input_spec.dtype)
+    source.read_into(images, range(_SAMPLES_IN_MEMORY))
     session = engine.session()
     session.infer(images[:batch])
     batches = max(1, round(_loop_rate(session, images, batch, 2) * seconds / batch))
@@ -132,6 +140,59 @@ def measure_null_server(rounds: int, seconds: float) -> dict[str, object]:
         "p99_ms": p99,
         "median_p99_ms": statistics.median(p99),
     }
+
+
+def measure_overhead(rounds: int, seconds: float) -> dict[str, object]:
+    """Most samples per second through LoadGen, with nothing to do.
+
+    Parameters
+    ----------
+    rounds
+        Turns.
+    seconds
+        Length of the Server schedule.
+
+    Returns
+    -------
+    dict
+        For Offline in batches and Server in single samples: samples/s of the harness in each turn,
+        those of a SUT that does nothing else than complete its samples (in Server, the schedule's
+        when it keeps up), and the ratio of medians.
+    """
+    engine = _NullEngine()
+    settings: Sequence[tuple[Settings, str]] = (
+        (
+            Offline(
+                min_duration_ms=1,
+                min_query_count=_OVERHEAD_SAMPLES,
+                target_qps=1.0,
+                batch_size=_OVERHEAD_BATCH,
+            ),
+            "result_samples_per_second",
+        ),
+        (
+            Server(
+                min_duration_ms=max(1, round(1000 * seconds)),
+                target_qps=_SATURATING_QPS,
+                batch_size=1,
+                batch_delay_ms=0.0,
+            ),
+            "result_completed_samples_per_sec",
+        ),
+    )
+    found: dict[str, object] = {}
+    for setting, key in settings:
+        ours, bare = [], []
+        for _ in range(rounds):
+            bare.append(_bare_run(setting).values[key])
+            ours.append(_run(engine, _RandomImages(engine.input_spec), setting).detail.values[key])
+        found[setting.scenario] = {
+            "batch": setting.batch,
+            "samples_per_second": ours,
+            "bare_samples_per_second": bare,
+            "ratio": statistics.median(ours) / statistics.median(bare),
+        }
+    return found
 
 
 def measure_preprocessing(
@@ -201,8 +262,8 @@ class _RandomImages:
             images = np.clip(np.rint(images / spec.scale), -127, 127)
         self._images = images.astype(spec.dtype)
 
-    def load(self, indices: Sequence[int]) -> NDArray[np.generic]:
-        return np.ascontiguousarray(self._images[list(indices)])
+    def read_into(self, batch: NDArray[np.generic], indices: Sequence[int]) -> None:
+        batch[:] = self._images[list(indices)]
 
 
 class _NullEngine:
@@ -212,15 +273,18 @@ class _NullEngine:
     max_batch = None
     manifest: Mapping[str, object] = {"backend": "null"}
 
-    def session(self) -> _NullEngine:
-        return self
+    def __init__(self) -> None:
+        self._detections = np.zeros((_SAMPLES_IN_MEMORY, 200, DETECTION_FIELDS), np.float32)
+        self._counts = np.full(_SAMPLES_IN_MEMORY, 10, np.int32)
 
-    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        detections = np.zeros((len(images), 200, DETECTION_FIELDS), np.float32)
-        return detections, np.full(len(images), 10, np.int32)
+    def session(self) -> BlockingSession:
+        return BlockingSession(
+            lambda _: None,
+            lambda images: (self._detections[: len(images)], self._counts[: len(images)]),
+        )
 
-    def close(self) -> None:
-        pass
+    def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        return np.empty(shape, dtype)
 
 
 def _loop_rate(session: Session, images: NDArray[np.generic], batch: int, batches: int) -> float:
@@ -235,7 +299,31 @@ def _loop_rate(session: Session, images: NDArray[np.generic], batch: int, batche
 
 def _run(engine: Engine, source: SampleSource, settings: Settings) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
-        return run_test(engine, source, settings, "PerformanceOnly", Path(folder), timeout_s=600)
+        return run_test((engine,), source, settings, "PerformanceOnly", Path(folder), timeout_s=600)
+
+
+def _bare_run(settings: Settings) -> DetailLog:
+    """LoadGen with the shortest SUT that Python can be: it answers within the call."""
+    import mlperf_loadgen as lg
+
+    def issue(samples: Sequence[Any]) -> None:
+        lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0) for sample in samples])
+
+    with tempfile.TemporaryDirectory() as folder:
+        test = apply(settings, "PerformanceOnly", Path(folder) / USER_CONF)
+        output = lg.LogOutputSettings()
+        output.outdir = folder
+        log = lg.LogSettings()
+        log.log_output = output
+        log.enable_trace = False
+        sut = lg.ConstructSUT(issue, lambda: None)
+        qsl = lg.ConstructQSL(
+            _SAMPLES_IN_MEMORY, _SAMPLES_IN_MEMORY, lambda _: None, lambda _: None
+        )
+        lg.StartTestWithLogSettings(sut, qsl, test, log, "")
+        lg.DestroyQSL(qsl)
+        lg.DestroySUT(sut)
+        return read_complete(Path(folder), accuracy=False)
 
 
 def _plain_preprocess(image_dir: Path, names: tuple[str, ...], size: int) -> float:

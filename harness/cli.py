@@ -5,22 +5,21 @@ from __future__ import annotations
 import platform
 import signal
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.load import load_engine
-from engine.protocol import Engine, EngineError
+from engine.protocol import EngineError
 from harness.cli_doctor import doctor
 from harness.cli_download import download_app
 from harness.cli_preprocess import preprocess
 from harness.cli_route import register as register_route
 from harness.cli_submission import compliance, submission
 from harness.dataset import known_dataset, load_map, preprocessed_dir
+from harness.devices import load_engines, parse_devices
 from harness.errors import HarnessError
-from harness.options import Backend, BuildDir, DatasetName
+from harness.options import Backend, BuildDir, DatasetName, Device, Devices
 from harness.run_args import choices
 from harness.settings import MODEL, MODES, SCENARIOS, load_settings
 
@@ -96,7 +95,12 @@ def run(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that one batch may take before the run ends.")
     ] = 300.0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = None,
+    devices: Devices = None,
+    streams: Annotated[
+        int | None,
+        typer.Option(help="Sessions side by side on each device.", show_default="1"),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="one per CPU")
     ] = None,
@@ -130,19 +134,22 @@ def run(
             "min_duration_ms": None if min_duration is None else round(min_duration * 1000),
             "min_query_count": min_queries,
             "performance_sample_count": samples,
+            "streams": streams,
         },
     )
     from harness.preprocess import open_current
     from harness.run import Benchmark
-    from harness.run_all import run_all
+    from harness.run_all import new_log_dir, run_all
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
-    loaded: Engine = load_engine(engine, model, device=device, threads=threads)
+    numbers = None if devices is None else parse_devices(devices)
+    engines = load_engines(engine, model, device=device, devices=numbers, threads=threads)
+    spec = engines[0].input_spec
     data = known_dataset(dataset, split, build_dir)
-    directory = preprocessed or preprocessed_dir(build_dir, data, loaded.input_spec)
-    source = open_current(data, loaded.input_spec, directory)
-    benchmark = Benchmark(loaded, source, data, timeout, pictures)
-    root = log_dir or build_dir / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S")
+    directory = preprocessed or preprocessed_dir(build_dir, data, spec)
+    source = open_current(data, spec, directory)
+    benchmark = Benchmark(engines, source, data, timeout, pictures)
+    root = log_dir or new_log_dir(build_dir)
     home = root / (system or platform.node()) / MODEL
     run_all(
         [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +53,20 @@ def make_command(
         typer.Option(help="Name of a file in configs/.", show_default="this machine's"),
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Run for 60 s: a trial.")] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of the GPUs to use together, as 0,1.",
+            show_default="of the system configuration",
+        ),
+    ] = None,
+    streams: Annotated[
+        int | None,
+        typer.Option(
+            help="Sessions side by side on each device.",
+            show_default="of the system configuration",
+        ),
+    ] = None,
     weights: _Weights = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
@@ -82,6 +95,8 @@ def make_command(
         config_ver=config_ver,
         system=system,
         fast=fast,
+        devices=devices,
+        streams=streams,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
     with locked(build_dir), _one_line():
@@ -95,7 +110,7 @@ def tune_command(
     *,
     benchmark: Annotated[str, typer.Option(help="ssd-resnet34 or ssd-resnet34-demo.")] = MODEL,
     engine: Backend = BACKENDS[0],
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     max_batch: _Batches = 64,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of one trial run.")] = 10.0,
     output: Annotated[
@@ -109,9 +124,10 @@ def tune_command(
 ) -> None:
     """Measure the best settings of this machine, and write its system configuration.
 
-    Offline: the threads (on a CPU) and the batch of the highest throughput. Server: the highest
-    arrival rate that LoadGen calls VALID, by bisection.
+    Offline: the batch, the threads (on a CPU) and the streams of the highest throughput. Server:
+    the highest arrival rate that LoadGen calls VALID, by bisection.
     """
+    from engine.backends.cuda import gpu_index
     from harness.build_lock import locked
     from harness.loadgen import RunFailedError
     from harness.route import DATASETS, route_of
@@ -121,7 +137,7 @@ def tune_command(
 
     benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
     engine = choice(engine, BACKENDS, "engine")
-    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+    if device != "cpu" and gpu_index(device) is None:
         raise HarnessError(f"unknown device {device!r}; choose of: cpu, cuda, cuda:N")
     tuning = Tuning(engine, device, max_batch, seconds)
     path = output or config_path(benchmark, device)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.load import load_engine
 from engine.progress import progress_bar
 from harness.audit import COMPLIANCE_TESTS
 from harness.dataset import known_dataset, preprocessed_dir
+from harness.devices import load_engines, parse_devices
 from harness.errors import HarnessError
-from harness.options import Backend, BuildDir
+from harness.options import Backend, BuildDir, Device, Devices
 
 if TYPE_CHECKING:
     from harness.compliance import Verdict
@@ -46,7 +46,8 @@ def compliance(
             show_default="as in the base run",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = None,
+    devices: Devices = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="one per CPU")
     ] = None,
@@ -67,19 +68,21 @@ def compliance(
     from harness.run_all import leave
 
     bases = find_bases([base])
-    loaded = load_engine(engine, model, device=device, threads=threads)
+    numbers = None if devices is None else parse_devices(devices)
+    engines = load_engines(engine, model, device=device, devices=numbers, threads=threads)
+    spec = engines[0].input_spec
     failed = False
     try:
         for one in bases:
             _, result = one.run("PerformanceOnly")
             dataset, _, split = str(result.dataset["name"]).rpartition("-")
             data = known_dataset(dataset, split, build_dir)
-            directory = preprocessed or preprocessed_dir(build_dir, data, loaded.input_spec)
-            source = open_current(data, loaded.input_spec, directory)
+            directory = preprocessed or preprocessed_dir(build_dir, data, spec)
+            source = open_current(data, spec, directory)
             timeout = float(result.settings["timeout_s"])
             with progress_bar(f"{one.scenario} {name}") as progress:
                 verdict = check_compliance(
-                    Benchmark(loaded, source, data, timeout),
+                    Benchmark(engines, source, data, timeout),
                     one,
                     name,
                     samples=samples,

@@ -200,7 +200,7 @@ def check_compliance(
 
 def _check_same(benchmark: Benchmark, directory: Path, result: RunResult) -> None:
     """A compliance test says something only about the engine and the samples that were run."""
-    now: dict[str, Any] = json.loads(json.dumps(dict(benchmark.engine.manifest)))
+    now: dict[str, Any] = json.loads(json.dumps(benchmark.manifest))
     then = dict(result.engine)
     different = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     if different:

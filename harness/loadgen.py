@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlperf_loadgen as lg
 
+from engine.numa import gpu_cpus, running_on
 from engine.progress import Progress
 from engine.protocol import Engine, EngineError
 from harness.audit import Audit
 from harness.errors import HarnessError
 from harness.loadgen_log import DetailLog, read_complete
 from harness.qsl import SampleLibrary, SampleSource
-from harness.settings import Mode, Settings, apply, fitted
+from harness.settings import (
+    Mode,
+    MultiStream,
+    Server,
+    Settings,
+    SingleStream,
+    apply,
+    fitted,
+)
 from harness.sut import Sut
 
 USER_CONF = "user.conf"
@@ -55,16 +64,19 @@ class Outcome:
     settings
         As used, estimates filled in.
     batch_seconds
-        Seconds that the engine took for each batch, in order.
+        Seconds of each batch from its submission to its result, in order of the results.
+    losses
+        One sentence for each session that was lost.
     """
 
     detail: DetailLog
     settings: Settings
     batch_seconds: tuple[float, ...]
+    losses: tuple[str, ...]
 
 
 def run_test(
-    engine: Engine,
+    engines: Sequence[Engine],
     source: SampleSource,
     settings: Settings,
     mode: Mode,
@@ -78,8 +90,8 @@ def run_test(
 
     Parameters
     ----------
-    engine
-        The engine under test.
+    engines
+        The engine under test, on every device.
     source
         Preprocessed images that fit the engine's input.
     settings
@@ -102,15 +114,29 @@ def run_test(
     RunFailedError
         When the engine fails, does not answer in time, or the user interrupts.
     """
-    settings = fitted(settings, engine.max_batch)
-    library = SampleLibrary(source)
-    batch = min(settings.batch, engine.max_batch or settings.batch)
-    sut = Sut(engine, library, batch=batch, max_wait_s=settings.max_wait_s)
+    limit = min((engine.max_batch for engine in engines if engine.max_batch), default=None)
+    settings = fitted(settings, limit)
+    library = SampleLibrary(source, engines[0])
+    batch = min(settings.batch, limit or settings.batch)
+    sut = Sut(
+        engines,
+        library,
+        batch=batch,
+        max_wait_s=settings.max_wait_s,
+        streams=settings.streams,
+        one_by_one=isinstance(settings, SingleStream | MultiStream),
+    )
     total = len(source.files)
+    warm_up = [index % total for index in range(batch)]
+    cpus = gpu_cpus(str(engines[0].manifest.get("device")))
     try:
-        sut.start(source.load([index % total for index in range(batch)]))
-        if not sut.wait_ready(timeout_s):
-            sut.fail(_timeout(timeout_s))
+        with running_on(cpus):
+            library.load(warm_up)
+        # an engine may have to prepare for every size of a batch, and Server brings them all
+        sut.start(warm_up, range(1, batch) if isinstance(settings, Server) else ())
+        while not sut.wait_ready(_POLL_SECONDS):
+            if sut.stalled_for() > timeout_s:
+                sut.fail(_timeout(timeout_s))
         if sut.failure is None:
             settings = settings.estimated(sut.warm_up_seconds * settings.batch / batch)
             thread = _StartTest(
@@ -120,6 +146,7 @@ def run_test(
                 directory=directory,
                 audit=audit,
                 sizes=(total, settings.performance_sample_count),
+                cpus=cpus,
             )
             _watch(sut, thread, timeout_s, _reporter(sut, progress, settings, mode, total))
         sut.stop(_GRACE_SECONDS)
@@ -130,6 +157,7 @@ def run_test(
         read_complete(directory, accuracy=mode == "AccuracyOnly"),
         settings,
         tuple(sut.batch_seconds),
+        tuple(sut.losses),
     )
 
 
@@ -145,6 +173,7 @@ class _StartTest(threading.Thread):
         directory: Path,
         audit: Audit | None,
         sizes: tuple[int, int],
+        cpus: frozenset[int] | None,
     ) -> None:
         super().__init__(name="loadgen", daemon=True)
         self._sut = sut
@@ -153,31 +182,36 @@ class _StartTest(threading.Thread):
         self._directory = directory
         self._audit = audit
         self._sizes = sizes
+        self._cpus = cpus
         self.ended = threading.Event()
 
     def run(self) -> None:
         """Run the test; nothing is raised, an error is the SUT's failure."""
         try:
-            output = lg.LogOutputSettings()
-            output.outdir = str(self._directory)
-            log = lg.LogSettings()
-            log.log_output = output
-            log.enable_trace = False  # hundreds of megabytes
-            qsl = lg.ConstructQSL(*self._sizes, self._load, self._library.unload)
-            sut = lg.ConstructSUT(self._sut.issue, self._sut.flush)
-            # the empty name: LoadGen would else obey an audit.config in the working directory
-            config = ""
-            if self._audit is not None:
-                config = str(self._directory / AUDIT_CONFIG)
-                Path(config).write_text(self._audit.config)
-                self._test.test05 = self._audit.other_seeds
-            lg.StartTestWithLogSettings(sut, qsl, self._test, log, config)
-            lg.DestroySUT(sut)
-            lg.DestroyQSL(qsl)
+            with running_on(self._cpus):  # it loads the samples
+                self._run()
         except BaseException as error:
             self._sut.fail(error)
         finally:
             self.ended.set()
+
+    def _run(self) -> None:
+        output = lg.LogOutputSettings()
+        output.outdir = str(self._directory)
+        log = lg.LogSettings()
+        log.log_output = output
+        log.enable_trace = False  # hundreds of megabytes
+        qsl = lg.ConstructQSL(*self._sizes, self._load, self._library.unload)
+        sut = lg.ConstructSUT(self._sut.issue, self._sut.flush)
+        # the empty name: LoadGen would else obey an audit.config in the working directory
+        config = ""
+        if self._audit is not None:
+            config = str(self._directory / AUDIT_CONFIG)
+            Path(config).write_text(self._audit.config)
+            self._test.test05 = self._audit.other_seeds
+        lg.StartTestWithLogSettings(sut, qsl, self._test, log, config)
+        lg.DestroySUT(sut)
+        lg.DestroyQSL(qsl)
 
     def _load(self, indices: list[int]) -> None:
         try:

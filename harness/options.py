@@ -16,3 +16,11 @@ BuildDir = Annotated[
 DatasetName = Annotated[
     str, typer.Option("--dataset", help="coco, demo or another folder of data_maps.")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu, or cuda with --devices"),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(help="Numbers of the GPUs to use together, as 0,1.", show_default="the first"),
+]

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.protocol import Engine
+
 
 class SampleSource(Protocol):
     """Preprocessed images in QSL order."""
@@ -17,64 +19,75 @@ class SampleSource(Protocol):
         """Image file names; the position is the QSL index."""
         ...
 
-    def load(self, indices: Sequence[int]) -> NDArray[np.generic]:
-        """Images of these QSL indices, [len(indices), C, H, W], C-contiguous."""
+    def read_into(self, batch: NDArray[np.generic], indices: Sequence[int]) -> None:
+        """Read the images of these QSL indices into `batch`, [len(indices), C, H, W]."""
         ...
 
 
 class SampleLibrary:
-    """Samples that LoadGen has loaded, in one contiguous array.
+    """Samples that LoadGen has loaded, in one contiguous array of the engine's host memory.
+
+    The memory is kept from one load to the next, because allocating pinned memory takes long.
 
     Parameters
     ----------
     source
         Where the samples come from.
+    engine
+        Who allocates the memory.
     """
 
-    def __init__(self, source: SampleSource) -> None:
+    def __init__(self, source: SampleSource, engine: Engine) -> None:
         self._source = source
-        self._row = np.zeros(len(source.files), np.int64)
-        self._loaded = np.empty(0, np.int64)
-        self._images: NDArray[np.generic] | None = None
+        self._engine = engine
+        spec = engine.input_spec
+        self._memory: NDArray[np.generic] = np.empty((0, *spec.shape), spec.dtype)
+        self._loaded: list[int] = []
+        self._row: dict[int, int] = {}
 
     def load(self, indices: Sequence[int]) -> None:
         """Load samples, in this order; LoadGen repeats the first ones at the end in MultiStream."""
-        self._images = self._source.load(indices)
-        self._loaded = np.array(indices, np.int64)
+        self.unload(())
+        count, spec = len(indices), self._engine.input_spec
+        if count > len(self._memory):
+            self._memory = np.empty((0, *spec.shape), spec.dtype)  # frees the old memory first
+            self._memory = self._engine.host_array((count, *spec.shape), spec.dtype)
+        self._source.read_into(self._memory[:count], indices)
+        self._loaded = list(indices)
         # reversed: of a repeated sample the first row counts
-        self._row[self._loaded[::-1]] = np.arange(len(indices))[::-1]
+        self._row = dict(zip(reversed(indices), reversed(range(count)), strict=True))
 
     def unload(self, indices: Sequence[int]) -> None:
-        """Free the samples; LoadGen unloads exactly what it loaded last."""
+        """Forget the samples; LoadGen unloads exactly what it loaded last."""
         del indices
-        self._images = None
-        self._loaded = np.empty(0, np.int64)
+        self._loaded, self._row = [], {}
 
-    def batch(self, indices: NDArray[np.int64]) -> NDArray[np.generic]:
-        """Images of loaded samples.
+    def runs(self, indices: Sequence[int]) -> list[NDArray[np.generic]]:
+        """Images of loaded samples, without a copy.
 
         Parameters
         ----------
         indices
-            int64 [N], QSL indices.
+            QSL indices.
 
         Returns
         -------
-        ndarray
-            [N, C, H, W]; a view when the samples lie one after the other, else a copy.
+        list of ndarray
+            Views [n, C, H, W], one for each longest run of samples that lie one after the other;
+            together they are the images in the order of `indices`.
 
         Raises
         ------
         LookupError
             When a sample is not loaded.
         """
-        images, loaded = self._images, self._loaded
-        if images is None:
-            raise LookupError("no samples are loaded")
-        start = int(self._row[indices[0]])
-        if np.array_equal(loaded[start : start + len(indices)], indices):
-            return images[start : start + len(indices)]
-        rows = self._row[indices]
-        if not np.array_equal(loaded[rows], indices):
-            raise LookupError("a sample is asked for that is not loaded")
-        return images[rows]
+        loaded, total = self._loaded, len(indices)
+        views = []
+        at = 0
+        while at < total:
+            start = row = self._row[indices[at]]
+            while at < total and row < len(loaded) and loaded[row] == indices[at]:
+                at += 1
+                row += 1
+            views.append(self._memory[start:row])
+        return views

@@ -55,7 +55,7 @@ class RunResult:
     errors
         LoadGen's errors, and what an INVALID run missed.
     warnings
-        What a reader of the accuracy must know.
+        What a reader of the accuracy must know, and the sessions that were lost.
     accuracy
         Result of the evaluation of an accuracy run.
     pictures
@@ -63,11 +63,13 @@ class RunResult:
     dataset
         Name and number of the samples.
     engine
-        The engine's manifest.
+        The engine's manifest, and the devices it ran on.
     settings
         Ours, and those that LoadGen reports as effective.
     versions
         Of the software and the machine.
+    command
+        What the user ran.
     commit
         Git commit of the project when it runs from a checkout, with ``-dirty`` when changed.
     finished
@@ -90,6 +92,7 @@ class RunResult:
     engine: Mapping[str, Any]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    command: str
     commit: str | None
     finished: str
 

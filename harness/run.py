@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.environment import commit, now
+from engine.environment import command_line, commit, now
 from engine.progress import Progress
 from engine.protocol import Engine
 from harness.accuracy import evaluate, read_accuracy_log
@@ -37,8 +37,8 @@ class Benchmark:
 
     Attributes
     ----------
-    engine
-        The engine under test.
+    engines
+        The engine under test, on every device.
     source
         Preprocessed images that fit the engine.
     dataset
@@ -47,13 +47,39 @@ class Benchmark:
         Longest time in seconds that the engine may take for one batch.
     pictures
         Number of images on which an accuracy run draws its detections.
+
+    Raises
+    ------
+    HarnessError
+        When the engines are not one and the same.
     """
 
-    engine: Engine
+    engines: tuple[Engine, ...]
     source: SampleSource
     dataset: Dataset | None
     timeout_s: float
     pictures: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the engines may stand for each other."""
+        first, *others = self.engines
+        for other in others:
+            if other.input_spec != first.input_spec:
+                raise HarnessError(
+                    f"the engines take different images: {first.input_spec}, {other.input_spec}"
+                )
+            hashes = [engine.manifest.get("onnx_sha256") for engine in (first, other)]
+            if hashes[0] != hashes[1]:
+                raise HarnessError(
+                    f"the engines come from different models: SHA-256 {hashes[0]}, {hashes[1]}"
+                )
+
+    @property
+    def manifest(self) -> dict[str, object]:
+        """The first engine's manifest, with the ``devices`` of all instead of its ``device``."""
+        manifests = [dict(engine.manifest) for engine in self.engines]
+        devices = [manifest.pop("device", None) for manifest in manifests]
+        return {**manifests[0], "devices": devices}
 
 
 def run(
@@ -99,7 +125,7 @@ def run(
         partial.mkdir(parents=True)
         (partial / SAMPLES).write_text("".join(f"{name}\n" for name in benchmark.source.files))
         outcome = run_test(
-            benchmark.engine,
+            benchmark.engines,
             benchmark.source,
             settings,
             mode,
@@ -133,7 +159,7 @@ def run(
 def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path) -> RunResult:
     detail = outcome.detail
     if mode == "AccuracyOnly":
-        figures = _accuracy_figures(benchmark, directory)
+        figures = _accuracy_figures(benchmark, outcome, directory)
     else:
         figures = performance_figures(outcome)
     dataset = benchmark.dataset
@@ -146,20 +172,21 @@ def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path)
             "latency_ms": {} if mode == "AccuracyOnly" else detail.latency_ms,
             "batch_latency_ms": latency_summary(outcome.batch_seconds),
             "errors": detail.complaints,
-            "warnings": _skipped(benchmark),
+            "warnings": (*_skipped(benchmark), *outcome.losses),
             "accuracy": None,
             "pictures": None,
             "dataset": {
                 "name": dataset.name if dataset else None,
                 "samples": len(benchmark.source.files),
             },
-            "engine": benchmark.engine.manifest,
+            "engine": benchmark.manifest,
             "settings": {
                 **dataclasses.asdict(outcome.settings),
                 "timeout_s": benchmark.timeout_s,
                 "loadgen": detail.effective,
             },
             "versions": versions(str(detail.values.get("loadgen_version"))),
+            "command": command_line(),
             "commit": commit(),
             "finished": now(),
             **figures,
@@ -167,7 +194,7 @@ def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path)
     )
 
 
-def _accuracy_figures(benchmark: Benchmark, directory: Path) -> dict[str, Any]:
+def _accuracy_figures(benchmark: Benchmark, outcome: Outcome, directory: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"metric": "mAP", "value": None}
     dataset = benchmark.dataset
     if dataset is None or dataset.annotations is None:
@@ -177,7 +204,7 @@ def _accuracy_figures(benchmark: Benchmark, directory: Path) -> dict[str, Any]:
     accuracy = evaluate(log, dataset.annotations, files)
     figures["value"] = accuracy.mAP
     figures["accuracy"] = dataclasses.asdict(accuracy)
-    figures["warnings"] = (*_skipped(benchmark), *accuracy.warnings)
+    figures["warnings"] = (*_skipped(benchmark), *outcome.losses, *accuracy.warnings)
     if benchmark.pictures:
         draw_detections(
             dataset.image_dir,

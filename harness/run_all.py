@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import NoReturn
 
 import typer
 
 from engine.progress import progress_bar
+from harness.errors import HarnessError
 from harness.loadgen import RunFailedError
 from harness.report import print_table
 from harness.result import RunResult
@@ -19,6 +22,27 @@ from harness.settings import Mode, Settings
 
 Test = tuple[Benchmark, Settings, Mode, Path]
 """What to run, and the folder for its logs."""
+
+
+def new_log_dir(build_dir: Path) -> Path:
+    """Make a folder for the logs of a run, which no other run has: ``logs/<time>``.
+
+    Raises
+    ------
+    HarnessError
+        When it cannot be made.
+    """
+    stem = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for name in chain([stem], (f"{stem}-{number}" for number in count(2))):
+        folder = build_dir / "logs" / name
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # of a run that began in the same second
+            continue
+        except OSError as error:
+            raise HarnessError(f"{folder}: cannot make it: {error.strerror}") from error
+        return folder
+    raise AssertionError  # the numbers do not end
 
 
 def run_all(tests: Sequence[Test]) -> None:

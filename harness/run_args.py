@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
+from harness.devices import parse_devices
 from harness.errors import HarnessError
 from harness.route import DATASETS
 from harness.settings import MODES, SCENARIOS, Mode
@@ -30,6 +31,9 @@ class RunArgs:
         Name of the system configuration; None: this machine's.
     fast
         Run with `FAST`.
+    devices, streams
+        Instead of those of the system configuration, see `harness.system_config.SystemConfig` and
+        `harness.settings.Settings`; None: those.
     """
 
     benchmarks: tuple[str, ...]
@@ -38,6 +42,8 @@ class RunArgs:
     version: str
     system: str | None
     fast: bool
+    devices: tuple[int, ...] | None
+    streams: int | None
 
 
 def run_args(
@@ -48,6 +54,8 @@ def run_args(
     config_ver: str,
     system: str | None,
     fast: bool,
+    devices: str | None,
+    streams: int | None,
 ) -> RunArgs:
     """Check the arguments.
 
@@ -63,6 +71,8 @@ def run_args(
         choice(config_ver, VERSIONS, "config version"),
         system,
         fast,
+        None if devices is None else parse_devices(devices),
+        streams,
     )
 
 

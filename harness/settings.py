@@ -45,6 +45,8 @@ class Settings:
         Fewest queries of a performance run (Offline: samples).
     performance_sample_count
         Samples that are in memory together; a performance run uses only these.
+    streams
+        Sessions of the engine that work side by side on each device.
     """
 
     scenario: ClassVar[str]
@@ -59,6 +61,7 @@ class Settings:
         default=64,
         metadata=_loadgen("performance_sample_count_override", "performance_sample_count_override"),
     )
+    streams: int = 1
 
     @property
     def batch(self) -> int:
@@ -100,9 +103,8 @@ class SingleStream(Settings):
 
     def estimated(self, batch_seconds: float) -> SingleStream:
         """See `Settings.estimated`: half the measured latency."""
-        if self.target_latency_ms is not None:
-            return self
-        return dataclasses.replace(self, target_latency_ms=max(500 * batch_seconds, 1e-3))
+        latency_ms = self.target_latency_ms or max(500 * batch_seconds, 1e-3)
+        return dataclasses.replace(self, target_latency_ms=latency_ms)
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,8 @@ class MultiStream(Settings):
 
     def estimated(self, batch_seconds: float) -> MultiStream:
         """See `Settings.estimated`: half the measured latency."""
-        if self.target_latency_ms is not None:
-            return self
-        return dataclasses.replace(self, target_latency_ms=max(500 * batch_seconds, 1e-3))
+        latency_ms = self.target_latency_ms or max(500 * batch_seconds, 1e-3)
+        return dataclasses.replace(self, target_latency_ms=latency_ms)
 
 
 @dataclass(frozen=True)

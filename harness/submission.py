@@ -23,7 +23,7 @@ from harness.errors import HarnessError
 from harness.loadgen import USER_CONF
 from harness.loadgen_log import ACCURACY, DETAIL, SUMMARY
 from harness.result import RunResult
-from harness.settings import MODEL
+from harness.settings import MODEL, MODES
 from harness.system_description import (
     CALIBRATION,
     MAY_BE_EMPTY,
@@ -232,11 +232,11 @@ def _readme(base: Base, result: RunResult) -> str:
         test = json.loads(path.read_text())
         remarks += [f"{test['test']}: {remark}" for remark in test["remarks"]]
     departures = "\n".join(f"* {remark}" for remark in remarks)
+    runs = [base.run(mode)[1] for mode in MODES]
+    commands = "\n".join(dict.fromkeys(f"    {run.command}" for run in runs))
     return (
         f"# {MODEL}, {base.scenario}, {_system(base)}\n\n"
-        f"    harness run MODEL --engine {result.engine.get('backend')} "
-        f"--dataset {str(result.dataset['name']).rpartition('-')[0]} --scenarios {base.scenario} "
-        "--test_mode AccuracyOnly,PerformanceOnly\n\n"
+        f"{commands}\n\n"
         f"with the settings of user.conf, at commit {result.commit or 'unknown'}, "
         f"{result.dataset['samples']} samples.\n\n"
         f"## Engine\n\n{engine}\n\n## Departures from MLPerf Inference v2.0\n\n{departures}\n"

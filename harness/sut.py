@@ -1,74 +1,108 @@
-"""The system under test: LoadGen's queries in, batches through an engine, responses out."""
+"""The system under test: LoadGen's queries in, batches through the engines, responses out."""
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
+from itertools import accumulate
+from queue import SimpleQueue
 from typing import Any
 
 import mlperf_loadgen as lg
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.protocol import DETECTION_FIELDS, Engine, EngineError
+from engine.numa import gpu_cpus, running_on
+from engine.protocol import Engine, Session, SessionLostError
+from harness.batcher import Batch, Batcher
 from harness.qsl import SampleLibrary
+from harness.response import check_outputs, pack
 
-_Query = tuple[list[int], list[int]]
-"""Response ids and QSL indices."""
-
-_ROW_BYTES = DETECTION_FIELDS * np.dtype(np.float32).itemsize
 _WARM_UP_SECONDS = 2.0
+_WARM_UP_RUNS = 5
+_SMALL_SECONDS = 10.0  # for all smaller batches, which an engine on a CPU has no need of
 
 
 class Sut:
-    """One worker thread that batches samples, runs the engine and completes the samples.
+    """Sessions of one or more engines, which pull batches from one queue.
 
-    LoadGen's thread only puts queries into a queue. The first error, whoever meets it, completes
-    all outstanding samples with empty data, and every later one too, so that LoadGen comes to an
-    end; a sample is completed exactly once whatever happens.
+    LoadGen's thread only puts samples into the queue; the threads of each `_Lane` do the rest. The
+    first error, whoever meets it, completes all outstanding samples with empty data, and every
+    later one too, so that LoadGen comes to an end; a sample is completed exactly once whatever
+    happens. A session that is lost leaves its batches to the others; only the last one's loss is an
+    error.
 
     Parameters
     ----------
-    engine
-        Its session is opened and used in the worker thread.
+    engines
+        One for each device.
     library
-        Where the worker finds the samples.
+        Where the sessions find the samples.
     batch
         Largest batch.
     max_wait_s
-        Seconds for which a batch that is not full waits for more samples.
+        Seconds for which a sample waits for others to fill up its batch.
+    streams
+        Sessions of each engine.
+    one_by_one
+        Whether a query comes only after the answer to the last one: a session's first thread then
+        takes the result, too, which saves the time that waking up the other one takes.
     """
 
     def __init__(
-        self, engine: Engine, library: SampleLibrary, *, batch: int, max_wait_s: float
+        self,
+        engines: Sequence[Engine],
+        library: SampleLibrary,
+        *,
+        batch: int,
+        max_wait_s: float,
+        streams: int = 1,
+        one_by_one: bool = False,
     ) -> None:
-        self._engine = engine
-        self._library = library
-        self._batch = batch
-        self._max_wait_s = max_wait_s
-        self._queue: queue.SimpleQueue[_Query | None] = queue.SimpleQueue()
+        self.library = library
+        self.one_by_one = one_by_one
+        self.batcher = Batcher(batch, max_wait_s)
+        self.ended = threading.Event()
+        self.failure: BaseException | None = None
+        self.issued = 0
+        self.completed = 0
+        self.batch_seconds: list[float] = []
+        self.losses: list[str] = []
         self._lock = threading.Lock()
         self._outstanding: set[int] = set()
         self._last_progress = time.monotonic()
         self._ready = threading.Event()
-        self._ended = threading.Event()
-        self._worker: threading.Thread | None = None
-        self.failure: BaseException | None = None
-        self.warm_up_seconds = 0.0
-        self.issued = 0
-        self.completed = 0
-        self.batch_seconds: list[float] = []
+        self._together = threading.Barrier(len(engines) * streams)
+        self._lanes = [
+            _Lane(self, engine, number, opening)
+            for engine, opening in ((engine, threading.Lock()) for engine in engines)
+            for number in range(streams)
+        ]
+        self._working = len(self._lanes)
 
-    def start(self, warm_up: NDArray[np.generic]) -> None:
-        """Start the worker, which first runs the engine on the images of one full batch."""
-        self._worker = threading.Thread(target=self._work, args=(warm_up,), name="sut", daemon=True)
-        self._worker.start()
+    @property
+    def warm_up_seconds(self) -> float:
+        """Seconds per full batch of the warm-up, all sessions together."""
+        return 1 / sum(1 / lane.warm_up_seconds for lane in self._lanes)
+
+    def start(self, warm_up: Sequence[int], sizes: Sequence[int] = ()) -> None:
+        """Start the sessions, which first run the engines.
+
+        Parameters
+        ----------
+        warm_up
+            QSL indices of the samples of a full batch, which are loaded.
+        sizes
+            Smaller batches to run before it.
+        """
+        for lane in self._lanes:
+            lane.start(warm_up, sizes, self._together)
 
     def wait_ready(self, timeout: float) -> bool:
-        """Wait for the end of the warm-up (`warm_up_seconds` per batch) or a failure."""
+        """Wait for the end of all warm-ups, or a failure."""
         return self._ready.wait(timeout)
 
     def issue(self, samples: Sequence[Any]) -> None:
@@ -84,7 +118,7 @@ class Sut:
                     self._outstanding.update(ids)
                     self.issued += len(ids)
             if accepted:
-                self._queue.put((ids, indices))
+                self.batcher.put(ids, indices)
             else:
                 _complete_empty(ids)
         except BaseException as error:
@@ -93,6 +127,19 @@ class Sut:
     def flush(self) -> None:
         """LoadGen's FlushQueries: nothing is held back, so there is nothing to do."""
 
+    def complete(self, batch: Batch, rows: NDArray[np.float32], sizes: Sequence[int]) -> None:
+        """Give LoadGen the responses of a batch; see `harness.response.pack`."""
+        starts = accumulate(sizes, initial=rows.ctypes.data)
+        responses = list(map(lg.QuerySampleResponse, batch.ids, starts, sizes))
+        with self._lock:
+            if self.failure is not None:  # somebody else has completed them already
+                return
+            self._outstanding.difference_update(batch.ids)
+            self.completed += len(responses)
+            self._last_progress = time.monotonic()
+        # LoadGen copies the data before it returns, and `rows` lives at least until then
+        lg.QuerySamplesComplete(responses)
+
     def fail(self, error: BaseException) -> None:
         """End the test: keep the first error and complete what is outstanding with empty data."""
         with self._lock:
@@ -100,161 +147,217 @@ class Sut:
                 self.failure = error
             ids = list(self._outstanding)
             self._outstanding.clear()
+        self.batcher.close()
+        self._together.abort()
         _complete_empty(ids)
         self._ready.set()
 
-    def stalled_for(self) -> float:
-        """Seconds without any completed sample while some are outstanding; else 0."""
+    def warmed_up(self) -> None:
+        """Count a session that is ready."""
         with self._lock:
-            return time.monotonic() - self._last_progress if self._outstanding else 0.0
+            ready = all(lane.warm_up_seconds for lane in self._lanes)
+        if ready:
+            self._ready.set()
+
+    def lose(self, lane: _Lane, error: SessionLostError) -> None:
+        """Go on without a session, if there are others."""
+        with self._lock:
+            self._working -= 1
+            left = self._working
+            self.losses.append(f"{lane.name} was lost, {left} of {len(self._lanes)} left: {error}")
+        if not left:
+            self.fail(error)
+
+    def stalled_for(self) -> float:
+        """Seconds without progress: of the slowest session's, or of all while samples are due."""
+        now = time.monotonic()
+        with self._lock:
+            due = now - self._last_progress if self._outstanding else 0.0
+        return max(due, *(lane.busy_for(now) for lane in self._lanes))
 
     def stop(self, timeout: float) -> None:
-        """Let the worker end after what it has; one that blocks is left behind."""
-        self._queue.put(None)
-        self._ended.set()
-        if self._worker is not None:
-            self._worker.join(timeout)
-
-    def _work(self, warm_up: NDArray[np.generic]) -> None:
-        try:
-            with contextlib.closing(self._engine.session()) as session:
-                self.warm_up_seconds = _warm_up(session, warm_up)
-                self._ready.set()
-                for ids, indices in self._batches():
-                    images = self._library.batch(indices)
-                    start = time.perf_counter()
-                    detections, counts = session.infer(images)
-                    self.batch_seconds.append(time.perf_counter() - start)
-                    check_outputs(detections, counts, len(indices))
-                    self._complete(ids, *pack(detections, counts, indices))
-                    if self.failure is not None:
-                        break
-        except BaseException as error:
-            self.fail(error)
-        # LoadGen's logger may still read what this thread logged, and crashes when it is gone
-        self._ended.wait()
-
-    def _batches(self) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
-        while (query := self._queue.get()) is not None:
-            ids, numbers = self._gather(query)
-            indices = np.array(numbers, np.int64)
-            for start in range(0, len(ids), self._batch):
-                yield ids[start : start + self._batch], indices[start : start + self._batch]
-
-    def _gather(self, query: _Query) -> _Query:
-        """Add queries to the first one until a batch is full or its waiting time is over."""
-        ids, indices = query
-        deadline = time.monotonic() + self._max_wait_s
-        while len(ids) < self._batch:
-            remaining = deadline - time.monotonic()
-            try:
-                if remaining > 0:
-                    more = self._queue.get(timeout=remaining)
-                else:
-                    more = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if more is None:
-                self._queue.put(None)
-                break
-            ids, indices = ids + more[0], indices + more[1]
-        return ids, indices
-
-    def _complete(
-        self, ids: list[int], rows: NDArray[np.float32], sizes: NDArray[np.int64]
-    ) -> None:
-        ends = np.cumsum(sizes)
-        starts = (rows.ctypes.data + ends - sizes).tolist()
-        responses = [
-            lg.QuerySampleResponse(*response)
-            for response in zip(ids, starts, sizes.tolist(), strict=True)
-        ]
-        with self._lock:
-            if self.failure is not None:  # somebody else has completed them already
-                return
-            self._outstanding.difference_update(ids)
-            self.completed += len(ids)
-            self._last_progress = time.monotonic()
-        # LoadGen copies the data before it returns, and `rows` lives at least until then
-        lg.QuerySamplesComplete(responses)
-
-
-def check_outputs(detections: NDArray[np.float32], counts: NDArray[np.int32], batch: int) -> None:
-    """Check what an engine returned for a batch.
-
-    Raises
-    ------
-    EngineError
-        When dtype or shape is not the protocol's, a count is out of range, or a valid row is not
-        finite.
-    """
-    if detections.dtype != np.float32 or counts.dtype != np.int32:
-        raise EngineError(
-            f"the engine returned {detections.dtype} detections and {counts.dtype} counts; "
-            "float32 and int32 expected"
-        )
-    if (
-        detections.ndim != 3
-        or detections.shape[::2] != (batch, DETECTION_FIELDS)
-        or counts.shape != (batch,)
-    ):
-        raise EngineError(
-            f"the engine returned detections {detections.shape} and counts {counts.shape} for "
-            f"{batch} images; ({batch}, keepTopK, {DETECTION_FIELDS}) and ({batch},) expected"
-        )
-    if counts.min() < 0 or counts.max() > detections.shape[1]:
-        raise EngineError(
-            f"the engine returned a count of {counts.min()}..{counts.max()} detections; "
-            f"0..{detections.shape[1]} possible"
-        )
-
-
-def pack(
-    detections: NDArray[np.float32], counts: NDArray[np.int32], indices: NDArray[np.int64]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Valid detections of a batch as MLPerf's response payloads.
-
-    Parameters
-    ----------
-    detections
-        float32 [N, keepTopK, 7], see `engine.protocol.Session.infer`.
-    counts
-        int32 [N], valid rows per image.
-    indices
-        int64 [N], QSL indices; below 2**24 they are exact in float32.
-
-    Returns
-    -------
-    rows
-        float32 [sum(counts), 7], one image after the other: QSL index, ymin, xmin, ymax, xmax,
-        score, label.
-    sizes
-        int64 [N], bytes of each image's payload in `rows`.
-
-    Raises
-    ------
-    EngineError
-        When a valid row holds a NaN or an infinity.
-    """
-    rows = detections[np.arange(detections.shape[1]) < counts[:, None]]
-    if not np.isfinite(rows).all():
-        raise EngineError("the engine returned NaN or infinite detections")
-    rows[:, 0] = np.repeat(indices, counts)
-    return rows, counts.astype(np.int64) * _ROW_BYTES
-
-
-def _warm_up(session: Any, images: NDArray[np.generic]) -> float:
-    """Seconds of the fastest of some runs; the first, which is slower, counts only if alone."""
-    begin = time.perf_counter()
-    seconds: list[float] = []
-    while not seconds or (len(seconds) < 5 and time.perf_counter() - begin < _WARM_UP_SECONDS):
-        start = time.perf_counter()
-        detections, counts = session.infer(images)
-        seconds.append(time.perf_counter() - start)
-        check_outputs(detections, counts, len(images))
-    return max(min(seconds), 1e-6)
+        """Let the sessions end after what they have; one that blocks is left behind."""
+        self.batcher.close()
+        self.ended.set()
+        deadline = time.monotonic() + timeout
+        for lane in self._lanes:
+            lane.join(deadline)
 
 
 def _complete_empty(ids: Sequence[int]) -> None:
     if ids:
         lg.QuerySamplesComplete([lg.QuerySampleResponse(item, 0, 0) for item in ids])
+
+
+class _Lane:
+    """A session: a thread that submits batches, and one that takes and completes their results."""
+
+    def __init__(self, sut: Sut, engine: Engine, number: int, opening: threading.Lock) -> None:
+        device = str(engine.manifest.get("device", engine.manifest.get("backend")))
+        self.name = f"session {number} on {device}"
+        self.warm_up_seconds = 0.0
+        self._sut = sut
+        self._engine = engine
+        self._opening = opening
+        self._cpus = gpu_cpus(device)
+        self._slots: SimpleQueue[None] = SimpleQueue()
+        self._in_flight: SimpleQueue[tuple[Batch, float] | None] = SimpleQueue()
+        self._drained = threading.Event()
+        self._lock = threading.Lock()
+        self._lost = False
+        self._started: deque[float] = deque()
+        self._last_result = 0.0
+        self._threads: list[threading.Thread] = []
+
+    def start(
+        self, warm_up: Sequence[int], sizes: Sequence[int], together: threading.Barrier
+    ) -> None:
+        """See `Sut.start`; full batches run when all sessions have come to the barrier."""
+        self._thread(self._work, warm_up, sizes, together)
+
+    def busy_for(self, now: float) -> float:
+        """Seconds that the oldest call into the engine has taken until now; 0 without one."""
+        try:
+            oldest = self._started[0]
+        except IndexError:
+            return 0.0
+        return 0.0 if self._lost else now - max(oldest, self._last_result)
+
+    def join(self, deadline: float) -> None:
+        """Wait for the threads, until a time of `time.monotonic` at the latest."""
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _thread(self, target: Any, *args: Any) -> None:
+        # a daemon: one that blocks in the engine must not keep the process
+        thread = threading.Thread(target=target, args=args, name=self.name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(
+        self, warm_up: Sequence[int], sizes: Sequence[int], together: threading.Barrier
+    ) -> None:
+        try:
+            with running_on(self._cpus):
+                with self._opening:  # one after the other: engines need not expect anything else
+                    self._started.append(time.monotonic())
+                    session = self._engine.session()
+                    self._started.popleft()
+                with contextlib.closing(session):
+                    self._warm_up(session, warm_up, sizes, together)
+                    self._thread(self._take_results, session)
+                    self._sut.warmed_up()
+                    try:
+                        self._submit_batches(session)
+                    except BaseException as error:  # told before waiting for the other thread
+                        self._sut.fail(error)
+                    self._in_flight.put(None)
+                    self._drained.wait()
+        except BaseException as error:
+            self._sut.fail(error)
+        # LoadGen's logger may still read what this thread logged, and crashes when it is gone
+        self._sut.ended.wait()
+
+    def _warm_up(
+        self,
+        session: Session,
+        indices: Sequence[int],
+        sizes: Sequence[int],
+        together: threading.Barrier,
+    ) -> None:
+        """Run smaller batches, then measure full ones, of which the first may be slower."""
+        begin = time.monotonic()
+        for size in sizes:
+            if time.monotonic() - begin > _SMALL_SECONDS:
+                break
+            self._run(session, indices[:size], 1)
+        together.wait()
+        begin = time.monotonic()
+        seconds: list[float] = []
+        while not seconds or (
+            len(seconds) < _WARM_UP_RUNS and time.monotonic() - begin < _WARM_UP_SECONDS
+        ):
+            seconds.append(self._run(session, indices, 1))
+        if session.depth > 1:
+            seconds.append(self._run(session, indices, 3 * session.depth))
+        self.warm_up_seconds = max(min(seconds), 1e-6)
+
+    def _run(self, session: Session, indices: Sequence[int], batches: int) -> float:
+        """Seconds per batch, with as many in flight as the session takes."""
+        images = self._sut.library.runs(indices)
+        begin = time.monotonic()
+        for number in range(batches + session.depth):
+            if number >= session.depth and number - session.depth < batches:
+                detections, counts = session.result()
+                self._took_result()
+                check_outputs(detections, counts, len(indices))
+            if number < batches:
+                self._started.append(time.monotonic())
+                session.submit(images)
+        return (time.monotonic() - begin) / batches
+
+    def _submit_batches(self, session: Session) -> None:
+        sut = self._sut
+        for _ in range(session.depth):
+            self._slots.put(None)
+        while True:
+            self._slots.get()
+            batch = None if self._lost else sut.batcher.take()
+            if batch is None:
+                return
+            if self._lost:  # while it waited
+                sut.batcher.put_back(batch)
+                return
+            images = sut.library.runs(batch.indices)
+            started = time.monotonic()
+            self._started.append(started)
+            try:
+                session.submit(images)
+            except SessionLostError as error:
+                self._lose(batch, error)
+                return
+            if sut.one_by_one:
+                self._finish(session, batch, started)
+            else:
+                self._in_flight.put((batch, started))
+
+    def _take_results(self, session: Session) -> None:
+        try:
+            with running_on(self._cpus):
+                while (item := self._in_flight.get()) is not None and self._sut.failure is None:
+                    self._finish(session, *item)
+        except BaseException as error:
+            self._sut.fail(error)
+        self._slots.put(None)
+        self._drained.set()
+        self._sut.ended.wait()  # see `_work`
+
+    def _finish(self, session: Session, batch: Batch, started: float) -> None:
+        """Take the result of the oldest batch in flight, and complete its samples."""
+        sut = self._sut
+        if self._lost:
+            sut.batcher.put_back(batch)
+            return
+        try:
+            detections, counts = session.result()
+        except SessionLostError as error:
+            self._lose(batch, error)
+            self._slots.put(None)
+            return
+        sut.batch_seconds.append(self._took_result() - started)
+        self._slots.put(None)  # the arrays are valid until the next result is taken
+        check_outputs(detections, counts, len(batch.ids))
+        sut.complete(batch, *pack(detections, counts, batch.indices))
+
+    def _took_result(self) -> float:
+        self._started.popleft()
+        self._last_result = time.monotonic()
+        return self._last_result
+
+    def _lose(self, batch: Batch, error: SessionLostError) -> None:
+        """Give a batch to the other sessions; either thread may be the first to find out."""
+        with self._lock:
+            first, self._lost = not self._lost, True
+        self._sut.batcher.put_back(batch)
+        if first:
+            self._sut.lose(self, error)

@@ -7,9 +7,10 @@ choose:
     benchmark = "ssd-resnet34"
     gpu = "NVIDIA A100-SXM4-80GB"   # how the GPU's name begins; or cpu = "…", the processor's
 
-    [default]                       # engine, device, threads, and what harness/settings.py has
+    [default]              # engine, device, devices, threads, and what harness/settings.py has
     engine = "tensorrt"
     device = "cuda"
+    devices = [0, 1]
 
     [default.Offline]
     batch_size = 64
@@ -35,7 +36,7 @@ CONFIGS = Path("configs")
 DEFAULT_VERSION = "default"
 VERSIONS = (DEFAULT_VERSION, "triton", "maxq")
 
-_ENGINE_KEYS = {"engine": str, "device": str, "threads": int}
+_ENGINE_KEYS = {"engine": str, "device": str, "devices": list, "threads": int}
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class SystemConfig:
         Name of the system: the file's, or that of the GPU or processor without a file.
     source
         The file; None: there is none for this machine, and the values are the program's own.
-    engine, device, threads
-        See `engine.load.load_engine`.
+    engine, device, devices, threads
+        See `harness.devices.load_engines`.
     tables
         Settings, see `harness.settings.settings_from`.
     """
@@ -58,6 +59,7 @@ class SystemConfig:
     source: Path | None = None
     engine: str = "onnxruntime"
     device: str = "cpu"
+    devices: tuple[int, ...] | None = None
     threads: int | None = None
     tables: Mapping[str, Any] = field(default_factory=dict)
 
@@ -123,6 +125,13 @@ def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
         if type(value) is not _ENGINE_KEYS[key] or value == 0:
             raise HarnessError(
                 f"{path} [{version}]: {key} is {value!r}; a {_ENGINE_KEYS[key].__name__} expected"
+            )
+    if "devices" in chosen:
+        devices = chosen["devices"] = tuple(chosen["devices"])
+        known = all(type(number) is int and number >= 0 for number in devices)
+        if not known or len(set(devices)) < max(1, len(devices)):
+            raise HarnessError(
+                f"{path} [{version}]: devices are {list(devices)}; as [0, 1] expected"
             )
     if chosen.get("engine", BACKENDS[0]) not in BACKENDS:
         raise HarnessError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
-from engine.load import load_engine
+from engine.load import ONNX_BACKENDS, load_engine
 from engine.preprocessed import PreprocessedSet
-from engine.protocol import Engine
 from harness.dataset import known_dataset
+from harness.devices import load_engines
 from harness.route import (
     DATASETS,
     Route,
@@ -20,7 +19,7 @@ from harness.route import (
     preprocess,
 )
 from harness.run import Benchmark
-from harness.run_all import Test, run_all
+from harness.run_all import Test, new_log_dir, run_all
 from harness.run_args import FAST, RunArgs
 from harness.settings import Settings, settings_from
 from harness.system_config import SystemConfig, system_config
@@ -57,17 +56,24 @@ def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
 def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Run every scenario in every test mode on its engine, and print the table of the results."""
     tests: list[Test] = []
-    root = routes[0].build_dir / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S")
+    root: Path | None = None
     for route in routes:
         config, settings = _settings(route, arguments)
         model = build_int8(route, float_type(config.engine))
         files = _engines(route, model, config, settings)
         images = val_images(route, model)
         data = known_dataset(DATASETS[route.benchmark], "val", route.build_dir)
-        engines: dict[Path, Engine] = {
-            file: load_engine(config.engine, file, device=config.device, threads=config.threads)
+        engines = {
+            file: load_engines(
+                config.engine,
+                file,
+                device=config.device,
+                devices=arguments.devices or config.devices,
+                threads=config.threads,
+            )
             for file in dict.fromkeys(files.values())
         }
+        root = root or new_log_dir(route.build_dir)
         folder = root / config.name.replace("/", "-") / route.benchmark
         tests += [
             (
@@ -109,7 +115,7 @@ def _settings(route: Route, arguments: RunArgs) -> tuple[SystemConfig, tuple[Set
         )
     else:
         route.say(f"system: {config.source} [{arguments.version}]: {where}")
-    overrides: Mapping[str, object] = FAST if arguments.fast else {}
+    overrides = {"streams": arguments.streams, **(FAST if arguments.fast else {})}
     return config, settings_from(config.tables, arguments.scenarios, overrides)
 
 
@@ -125,4 +131,4 @@ def _engines(
 
 
 def _batch(config: SystemConfig, settings: Settings) -> int | None:
-    return None if config.engine == "onnxruntime" else settings.batch
+    return None if config.engine in ONNX_BACKENDS else settings.batch

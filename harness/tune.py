@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.environment import cpu_count, cpu_name, gpu_name, now
 from engine.files import write_atomically
-from engine.load import load_engine
+from engine.load import ONNX_BACKENDS, load_engine
 from engine.preprocessed import PreprocessedSet
 from engine.progress import progress_bar
 from engine.protocol import Engine
@@ -27,6 +27,9 @@ SERVER_QUERIES = 1000
 
 PRECISION = 0.05
 """Relative width at which the search for the arrival rate ends."""
+
+MOST_STREAMS = 4
+"""Streams on a device at most: what has not filled a GPU by then will not."""
 
 _LOWEST = 1 / 32  # of the throughput; a lower arrival rate is not looked for
 _WORSE_IN_A_ROW = 2  # larger batches without a gain, after which no larger one is tried
@@ -60,6 +63,8 @@ class Tuned:
     ----------
     threads
         CPU threads; None: not tuned, as on a GPU.
+    streams
+        Sessions side by side.
     offline_batch, offline_qps
         Batch of the highest throughput, and that throughput, in samples per second.
     server_batch, server_qps
@@ -67,6 +72,7 @@ class Tuned:
     """
 
     threads: int | None
+    streams: int
     offline_batch: int
     offline_qps: float
     server_batch: int | None
@@ -85,7 +91,7 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
     """
     model = build_int8(route, float_type(tuning.engine))
     images = val_images(route, model)
-    onnx = tuning.engine == "onnxruntime"
+    onnx = tuning.engine in ONNX_BACKENDS
 
     def engine(batch: int, threads: int | None) -> Engine:
         file = model if onnx else build_engine(route, model, tuning.engine, batch)
@@ -95,7 +101,7 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
         engine,
         images,
         tuning,
-        cpu_count() if onnx and tuning.device == "cpu" else None,
+        cpu_count() if tuning.device == "cpu" else None,
         route.say,
     )
 
@@ -124,25 +130,34 @@ def search(
     """
     milliseconds = max(1, round(1000 * tuning.seconds))
 
-    def offline(batch: int, threads: int | None) -> float:
-        settings = Offline(min_duration_ms=milliseconds, min_query_count=1, batch_size=batch)
+    def offline(batch: int, threads: int | None, streams: int) -> float:
+        settings = Offline(
+            min_duration_ms=milliseconds, min_query_count=1, streams=streams, batch_size=batch
+        )
         outcome = _trial(engine(batch, threads), images, settings)
         found = float(outcome.detail.values["result_samples_per_second"])
-        say(f"Offline, batch {batch}{_threads(threads)}: {found:.2f} samples/s")
+        say(f"Offline, {_words(batch, threads, streams)}: {found:.2f} samples/s")
         return found
 
-    by_batch = climb(lambda batch: offline(batch, threads), tuning.max_batch)
+    by_batch = climb(lambda batch: offline(batch, threads, 1), tuning.max_batch)
     batch = max(by_batch, key=lambda size: by_batch[size])
-    by_threads = {threads: by_batch[batch]}
-    fewer = (threads or 1) // 2
-    while fewer >= 1:
-        by_threads[fewer] = offline(batch, fewer)
-        fewer //= 2
-    best = max(by_threads, key=lambda count: by_threads[count])
+    shapes = {(threads, 1): by_batch[batch]}
+    if threads is None:
+        one = {1: by_batch[batch]}
+        found = climb(lambda number: offline(batch, None, number), MOST_STREAMS, one)
+        shapes = {(None, number): value for number, value in found.items()}
+    else:  # fewer threads leave CPUs to other streams, or to nobody
+        for fewer in _halves(threads):
+            for number in (1, threads // fewer):
+                shapes[fewer, number] = offline(batch, fewer, number)
+    best, streams = max(shapes, key=lambda shape: shapes[shape])
+    offline_qps = shapes[best, streams]
 
     # half of the bound is for the engine, the other half for waiting
     bound = Server().target_latency_ms / 1000
-    fitting = [size for size in by_batch if size / by_batch[size] <= bound / 2]
+    gain = offline_qps / by_batch[batch]
+    seconds = {size: streams / gain * size / by_batch[size] for size in by_batch}
+    fitting = [size for size in by_batch if seconds[size] <= bound / 2]
     server_batch = max(fitting, key=lambda size: by_batch[size], default=1)
     loaded = engine(server_batch, best)
 
@@ -151,36 +166,55 @@ def search(
             min_duration_ms=milliseconds,
             min_query_count=SERVER_QUERIES,
             target_qps=qps,
+            streams=streams,
             batch_size=server_batch,
         )
         detail = _trial(loaded, images, settings).detail
         say(
-            f"Server, batch {server_batch}{_threads(best)}, {qps:.2f} queries/s: p99 "
+            f"Server, {_words(server_batch, best, streams)}, {qps:.2f} queries/s: p99 "
             f"{detail.latency_ms['p99']:.1f} ms, {'VALID' if detail.valid else 'INVALID'}"
         )
         return bool(detail.valid)
 
     server_qps = None
-    if 1 / by_batch[1] < bound:
-        server_qps = highest_valid(valid, by_batch[server_batch])
+    if seconds[1] < bound:
+        server_qps = highest_valid(valid, by_batch[server_batch] * gain)
     if server_qps is None:
         say(f"Server: no arrival rate was valid within {1000 * bound:g} ms")
-        return Tuned(best, batch, by_threads[best], None, None)
-    return Tuned(best, batch, by_threads[best], server_batch, server_qps)
+        return Tuned(best, streams, batch, offline_qps, None, None)
+    return Tuned(best, streams, batch, offline_qps, server_batch, server_qps)
 
 
-def climb(measure: Callable[[int], float], largest: int) -> dict[int, float]:
+def _halves(number: int) -> Iterator[int]:
+    while number > 1:
+        number //= 2
+        yield number
+
+
+def climb(
+    measure: Callable[[int], float], largest: int, known: Mapping[int, float] | None = None
+) -> dict[int, float]:
     """Measure sizes 1, 2, 4, … until larger ones gain nothing, or the largest.
+
+    Parameters
+    ----------
+    measure
+        Measures a size.
+    largest
+        Largest size.
+    known
+        What was measured before.
 
     Returns
     -------
     dict
         Size to what was measured.
     """
-    found: dict[int, float] = {}
+    found: dict[int, float] = dict(known or {})
     size = 1
     while size <= largest:
-        found[size] = measure(size)
+        if size not in found:
+            found[size] = measure(size)
         best = max(found, key=lambda tried: found[tried])
         if sum(tried > best for tried in found) >= _WORSE_IN_A_ROW:
             break
@@ -245,6 +279,7 @@ def config_text(benchmark: str, tuning: Tuning, found: Tuned) -> str:
         f"engine = {json.dumps(tuning.engine)}",
         f"device = {json.dumps(tuning.device)}",
         *([f"threads = {found.threads}"] if found.threads else []),
+        f"streams = {found.streams}",
         "",
         f"[{DEFAULT_VERSION}.Offline]",
         f"batch_size = {found.offline_batch}",
@@ -280,7 +315,7 @@ def _trial(engine: Engine, images: PreprocessedSet, settings: Settings) -> Outco
         progress_bar(settings.scenario) as progress,
     ):
         return run_test(
-            engine,
+            (engine,),
             images,
             settings,
             "PerformanceOnly",
@@ -290,5 +325,10 @@ def _trial(engine: Engine, images: PreprocessedSet, settings: Settings) -> Outco
         )
 
 
-def _threads(count: int | None) -> str:
-    return "" if count is None else f", {count} thread{'s' if count > 1 else ''}"
+def _words(batch: int, threads: int | None, streams: int) -> str:
+    found = [f"batch {batch}"]
+    if threads is not None:
+        found.append(f"{threads} thread{'s' if threads > 1 else ''}")
+    if streams > 1:
+        found.append(f"{streams} streams")
+    return ", ".join(found)

@@ -68,7 +68,7 @@ def data_set(folder):
 
 
 def benchmark(folder, engine):
-    return Benchmark(engine, Memory(TOTAL), data_set(folder), 30)
+    return Benchmark((engine,), Memory(TOTAL), data_set(folder), 30)
 
 
 def base_runs(bench, root, scenario, **more):

@@ -1,19 +1,23 @@
 """Engines and data for the harness tests; as a program, one run with an engine that misbehaves.
 
-``python tests/harness_fakes.py FAULT DIRECTORY [SCENARIO MODE TIMEOUT]``
+``python tests/harness_fakes.py FAULT DIRECTORY [SCENARIO MODE TIMEOUT STREAMS]``
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
-from engine.protocol import InputSpec
+from engine.backends.blocking import BlockingSession
+from engine.protocol import EngineError, InputSpec, SessionLostError
 
 SHAPE = (3, 4, 4)
 KEEP = 5
@@ -27,10 +31,9 @@ class Memory:
         self.files = tuple(f"{i:06d}.jpg" for i in range(total))
         self._shape = shape
 
-    def load(self, indices):
-        images = np.empty((len(indices), *self._shape), np.float32)
-        images[:] = np.array(indices, np.float32)[:, None, None, None]
-        return images
+    def read_into(self, batch, indices):
+        assert batch.shape == (len(indices), *self._shape)
+        batch[:] = np.array(indices, np.float32)[:, None, None, None]
 
 
 def detect(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +68,12 @@ class FakeEngine:
     manifest = {"backend": "fake"}  # noqa: RUF012
 
     def session(self):
-        return self
+        session = BlockingSession(lambda _: None, self.infer)
+        session.close = self.close
+        return session
+
+    def host_array(self, shape, dtype):
+        return np.empty(shape, dtype)
 
     def close(self):
         self.closed = True
@@ -95,21 +103,108 @@ class FakeEngine:
         return detections, counts
 
 
+class PipelinedSession:
+    """Works in a thread of its own, and holds its caller to the protocol."""
+
+    def __init__(self, engine: PipelinedEngine, faulty: bool) -> None:
+        self.depth = engine.depth
+        self.batches: list[int] = []
+        self.most_in_flight = 0
+        self.taken = 0
+        self._engine = engine
+        self._fault = engine.fault if faulty else ""
+        self._in_flight: deque[int] = deque()
+        self._given: SimpleQueue = SimpleQueue()
+        self._done: SimpleQueue = SimpleQueue()
+        self._last = (np.empty(0), np.empty(0))
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def submit(self, images):
+        self._fail("submit")
+        self.batches.append(sum(map(len, images)))
+        assert self.batches[-1] <= self._engine.max_batch
+        self._in_flight.append(len(self.batches))
+        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
+        if len(self._in_flight) > self.depth:
+            raise EngineError("too many batches in flight")
+        self._given.put(images)
+
+    def result(self):
+        self._last[0].fill(np.nan)  # no longer the caller's
+        self._last[1].fill(-1)
+        self._fail("result")
+        self._last = self._done.get()
+        self.taken += 1
+        self._in_flight.popleft()
+        return self._last
+
+    def close(self):
+        self._given.put(None)
+
+    def _work(self):
+        while (images := self._given.get()) is not None:
+            time.sleep(self._engine.seconds)
+            self._done.put(detect(np.concatenate(images)))
+
+    def _fail(self, where):
+        fault, _, place = self._fault.partition(" in ")
+        done = self.taken if where == "result" else len(self.batches)
+        if place != where or done < self._engine.batches_before_fault:
+            return
+        if fault == "block":
+            time.sleep(1e6)
+        raise {
+            "error": RuntimeError("no more\nluck"),
+            "memory": EngineError("CUDA: out of memory (cudaErrorMemoryAllocation)"),
+            "lost": SessionLostError("the GPU has fallen off the bus"),
+        }[fault]
+
+
+@dataclass
+class PipelinedEngine:
+    """Opens sessions with several batches in flight; the first, or all, do what `fault` says."""
+
+    depth: int = 2
+    seconds: float = 0.001
+    fault: str = ""  # "error", "memory", "lost" or "block", and " in submit" or " in result"
+    all_faulty: bool = False
+    batches_before_fault: int = BATCHES_BEFORE_FAULT + 10
+    device: str = "fake:0"
+    max_batch: int = 16
+    sessions: list[PipelinedSession] = field(default_factory=list)
+
+    input_spec = InputSpec("image", SHAPE, "float32")
+
+    @property
+    def manifest(self):
+        return {"backend": "fake", "onnx_sha256": "00", "device": self.device}
+
+    def session(self):
+        session = PipelinedSession(self, self.all_faulty or not self.sessions)
+        self.sessions.append(session)
+        return session
+
+    def host_array(self, shape, dtype):
+        return np.empty(shape, dtype)
+
+
 class BrokenMemory(Memory):
     """Its disk goes away once LoadGen asks for samples."""
 
-    def load(self, indices):
+    def read_into(self, batch, indices):
         if len(indices) > 8:
             raise OSError(5, "Input/output error", "000000.jpg.npy")
-        return super().load(indices)
+        super().read_into(batch, indices)
 
 
-def main(fault: str, directory: str, scenario="Offline", mode="PerformanceOnly", timeout="60"):
+def main(fault, directory, *rest):
     from harness.errors import HarnessError
     from harness.loadgen import RunFailedError
     from harness.run import Benchmark, run
     from harness.settings import load_settings
 
+    defaults = ("Offline", "PerformanceOnly", "60", "1")
+    scenario, mode, timeout, streams = (*rest, *defaults[len(rest) :])
     (settings,) = load_settings(
         [scenario],
         None,
@@ -117,11 +212,15 @@ def main(fault: str, directory: str, scenario="Offline", mode="PerformanceOnly",
             "min_duration_ms": 200,
             "min_query_count": 1 if scenario != "Offline" else 2000,
             "target_qps": 2000.0 if scenario in ("Offline", "Server") else None,
+            "streams": int(streams),
         },
     )
     source = BrokenMemory(100) if fault == "load" else Memory(100)
-    engine = FakeEngine(fault=fault, seconds=0.02 if fault == "slow" else 0.0005)
-    benchmark = Benchmark(engine, source, None, float(timeout))
+    if " in " in fault:
+        engine = PipelinedEngine(fault=fault)
+    else:
+        engine = FakeEngine(fault=fault, seconds=0.02 if fault == "slow" else 0.0005)
+    benchmark = Benchmark((engine,), source, None, float(timeout))
     sys.stdout.write("start\n")
     sys.stdout.flush()
     try:

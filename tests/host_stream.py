@@ -23,9 +23,6 @@ class HostStream:
         self.memory.append(buffer)
         return ctypes.addressof(buffer)
 
-    def pinned(self, shape, dtype):
-        return np.full(shape, -1, dtype)
-
     def upload(self, address, array):
         assert array.flags.c_contiguous
         ctypes.memmove(address, array.ctypes.data, array.nbytes)
@@ -43,6 +40,10 @@ class HostStream:
     def close(self):
         self.free()
         HostStream.open_streams -= 1
+
+
+def pinned_array(shape, dtype):
+    return np.full(shape, -1, dtype)
 
 
 def array_at(address, shape, dtype):

@@ -421,6 +421,6 @@ def test_plugin_library_that_cannot_be_used(tmp_path, monkeypatch):
 )
 def test_batch_that_the_engine_does_not_take(images, message):
     spec = InputSpec("image", (3, 4, 4), "int8", 0.1)
-    check_batch(np.zeros((16, 3, 4, 4), np.int8), spec, 16)
+    assert check_batch([np.zeros((8, 3, 4, 4), np.int8)] * 2, spec, 16) == 16
     with pytest.raises(EngineError, match=message):
-        check_batch(images, spec, 16)
+        check_batch([images], spec, 16)

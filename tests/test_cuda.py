@@ -6,10 +6,13 @@ stream and between the buffers that the session gave it.
 
 from __future__ import annotations
 
+import re
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from engine.backends.cuda import Stream, check, use_gpu
+from engine.backends.cuda import Stream, check, pci_bus_id, pinned_array, use_gpu
 from engine.backends.tensorrt import Session
 from engine.protocol import EngineError, InputSpec
 
@@ -85,7 +88,7 @@ def test_gpu_is_described():
 def test_copies_and_graph_replay():
     use_gpu(0)
     stream = Stream()
-    source, target = stream.pinned((5, 3), np.int8), stream.pinned((5, 3), np.int8)
+    source, target = pinned_array((5, 3), np.int8), pinned_array((5, 3), np.int8)
     address = stream.device(source.nbytes)
 
     def work():
@@ -106,6 +109,58 @@ def test_copies_and_graph_replay():
     stream.close()
 
 
+def test_pinned_memory_lives_as_long_as_its_arrays():
+    """As long as one of them refers to it, the driver knows it as host memory."""
+    use_gpu(0)
+
+    def kind(address):
+        return check(cuda.cudaPointerGetAttributes(address)).type
+
+    array = pinned_array((3, 5), np.float32)
+    assert (array.shape, array.dtype, array.flags.c_contiguous) == ((3, 5), np.float32, True)
+    address = array.ctypes.data
+    view = array[1:, 2]
+    del array
+    assert kind(address) == cuda.cudaMemoryType.cudaMemoryTypeHost
+    view[:] = 1
+    del view
+    assert kind(address) == cuda.cudaMemoryType.cudaMemoryTypeUnregistered
+
+
+def test_too_much_pinned_memory_is_one_line():
+    use_gpu(0)
+    with pytest.raises(EngineError, match=r"CUDA: .*memory"):
+        pinned_array((1 << 50,), np.int8)
+
+
+def test_pci_address():
+    assert re.fullmatch(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", pci_bus_id(0))
+
+
+def test_runs_of_a_batch():
+    """Pinned and ordinary memory, one after the other."""
+    use_gpu(0)
+    session = Session(CopyEngine(), CopyContext(), capture=True)
+    batch = images(6, 3)
+    first = pinned_array((4, *SHAPE), np.float32)
+    first[:] = batch[:4]
+    for _ in range(3):
+        session.submit([first[:1], first[1:], batch[4:]])
+        np.testing.assert_array_equal(session.result()[0], batch.reshape(6, 3, 7))
+    session.close()
+
+
+def test_another_thread_takes_the_result():
+    use_gpu(0)
+    session = Session(CopyEngine(), CopyContext(), capture=False)
+    batch = images(2, 4)
+    session.submit([batch])
+    with ThreadPoolExecutor(1) as pool:
+        detections, _ = pool.submit(session.result).result()
+    np.testing.assert_array_equal(detections, batch.reshape(2, 3, 7))
+    session.close()
+
+
 def test_freed_buffers_leave_the_stream():
     use_gpu(0)
     stream = Stream()
@@ -116,7 +171,7 @@ def test_freed_buffers_leave_the_stream():
     assert cuda.cudaMemGetInfo()[1] <= before - size
     stream.free()
     assert cuda.cudaMemGetInfo()[1] > before - size
-    source, target = stream.pinned((4,), np.int8), stream.pinned((4,), np.int8)
+    source, target = pinned_array((4,), np.int8), pinned_array((4,), np.int8)
     source[:], target[:] = 5, 0
     address = stream.device(source.nbytes)
     stream.upload(address, source)
@@ -136,7 +191,7 @@ def test_failed_capture_leaves_the_stream_usable():
 
     with pytest.raises(EngineError, match="refused"):
         stream.capture(work)
-    host = stream.pinned((4,), np.float32)
+    host = pinned_array((4,), np.float32)
     stream.upload(stream.device(host.nbytes), host)
     stream.synchronize()
     stream.close()
@@ -169,12 +224,10 @@ def test_halves_of_infer():
     with pytest.raises(EngineError, match="no batch was submitted"):
         session.result()
     batch = images(2, 1)
-    session.submit(batch)
+    session.submit([batch])
     with pytest.raises(EngineError, match="was not taken"):
-        session.submit(batch)
-    expected = batch.copy()
-    batch[:] = 0  # the session has its own copy
-    np.testing.assert_array_equal(session.result()[0], expected.reshape(2, 3, 7))
+        session.submit([batch])
+    np.testing.assert_array_equal(session.result()[0], batch.reshape(2, 3, 7))
     with pytest.raises(EngineError, match="a batch of 9 images"):
-        session.submit(images(9, 0))
+        session.submit([images(9, 0)])
     session.close()

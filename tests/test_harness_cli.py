@@ -165,6 +165,34 @@ def test_run_finds_the_known_accuracy(logs):
     assert len(pictures) == 3  # two, and both in one
 
 
+def test_the_run_says_how_it_was_made(logs):
+    folder = logs / "box" / "ssd-resnet34" / "Offline" / "PerformanceOnly"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["command"].startswith("python -m harness run grey.onnx --min-duration 0.2 ")
+    assert result["command"].endswith(" --log-dir logs --system box")
+    assert result["engine"]["devices"] == ["cpu"]
+    assert result["settings"]["streams"] == 1
+
+
+def test_streams_find_the_same_detections(logs, preprocessed):
+    done = harness(
+        preprocessed,
+        *RUN,
+        *("--test_mode", "AccuracyOnly", "--batch", "4", "--streams", "2"),
+        *("--log-dir", "streams", "--system", "box"),
+    )
+    assert done.returncode == 0, done.stderr
+    run = Path("box", "ssd-resnet34", "Offline", "AccuracyOnly")
+    result = json.loads((preprocessed / "streams" / run / "result.json").read_text())
+    assert result["settings"]["streams"] == 2
+
+    def rows(folder):
+        log = json.loads((folder / run / "mlperf_log_accuracy.json").read_text())
+        return {entry["qsl_idx"]: entry["data"] for entry in log}
+
+    assert rows(preprocessed / "streams") == rows(logs)
+
+
 def test_run_prints_one_table(logs):
     text = (logs / "stdout.txt").read_text()
     for word in ("mAP", "AP50", "samples/s", "p50 ms", "p99 ms", "1.0000", "SingleStream"):
@@ -264,6 +292,9 @@ def test_an_interrupted_run_says_so(preprocessed, number):
         (["run", "grey.onnx", "--preprocessed", "nowhere"], "nowhere"),
         (["run", "grey.onnx", "--batch", "0"], "Offline.batch_size is 0"),
         (["run", "grey.onnx", "--config", "none.toml"], "none.toml"),
+        (["run", "grey.onnx", "--streams", "0"], "Offline.streams is 0"),
+        (["run", "grey.onnx", "--devices", "0,x"], "--devices '0,x': numbers of GPUs expected"),
+        (["run", "grey.onnx", "--device", "cpu", "--devices", "0"], "but the device is cpu"),
         (["accuracy", "none.json"], "give either --dataset or --annotations"),
         (["report", "."], "no result.json"),
     ],
@@ -301,6 +332,12 @@ def test_bench_writes_its_figures(preprocessed):
     )
     assert 0 < efficiency["share_inside_engine"][0] <= 1
     assert document["null_server"]["median_p99_ms"] > 0
+    for scenario, batch in (("Offline", 64), ("Server", 1)):
+        overhead = document["overhead"][scenario]
+        assert overhead["batch"] == batch
+        assert overhead["ratio"] == pytest.approx(
+            overhead["samples_per_second"][0] / overhead["bare_samples_per_second"][0]
+        )
     assert document["preprocessing"]["images"] == len(GREYS)
 
 

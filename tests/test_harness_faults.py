@@ -73,6 +73,30 @@ def test_every_scenario_ends(scenario, mode, fault, tmp_path):
 
 
 @pytest.mark.parametrize("scenario", ["Offline", "Server"])
+def test_one_session_that_blocks_ends_the_run_though_the_other_goes_on(scenario, tmp_path):
+    arguments = (scenario, "PerformanceOnly", "0.5", "2")
+    code, stderr = finish(start("block in result", tmp_path / "run", *arguments))
+    assert code == 1, stderr
+    assert "no sample was completed for 0.5 s" in stderr
+    assert_no_result(tmp_path / "run")
+
+
+@pytest.mark.parametrize("scenario", ["Offline", "Server", "SingleStream"])
+@pytest.mark.parametrize("fault", ["memory in submit", "lost in result", "block in submit"])
+def test_batches_in_flight_do_not_keep_a_run(scenario, fault, tmp_path):
+    code, stderr = finish(start(fault, tmp_path / "run", scenario, "PerformanceOnly", "0.5"))
+    assert code == 1, stderr
+    message = {
+        "memory": "CUDA: out of memory (cudaErrorMemoryAllocation)",
+        "lost": "the GPU has fallen off the bus",
+        "block": "no sample was completed for 0.5 s",
+    }[fault.partition(" ")[0]]
+    assert f"{scenario} PerformanceOnly: {message}" in stderr
+    assert "\n" not in stderr
+    assert_no_result(tmp_path / "run")
+
+
+@pytest.mark.parametrize("scenario", ["Offline", "Server"])
 @pytest.mark.parametrize("fault", ["slow", "block"])
 def test_ctrl_c(scenario, fault, tmp_path):
     process = start(fault, tmp_path / "run", scenario, "PerformanceOnly", "1000")

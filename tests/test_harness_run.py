@@ -14,6 +14,7 @@ from harness.loadgen_log import ACCURACY, DETAIL, SUMMARY, read_complete
 from harness.report import find_results
 from harness.result import read_result
 from harness.run import Benchmark, run
+from harness.run_all import new_log_dir
 from harness.settings import SCENARIOS, load_settings
 
 TOTAL = 75  # no multiple of a batch, nor of the 20 samples in memory
@@ -30,7 +31,7 @@ def short(scenario, **more):
 def test_accuracy_run(scenario, max_batch, tmp_path):
     """The log holds, for every sample, what the engine says to it when asked alone."""
     engine = FakeEngine(max_batch)
-    benchmark = Benchmark(engine, Memory(TOTAL), None, 30)
+    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
     result = run(benchmark, short(scenario), "AccuracyOnly", tmp_path / "run")
     log = json.loads((tmp_path / "run" / ACCURACY).read_text())
     assert {entry["qsl_idx"] for entry in log} == set(range(TOTAL))
@@ -50,7 +51,7 @@ def test_accuracy_run(scenario, max_batch, tmp_path):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_performance_run(scenario, tmp_path):
     engine = FakeEngine(seconds=0.001)
-    benchmark = Benchmark(engine, Memory(TOTAL), None, 30)
+    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
     qps = {"target_qps": 200.0} if scenario == "Server" else {}
     settings = short(scenario, min_query_count=None, min_duration_ms=1000, **qps)
     if scenario == "Offline":
@@ -89,7 +90,7 @@ def parse(summary, label):
     ],
 )
 def test_value_is_the_one_of_the_summary(scenario, label, factor, tmp_path):
-    benchmark = Benchmark(FakeEngine(), Memory(TOTAL), None, 30)
+    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
     result = run(benchmark, short(scenario), "PerformanceOnly", tmp_path / "run")
     summary = (tmp_path / "run" / SUMMARY).read_text()
     assert result.value == pytest.approx(parse(summary, label) * factor, rel=1e-4)
@@ -103,7 +104,9 @@ def test_offline_batches_are_full_but_the_last(tmp_path):
     settings = short(
         "Offline", min_query_count=103, min_duration_ms=1, target_qps=1.0, batch_size=10
     )
-    outcome = run_test(engine, Memory(TOTAL), settings, "PerformanceOnly", tmp_path, timeout_s=30)
+    outcome = run_test(
+        (engine,), Memory(TOTAL), settings, "PerformanceOnly", tmp_path, timeout_s=30
+    )
     issued = len(outcome.batch_seconds)
     assert engine.batches[-issued:] == [10] * 10 + [3]
 
@@ -113,7 +116,9 @@ def test_server_waits_for_company(tmp_path, delay, grown):
     """A sample a millisecond and an instant engine: only waiting makes batches of several."""
     engine = FakeEngine()
     settings = short("Server", target_qps=1000.0, batch_size=64, batch_delay_ms=delay)
-    outcome = run_test(engine, Memory(TOTAL), settings, "PerformanceOnly", tmp_path, timeout_s=30)
+    outcome = run_test(
+        (engine,), Memory(TOTAL), settings, "PerformanceOnly", tmp_path, timeout_s=30
+    )
     batches = engine.batches[-len(outcome.batch_seconds) :]
     assert (np.median(batches) > 3) == grown
 
@@ -121,7 +126,7 @@ def test_server_waits_for_company(tmp_path, delay, grown):
 def test_a_stale_audit_config_has_no_effect(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "audit.config").write_text("*.*.mode = 1\n")
-    benchmark = Benchmark(FakeEngine(), Memory(TOTAL), None, 30)
+    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
     run(benchmark, short("Offline"), "PerformanceOnly", tmp_path / "run")
     assert "Mode     : PerformanceOnly" in (tmp_path / "run" / SUMMARY).read_text()
 
@@ -131,7 +136,7 @@ def test_progress_is_told(tmp_path):
     engine = FakeEngine(seconds=0.02)
     settings = short("SingleStream")
     run_test(
-        engine,
+        (engine,),
         Memory(TOTAL),
         settings,
         "AccuracyOnly",
@@ -147,7 +152,7 @@ def test_progress_is_told(tmp_path):
 
 def test_an_existing_run_is_kept(tmp_path):
     (tmp_path / "run").mkdir()
-    benchmark = Benchmark(FakeEngine(), Memory(TOTAL), None, 30)
+    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
     with pytest.raises(HarnessError, match="exists"):
         run(benchmark, short("Offline"), "PerformanceOnly", tmp_path / "run")
 
@@ -158,19 +163,19 @@ def test_a_run_takes_the_place_of_an_unfinished_one(tmp_path):
     (partial / "result.json").write_text("{")
     with pytest.raises(HarnessError, match="no result"):
         find_results([tmp_path])
-    benchmark = Benchmark(FakeEngine(), Memory(TOTAL), None, 30)
+    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
     result = run(benchmark, short("Offline"), "PerformanceOnly", tmp_path / "run")
     assert find_results([tmp_path]) == [(tmp_path / "run", result)]
 
 
 def test_after_a_failed_run_the_next_one_works(tmp_path):
-    bad = Benchmark(FakeEngine(fault="raise"), Memory(TOTAL), None, 30)
+    bad = Benchmark((FakeEngine(fault="raise"),), Memory(TOTAL), None, 30)
     with pytest.raises(RunFailedError, match="Offline AccuracyOnly: RuntimeError: no more memory"):
         run(bad, short("Offline", batch_size=2), "AccuracyOnly", tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
     assert not (tmp_path / "bad.partial" / ACCURACY).exists()
     assert "in infer" in (tmp_path / "bad.partial" / "error.txt").read_text()
-    good = Benchmark(FakeEngine(), Memory(TOTAL), None, 30)
+    good = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
     assert run(good, short("Offline"), "AccuracyOnly", tmp_path / "good").errors == ()
 
 
@@ -178,7 +183,7 @@ def test_after_a_failed_run_the_next_one_works(tmp_path):
 def finished(tmp_path_factory):
     """Folders of a complete run in each mode."""
     folder = tmp_path_factory.mktemp("runs")
-    benchmark = Benchmark(FakeEngine(), Memory(TOTAL), None, 30)
+    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
     for mode in ("PerformanceOnly", "AccuracyOnly"):
         run(benchmark, short("Offline"), mode, folder / mode)
     return folder
@@ -216,3 +221,14 @@ def test_an_accuracy_log_without_a_sample_is_refused(finished, tmp_path):
     (tmp_path / ACCURACY).write_text(json.dumps(log[:-1]))
     with pytest.raises(HarnessError, match=f"{TOTAL - 1} of {TOTAL} samples"):
         read_complete(tmp_path, accuracy=True)
+
+
+def test_every_run_has_a_log_folder_of_its_own(tmp_path):
+    """Also those that begin in the same second."""
+    folders = [new_log_dir(tmp_path / "build") for _ in range(5)]
+    assert len(set(folders)) == 5
+    assert {folder.parent for folder in folders} == {tmp_path / "build" / "logs"}
+    assert all(folder.is_dir() for folder in folders)
+    (tmp_path / "file").touch()
+    with pytest.raises(HarnessError, match="cannot make it"):
+        new_log_dir(tmp_path / "file")

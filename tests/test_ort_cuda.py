@@ -227,7 +227,7 @@ def test_a_failure_leaves_the_session_usable_and_closes_cleanly(models, pictures
             with pytest.raises(EngineError, match="ONNX Runtime failed"):
                 session.infer(pictures[:3])
         np.testing.assert_array_equal(session.infer(pictures[:3])[0], expected)
-        session.submit(pictures[:1])
+        session.submit([pictures[:1]])
         session.close()  # with a batch under way
         session.close()
         _, free, _ = runtime.cudaMemGetInfo()

@@ -295,7 +295,10 @@ def test_words_in_any_case_and_order():
         config_ver="MaxQ",
         system=None,
         fast=False,
+        devices="0,2",
+        streams=3,
     )
+    assert (arguments.devices, arguments.streams) == ((0, 2), 3)
     assert arguments.benchmarks == ("ssd-resnet34", BENCHMARK)
     assert arguments.scenarios == ("MultiStream", "Offline")
     assert (arguments.modes, arguments.version) == (("AccuracyOnly",), "maxq")

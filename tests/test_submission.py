@@ -99,6 +99,9 @@ def test_the_tree(runs, tmp_path):
         measurements = root / "measurements" / place
         for name in ("mlperf.conf", "README.md", "calibration_process.md"):
             assert (measurements / name).read_text()
+        for mode in ("AccuracyOnly", "PerformanceOnly"):
+            command = json.loads((source / mode / "result.json").read_text())["command"]
+            assert f"    {command}\n" in (measurements / "README.md").read_text()
         conf = (source / "PerformanceOnly" / "user.conf").read_bytes()
         assert (measurements / "user.conf").read_bytes() == conf
         values = json.loads((measurements / f"{SYSTEM}_fake_{scenario}.json").read_text())

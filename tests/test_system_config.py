@@ -103,6 +103,19 @@ def test_version_and_name_choose(write):
     assert offline.batch_size == 5
 
 
+def test_devices_and_streams(write):
+    path = write(
+        "here",
+        'cpu = "Example 9"',
+        "[default]\ndevices = [0, 2]\nstreams = 2\n[default.Server]\nstreams = 3",
+    )
+    config = system_config(MODEL, "default", None)
+    assert (config.source, config.devices) == (path, (0, 2))
+    offline, server = settings_from(config.tables, ("Offline", "Server"), {})
+    assert (offline.streams, server.streams) == (2, 3)
+    assert settings_from(config.tables, ("Server",), {"streams": 1})[0].streams == 1
+
+
 @pytest.mark.parametrize(
     ("machine", "text", "message"),
     [
@@ -110,13 +123,18 @@ def test_version_and_name_choose(write):
         ('cpu = ""', "default = 1\n", "either gpu or cpu"),
         (
             'cpu = ""',
-            "[default]\nstreams = 2",
-            r"\[default\]: 'streams' is unknown; known: .*batch",
+            "[default]\nsessions = 2",
+            r"\[default\]: 'sessions' is unknown; known: .*batch",
         ),
         ('cpu = ""', "[default.Batch]\n", r"\[default\]: 'Batch' is unknown"),
         ('cpu = ""', "[default.Offline]\nqps = 1", "Offline has no setting 'qps'"),
         ('cpu = ""', '[default]\nthreads = "2"', "threads is '2'; a int expected"),
         ('cpu = ""', "[default]\nthreads = 0", "threads is 0"),
+        ('cpu = ""', "[default]\ndevices = []", r"devices are \[\]; as \[0, 1\] expected"),
+        ('cpu = ""', "[default]\ndevices = [-1]", r"devices are \[-1\]"),
+        ('cpu = ""', "[default]\ndevices = [0, true]", r"devices are \[0, True\]"),
+        ('cpu = ""', "[default]\ndevices = [1, 1]", r"devices are \[1, 1\]"),
+        ('cpu = ""', "[default]\ndevices = 1", "devices is 1; a list expected"),
         ('cpu = ""', '[default]\nengine = "fast"', "engine 'fast', which is not among"),
         ('cpu = ""', "[maxq]", r"has no \[default\]; it has: maxq"),
         ("", "[default]", "either gpu or cpu"),

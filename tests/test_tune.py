@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from harness_fakes import FakeEngine, Memory
@@ -54,13 +55,19 @@ def test_climb_finds_the_peak(peak, largest):
 
 @dataclass
 class Device(FakeEngine):
-    """A batch takes 8 ms and 0.25 ms an image, from 16 images on 2 ms; one thread, twice that."""
+    """A batch takes 8 ms and 0.25 ms an image, from 16 images on 2 ms; one thread, twice that.
+
+    One works at a time; copies, of 6 ms a batch, may overlap it.
+    """
 
     threads: int = 1
+    working: threading.Lock = field(default_factory=threading.Lock)
 
     def infer(self, images):
+        time.sleep(0.006)
         per_image = 0.002 if len(images) >= 16 else 0.00025
-        time.sleep((0.008 + per_image * len(images)) * (3 - self.threads))
+        with self.working:
+            time.sleep((0.008 + per_image * len(images)) * (3 - self.threads))
         return super().infer(images)
 
 
@@ -71,11 +78,26 @@ def test_search_finds_the_best_batch_threads_and_a_valid_rate(monkeypatch):
     found = search(lambda _, threads: Device(threads=threads), Memory(100), tuning, 2, said.append)
     assert found.offline_batch == 8
     assert found.threads == 2
-    assert 0 < found.offline_qps <= 8 / 0.010  # what the sleeping allows
+    assert found.streams == 1
+    assert 0 < found.offline_qps <= 8 / 0.016  # what the sleeping allows
     assert found.server_batch == 8
     assert 0 < found.server_qps < found.offline_qps * 1.05
     assert any(f"{found.server_qps:.2f} queries/s" in line and " VALID" in line for line in said)
     assert not any("batch 64" in line for line in said)
+    assert any("batch 8, 1 thread, 2 streams" in line for line in said)
+
+
+def test_search_finds_the_streams_that_hide_the_copies(monkeypatch):
+    monkeypatch.setattr("harness.tune.SERVER_QUERIES", 100)
+    monkeypatch.setattr("harness.tune.highest_valid", lambda valid, qps: valid(qps / 2) or qps / 2)
+    said = []
+    tuning = Tuning("fake", "cuda", 8, 0.2)
+    found = search(lambda *_: Device(threads=2), Memory(100), tuning, None, said.append)
+    assert (found.offline_batch, found.threads) == (8, None)
+    assert found.streams > 1
+    assert 8 / 0.016 < found.offline_qps <= 8 / 0.010  # what the sleeping allows
+    assert found.server_qps == pytest.approx(found.offline_qps / 2)
+    assert any(f"Server, batch 8, {found.streams} streams" in line for line in said)
 
 
 def test_an_engine_slower_than_the_bound_gets_no_rate():
@@ -89,7 +111,7 @@ def test_an_engine_slower_than_the_bound_gets_no_rate():
 
 
 @pytest.mark.parametrize(
-    "found", [Tuned(3, 16, 48.25, 2, 20.5), Tuned(None, 16, 48.25, None, None)]
+    "found", [Tuned(3, 2, 16, 48.25, 2, 20.5), Tuned(None, 1, 16, 48.25, None, None)]
 )
 def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
     folder = tmp_path / "configs"
@@ -102,5 +124,6 @@ def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
     config = module.system_config("ssd-resnet34-demo", "default", None)
     assert (config.name, config.engine, config.threads) == ("here", "onnxruntime", found.threads)
     offline, server = settings_from(config.tables, ("Offline", "Server"), {})
+    assert (offline.streams, server.streams) == (found.streams, found.streams)
     assert (offline.batch_size, offline.target_qps) == (16, 48.25)
     assert (server.batch_size, server.target_qps) == (found.server_batch, found.server_qps)

@@ -6,6 +6,9 @@ Everything here needs a GPU; tests/test_cuda.py passed on one H100 with cuda-bin
 from __future__ import annotations
 
 import ctypes
+import math
+import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +64,24 @@ def check(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
+def gpu_index(device: str) -> int | None:
+    """Return the number of the GPU that ``cuda`` (the first one) or ``cuda:N`` names, else None."""
+    found = re.fullmatch(r"cuda(?::(\d+))?", device, re.ASCII)
+    return None if found is None else int(found[1] or 0)
+
+
+def pci_bus_id(device: int) -> str:
+    """PCI address of a GPU, as ``0000:1b:00.0``.
+
+    Raises
+    ------
+    EngineError
+        When there is no such GPU.
+    """
+    text: bytes = check(runtime().cudaDeviceGetPCIBusId(32, device))
+    return text.rstrip(b"\0").decode().lower()
+
+
 def use_gpu(device: int) -> Gpu:
     """Make a GPU the current one of this thread, and describe it.
 
@@ -79,22 +100,34 @@ def use_gpu(device: int) -> Gpu:
     return Gpu(name, f"{properties.major}.{properties.minor}")
 
 
+def pinned_array(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Allocate page-locked host memory, from and to which copies of every GPU are asynchronous.
+
+    It is freed with the last array that refers to it.
+
+    Raises
+    ------
+    EngineError
+        When there is none left.
+    """
+    cuda = runtime()
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    address = int(check(cuda.cudaHostAlloc(size, cuda.cudaHostAllocPortable)))
+    buffer = (ctypes.c_byte * size).from_address(address)
+    # the arrays refer to the buffer; at the end of the process the driver frees the memory itself
+    weakref.finalize(buffer, cuda.cudaFreeHost, address).atexit = False
+    return np.frombuffer(memoryview(buffer), dtype).reshape(shape)
+
+
 class Stream:
     """A CUDA stream and what is to be released with it."""
 
     def __init__(self) -> None:
         self._cuda = runtime()
         self._release: list[Callable[[], object]] = []
+        self._device = int(check(self._cuda.cudaGetDevice()))
         self.handle = int(check(self._cuda.cudaStreamCreate()))
         self._release.append(lambda: self._cuda.cudaStreamDestroy(self.handle))
-
-    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Allocate a page-locked host array, so that copies to and from it are asynchronous."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        address = int(check(self._cuda.cudaHostAlloc(size, self._cuda.cudaHostAllocDefault)))
-        self._release.append(lambda: self._cuda.cudaFreeHost(address))
-        buffer = (ctypes.c_byte * size).from_address(address)
-        return np.frombuffer(memoryview(buffer), dtype).reshape(shape)
 
     def device(self, size: int) -> int:
         """Allocate bytes on the GPU; return their address."""
@@ -115,7 +148,9 @@ class Stream:
         check(self._cuda.cudaMemcpyAsync(target, address, array.nbytes, kind, self.handle))
 
     def synchronize(self) -> None:
-        """Wait until everything submitted is done."""
+        """Wait until everything submitted is done, in any thread."""
+        # a thread that has chosen no GPU would make a context on the first one
+        check(self._cuda.cudaSetDevice(self._device))
         check(self._cuda.cudaStreamSynchronize(self.handle))
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -133,7 +168,7 @@ class Stream:
         return lambda: check(self._cuda.cudaGraphLaunch(executable, self.handle))
 
     def free(self) -> None:
-        """Wait, then release everything but the stream; arrays from `pinned` die with it."""
+        """Wait, then release everything but the stream."""
         self._cuda.cudaStreamSynchronize(self.handle)
         while len(self._release) > 1:
             self._release.pop()()

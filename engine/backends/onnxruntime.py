@@ -6,15 +6,17 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from engine.backends.blocking import BlockingSession
+from engine.backends.cuda import gpu_index
 from engine.files import file_sha256
 from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, check_images
 
@@ -50,7 +52,7 @@ def load(
         ONNX file with one image input, float32 or int8 [N, 3, H, W], H and W fixed. An int8 input
         needs the metadata key `INPUT_SCALE_KEY`.
     device
-        ``cpu`` or ``cuda``, the first GPU.
+        ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``.
     threads
         Threads within one operator; None: one for each CPU the process may use.
 
@@ -59,13 +61,13 @@ def load(
     EngineError
         When ONNX Runtime is missing, has no such device, or the model is not such a detector.
     """
-    if device != "cuda":
+    if gpu_index(device) is None:
         return load_whole(model, device=device, threads=threads)
     from engine.backends.onnxruntime_cuda import load_split
     from engine.backends.onnxruntime_split import UnsplitError
 
     try:
-        return load_split(model, threads=threads)
+        return load_split(model, device=device, threads=threads)
     except UnsplitError as reason:
         _LOG.warning(
             "%s: ONNX Runtime does the postprocessing, many small operators and some of them on "
@@ -87,11 +89,13 @@ def load_whole(
         As `load`.
     """
     provider = find_provider(model, device)
-    session = open_session(model, model, provider, {}, threads)
+    index = gpu_index(device)
+    options = {} if index is None else {"device_id": str(index)}
+    session = open_session(model, model, provider, options, threads)
     spec, max_batch = input_spec(session, model)
     _check_outputs(session, model)
-    manifest = describe(model, provider, threads, spec, max_batch)
-    if device == "cuda":
+    manifest = describe(model, device, threads, spec, max_batch)
+    if index is not None:
         manifest["nms"] = "ONNX Runtime"
     return OnnxRuntimeEngine(spec, max_batch, manifest, session)
 
@@ -117,15 +121,16 @@ def find_provider(model: Path, device: str) -> str:
         ) from error
     if not model.is_file():
         raise EngineError(f"{model}: no such model file")
-    if device not in _PROVIDERS:
-        raise EngineError(f"unknown device {device!r}; choose one of: {', '.join(_PROVIDERS)}")
-    provider = _PROVIDERS[device]
+    gpu = gpu_index(device)
+    if device != "cpu" and gpu is None:
+        raise EngineError(f"unknown device {device!r}; choose one of: cpu, cuda, cuda:N")
+    provider = _PROVIDERS["cpu" if gpu is None else "cuda"]
     if provider not in ort.get_available_providers():
         raise EngineError(
             f"this ONNX Runtime {ort.__version__} has no {provider}; "
             "install onnxruntime-gpu for it or use --device cpu"
         )
-    if device == "cuda":
+    if gpu is not None:
         with redirect_stdout(sys.stderr):  # it prints what it does not find
             ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's wheels
     return provider
@@ -182,15 +187,17 @@ def thread_count(threads: int | None) -> int:
 
 
 def describe(
-    model: Path, provider: str, threads: int | None, spec: InputSpec, max_batch: int | None
+    model: Path, device: str, threads: int | None, spec: InputSpec, max_batch: int | None
 ) -> dict[str, object]:
     """Write the manifest of a loaded model."""
     import onnxruntime as ort
 
+    gpu = gpu_index(device)
     return {
         "backend": "onnxruntime",
         "version": ort.__version__,
-        "provider": provider,
+        "provider": _PROVIDERS["cpu" if gpu is None else "cuda"],
+        "device": device if gpu is None else f"cuda:{gpu}",
         "threads": thread_count(threads),
         "model": model.name,
         "onnx_sha256": file_sha256(model),
@@ -213,58 +220,51 @@ class OnnxRuntimeEngine:
     manifest: Mapping[str, object]
     _session: onnxruntime.InferenceSession = field(repr=False)
 
-    def session(self) -> OnnxRuntimeSession:
+    def session(self) -> BlockingSession:
         """Open a session; all sessions share the weights."""
-        return OnnxRuntimeSession(self._session, self.input_spec, self.max_batch)
+        spec, fixed = self.input_spec, self.max_batch
+
+        def detect(
+            images: NDArray[np.generic],
+        ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+            count = len(images)
+            if fixed is not None and count < fixed:
+                padding = np.zeros((fixed - count, *spec.shape), images.dtype)
+                images = np.concatenate([images, padding])
+            try:
+                detections, counts = self._session.run(_OUTPUTS, {spec.name: images})
+            except Exception as error:  # ORT's exceptions share no base class but Exception
+                raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
+            return detections[:count], counts[:count]
+
+        return BlockingSession(lambda images: check_batch(images, spec, fixed), detect)
+
+    def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Allocate ordinary memory."""
+        return np.empty(shape, dtype)
 
 
-class OnnxRuntimeSession:
-    """A stream of execution; see `engine.protocol.Session`."""
+def check_batch(
+    images: Sequence[NDArray[np.generic]], spec: InputSpec, fixed_batch: int | None
+) -> int:
+    """Check a batch, given as runs of images, against what a model takes.
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, spec: InputSpec, fixed_batch: int | None
-    ) -> None:
-        self._session = session
-        self._spec = spec
-        self._fixed_batch = fixed_batch
-
-    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Detect objects in a batch; see `engine.protocol.Session.infer`.
-
-        Raises
-        ------
-        EngineError
-            When the images' dtype, shape or number is not what the model takes, or the run fails.
-        """
-        check_batch(images, self._spec, self._fixed_batch)
-        count = len(images)
-        if self._fixed_batch is not None and count < self._fixed_batch:
-            padding = np.zeros((self._fixed_batch - count, *self._spec.shape), images.dtype)
-            images = np.concatenate([images, padding])
-        try:
-            detections, num_detections = self._session.run(_OUTPUTS, {self._spec.name: images})
-        except Exception as error:  # ORT's exceptions share no base class but Exception
-            raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
-        return detections[:count], num_detections[:count]
-
-    def close(self) -> None:
-        """Let go of the weights, which sessions share."""
-        del self._session
-
-
-def check_batch(images: NDArray[np.generic], spec: InputSpec, fixed_batch: int | None) -> None:
-    """Check a batch against what a model takes.
+    Returns
+    -------
+    int
+        Images of the batch.
 
     Raises
     ------
     EngineError
         When its dtype, shape or number is another.
     """
-    check_images(images, spec, "model")
-    if fixed_batch is not None and len(images) > fixed_batch:
+    count = check_images(images, spec, "model")
+    if fixed_batch is not None and count > fixed_batch:
         raise EngineError(
-            f"a batch of {len(images)} images, but the model's batch is fixed at {fixed_batch}"
+            f"a batch of {count} images, but the model's batch is fixed at {fixed_batch}"
         )
+    return count
 
 
 def input_spec(session: onnxruntime.InferenceSession, model: Path) -> tuple[InputSpec, int | None]:

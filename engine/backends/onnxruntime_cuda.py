@@ -9,15 +9,15 @@ a stream nor the memory of ONNX Runtime's arena.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from engine.backends.cuda import Stream, runtime, use_gpu
+from engine.backends.cuda import Stream, gpu_index, pinned_array, runtime, use_gpu
 from engine.backends.onnxruntime import (
     check_batch,
     describe,
@@ -29,7 +29,7 @@ from engine.backends.onnxruntime import (
 from engine.backends.onnxruntime_split import Split, UnsplitError, split
 from engine.files import file_sha256
 from engine.network import load_detector
-from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec
+from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, Session
 from plugin_cuda.binding import Plan, Run
 from plugin_cuda.device_array import DeviceArray
 from plugin_cuda.errors import PluginError
@@ -58,13 +58,17 @@ _DEVICE = "cuda"
 
 
 def load_split(
-    model: Path, *, threads: int | None = None, options: Mapping[str, str] = CUDA_OPTIONS
+    model: Path,
+    *,
+    device: str = _DEVICE,
+    threads: int | None = None,
+    options: Mapping[str, str] = CUDA_OPTIONS,
 ) -> SplitEngine:
     """Load a detector that ends in NMS_OPT_TRT.
 
     Parameters
     ----------
-    model, threads
+    model, device, threads
         As `engine.backends.onnxruntime.load`.
     options
         Options of the CUDA provider, besides device and stream.
@@ -76,28 +80,30 @@ def load_split(
     EngineError
         When ONNX Runtime cannot run the model on a GPU at all.
     """
-    provider = find_provider(model, _DEVICE)
+    provider = find_provider(model, device)
     parts = split(load_detector(model))
     try:
         runtime()
     except EngineError as error:
         raise UnsplitError(str(error)) from error
-    gpu = use_gpu(0)
+    index = gpu_index(device) or 0
+    gpu = use_gpu(index)
     network = parts.network.SerializeToString()
 
     def open_network(**more: str) -> onnxruntime.InferenceSession:
-        return open_session(network, model, provider, {**options, **more}, threads)
+        given = {**options, "device_id": str(index), **more}
+        return open_session(network, model, provider, given, threads)
 
     # opened once for its errors alone: what can be refused is refused here
     spec, max_batch = input_spec(open_network(), model)
-    manifest = describe(model, provider, threads, spec, max_batch) | {
+    manifest = describe(model, device, threads, spec, max_batch) | {
         "provider_options": dict(options),
         "gpu": gpu.name,
         "compute_capability": gpu.compute_capability,
         "nms": library_path().name,
         "nms_sha256": file_sha256(library_path()),
     }
-    return SplitEngine(spec, max_batch, manifest, parts, open_network)
+    return SplitEngine(spec, max_batch, manifest, parts, open_network, index)
 
 
 @dataclass(frozen=True)
@@ -109,11 +115,17 @@ class SplitEngine:
     manifest: Mapping[str, object]
     _split: Split = field(repr=False)
     _open: Callable[..., onnxruntime.InferenceSession] = field(repr=False)
+    _device: int = 0
 
     def session(self) -> SplitSession:
         """Open a session: a stream, weights and buffers of its own."""
-        use_gpu(0)  # the current device is a matter of each thread
-        return SplitSession(self._split, self.input_spec, self.max_batch, self._open)
+        use_gpu(self._device)  # the current device is a matter of each thread
+        return SplitSession(self._split, self.input_spec, self.max_batch, self._open, self._device)
+
+    def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Allocate page-locked memory."""
+        use_gpu(self._device)
+        return pinned_array(shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,6 @@ class _Buffers:
     """Memory for batches up to a size: page-locked arrays on the host, addresses on the GPU."""
 
     batch: int
-    images: NDArray[Any]
     detections: NDArray[np.float32]
     counts: NDArray[np.int32]
     images_at: int
@@ -140,13 +151,15 @@ class _Pass:
     nms: Run
 
 
-class SplitSession:
+class SplitSession(Session):
     """A stream of execution; see `engine.protocol.Session`.
 
-    `submit` and `result` are the halves of `infer`: one batch is under way at a time, and a second
-    session overlaps its copies with the work of the first. The buffers grow with the largest batch
+    One batch is under way at a time, and a second session overlaps its copies with the work of the
+    first. The buffers grow with the largest batch
     so far. A size other than the last one takes longer: cuDNN plans every convolution anew.
     """
+
+    depth = 1
 
     def __init__(
         self,
@@ -154,12 +167,14 @@ class SplitSession:
         spec: InputSpec,
         fixed_batch: int | None,
         open_network: Callable[..., onnxruntime.InferenceSession],
+        device: int = 0,
     ) -> None:
         import onnxruntime as ort
 
         self._split = parts
         self._spec = spec
         self._fixed_batch = fixed_batch
+        self._device = device
         self._buffers: _Buffers | None = None
         self._passes: dict[int, _Pass] = {}
         self._count = 0
@@ -172,39 +187,22 @@ class SplitSession:
             self._stream.close()
             raise
 
-    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Detect objects in a batch; see `engine.protocol.Session.infer`.
-
-        Raises
-        ------
-        EngineError
-            When the images' dtype, shape or number is not what the model takes, or the run fails.
-        """
-        self.submit(images)
-        return self.result()
-
-    def submit(self, images: NDArray[np.generic]) -> None:
-        """Start a batch; the images may be changed as soon as it returns.
-
-        Raises
-        ------
-        EngineError
-            As `infer`, or when the result of the last batch was not taken.
-        """
+    def submit(self, images: Sequence[NDArray[np.generic]]) -> None:
+        """Start a batch; see `engine.protocol.Session.submit`."""
         if self._count:
             raise EngineError("the result of the last batch was not taken")
-        check_batch(images, self._spec, self._fixed_batch)
+        count = check_batch(images, self._spec, self._fixed_batch)
         try:
-            self._start(images, self._fixed_batch or len(images))
+            self._start(images, self._fixed_batch or count)
         except BaseException as error:
             self._stream.synchronize()  # what was started still uses the buffers
             if isinstance(error, PluginError):
                 raise EngineError(str(error)) from error
             raise
-        self._count = len(images)
+        self._count = count
 
     def result(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Wait for the batch that `submit` started; see `infer`."""
+        """Wait for the batch; see `engine.protocol.Session.result`."""
         if self._buffers is None or not self._count:
             raise EngineError("no batch was submitted")
         count, self._count = self._count, 0
@@ -213,13 +211,14 @@ class SplitSession:
 
     def close(self) -> None:
         """Release weights, buffers and the stream."""
+        self._stream.free()  # which waits for what still uses the buffers
         self._count = 0
         self._buffers = None
         self._passes.clear()
         self._network = None  # before the stream that it works on
         self._stream.close()
 
-    def _start(self, images: NDArray[np.generic], batch: int) -> None:
+    def _start(self, images: Sequence[NDArray[np.generic]], batch: int) -> None:
         """Submit a batch to the stream; nothing here waits for the GPU but a change of size."""
         stream = self._stream
         if self._buffers is None or batch > self._buffers.batch:
@@ -231,8 +230,10 @@ class SplitSession:
         if batch not in self._passes:
             self._passes[batch] = self._bind(buffers, batch)
         work = self._passes[batch]
-        buffers.images[: len(images)] = images
-        stream.upload(buffers.images_at, buffers.images[:batch])
+        address = buffers.images_at
+        for run in images:
+            stream.upload(address, run)
+            address += run.nbytes
         try:
             self._network.run_with_iobinding(work.network, self._options)
         except Exception as error:  # ORT's exceptions share no base class but Exception
@@ -244,15 +245,14 @@ class SplitSession:
     def _allocate(self, batch: int) -> _Buffers:
         parts, stream = self._split, self._stream
         rows = (batch, parts.config.keep_top_k, DETECTION_FIELDS)
-        images = stream.pinned((batch, *self._spec.shape), self._spec.dtype)
-        detections, counts = stream.pinned(rows, np.float32), stream.pinned((batch,), np.int32)
+        detections, counts = pinned_array(rows, np.float32), pinned_array((batch,), np.int32)
+        image_bytes = int(np.prod(self._spec.shape)) * np.dtype(self._spec.dtype).itemsize
         room = workspace_size(parts.config, batch, parts.library)
         buffers = _Buffers(
             batch,
-            images,
             detections,
             counts,
-            stream.device(images.nbytes),
+            stream.device(batch * image_bytes),
             stream.device(detections.nbytes),
             stream.device(counts.nbytes),
             stream.device(parts.priors.nbytes),
@@ -269,11 +269,12 @@ class SplitSession:
         parts = self._split
         binding = self._network.io_binding()
         shape = (batch, *self._spec.shape)
-        dtype = buffers.images.dtype.type
-        binding.bind_input(self._spec.name, _DEVICE, 0, dtype, shape, buffers.images_at)
+        dtype, device = np.dtype(self._spec.dtype).type, self._device
+        binding.bind_input(self._spec.name, _DEVICE, device, dtype, shape, buffers.images_at)
         for name, (head, head_dtype) in parts.heads.items():
             address = buffers.heads_at[name]
-            binding.bind_output(name, _DEVICE, 0, head_dtype.type, (batch, *head), address)
+            place = (_DEVICE, device, head_dtype.type, (batch, *head), address)
+            binding.bind_output(name, *place)
         heads = tuple(buffers.heads_at.values())
         levels = len(parts.config.levels)
         plan = Plan(

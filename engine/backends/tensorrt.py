@@ -7,15 +7,15 @@ TensorRT. Unverified, for want of a machine with both: every call of TensorRT it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from engine.backends.cuda import Stream, use_gpu
+from engine.backends.cuda import Stream, gpu_index, pinned_array, use_gpu
 from engine.backends.tensorrt_log import polygraphy_log
 from engine.backends.tensorrt_module import RTX, import_tensorrt
 from engine.files import write_atomically
@@ -29,6 +29,7 @@ from engine.manifest import (
 )
 from engine.plugins import load_plugins
 from engine.protocol import EngineError, InputSpec, check_images
+from engine.protocol import Session as _Session
 
 if TYPE_CHECKING:
     import tensorrt
@@ -73,14 +74,17 @@ def load(backend: str, model: Path, device: str) -> Engine:
     libraries = check_plugins(model, manifest)
     if manifest.options.get("strip_plan"):
         raise EngineError(f"{model}: its weights were stripped; refit it with TensorRT first")
-    index = _device_index(backend, device)
+    index = gpu_index(device)
+    if index is None:
+        raise EngineError(f"{backend} runs on a GPU, not on {device!r}; use --device cuda")
     trt = import_tensorrt(backend)
     gpu = use_gpu(index)
     here = Machine(backend, str(trt.__version__), gpu.name, gpu.compute_capability)
     check_machine(model, manifest, here)
     load_plugins(trt, libraries)
     engine = _deserialize(trt, plan, model, manifest)
-    return Engine(manifest.input, manifest.max_batch, manifest.to_dict(), trt, engine, index)
+    described = {**manifest.to_dict(), "device": f"cuda:{index}"}
+    return Engine(manifest.input, manifest.max_batch, described, trt, engine, index)
 
 
 @dataclass(frozen=True)
@@ -109,18 +113,25 @@ class Engine:
         context = _made(self._engine.create_execution_context())
         return Session(self, context, capture=cuda_graphs)
 
+    def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Allocate page-locked memory."""
+        use_gpu(self._device)
+        return pinned_array(shape, dtype)
+
     def output_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an output at the largest batch."""
         _, *sizes = self._engine.get_tensor_shape(name)
         return (self.max_batch, *sizes)
 
 
-class Session:
+class Session(_Session):
     """A stream of execution; see `engine.protocol.Session`.
 
-    `submit` and `result` are the halves of `infer`: one batch is under way at a time, and a second
-    session overlaps its copies with the work of the first.
+    One batch is under way at a time, and a second session overlaps its copies with the work of the
+    first.
     """
+
+    depth = 1
 
     def __init__(
         self, engine: Engine, context: tensorrt.IExecutionContext, *, capture: bool
@@ -134,42 +145,28 @@ class Session:
         self._batch: int | None = None
         self._count = 0
         self._stream = Stream()
-        shape = (engine.max_batch, *self._spec.shape)
-        self._images = self._stream.pinned(shape, self._spec.dtype)
         self._outputs = {
-            name: self._stream.pinned(engine.output_shape(name), dtype)
-            for name, dtype in _OUTPUTS.items()
+            name: pinned_array(engine.output_shape(name), dtype) for name, dtype in _OUTPUTS.items()
         }
+        image_bytes = int(np.prod(self._spec.shape)) * np.dtype(self._spec.dtype).itemsize
+        sizes = {name: array.nbytes for name, array in self._outputs.items()}
+        sizes[self._spec.name] = engine.max_batch * image_bytes
         self._addresses: dict[str, int] = {}
-        for name, array in ((self._spec.name, self._images), *self._outputs.items()):
-            self._addresses[name] = self._stream.device(array.nbytes)
+        for name, size in sizes.items():
+            self._addresses[name] = self._stream.device(size)
             if not context.set_tensor_address(name, self._addresses[name]):
                 raise EngineError(f"TensorRT refuses the buffer of {name}")
 
-    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Detect objects in a batch; see `engine.protocol.Session.infer`.
-
-        Raises
-        ------
-        EngineError
-            When the images' dtype, shape or number is not what the engine takes, or the run fails.
-        """
-        self.submit(images)
-        return self.result()
-
-    def submit(self, images: NDArray[np.generic]) -> None:
-        """Start a batch; the images may be changed as soon as it returns.
-
-        Raises
-        ------
-        EngineError
-            As `infer`, or when the result of the last batch was not taken.
-        """
+    def submit(self, images: Sequence[NDArray[np.generic]]) -> None:
+        """Start a batch; see `engine.protocol.Session.submit`."""
         if self._count:
             raise EngineError("the result of the last batch was not taken")
-        check_batch(images, self._spec, self._engine.max_batch)
-        batch = max(len(images), self._min_batch)
-        self._images[: len(images)] = images
+        count = check_batch(images, self._spec, self._engine.max_batch)
+        batch = max(count, self._min_batch)
+        address = self._addresses[self._spec.name]
+        for run in images:
+            self._stream.upload(address, run)
+            address += run.nbytes
         if batch in self._replays:
             self._replays[batch]()
         else:
@@ -177,10 +174,10 @@ class Session:
             if self._capture:  # the run above has done what must not happen while recording
                 self._stream.synchronize()
                 self._replays[batch] = self._stream.capture(lambda: self._run(batch))
-        self._count = len(images)
+        self._count = count
 
     def result(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Wait for the batch that `submit` started; see `infer`."""
+        """Wait for the batch; see `engine.protocol.Session.result`."""
         if not self._count:
             raise EngineError("no batch was submitted")
         self._stream.synchronize()
@@ -198,27 +195,32 @@ class Session:
             if not context.set_input_shape(self._spec.name, (batch, *self._spec.shape)):
                 raise EngineError(f"TensorRT refuses a batch of {batch}")
             self._batch = batch
-        self._stream.upload(self._addresses[self._spec.name], self._images[:batch])
         if not context.execute_async_v3(self._stream.handle):
             raise EngineError("TensorRT could not start the batch; see its messages above")
         for name, array in self._outputs.items():
             self._stream.download(array[:batch], self._addresses[name])
 
 
-def check_batch(images: NDArray[np.generic], spec: InputSpec, max_batch: int) -> None:
-    """Check a batch against what an engine takes.
+def check_batch(images: Sequence[NDArray[np.generic]], spec: InputSpec, max_batch: int) -> int:
+    """Check a batch, given as runs of images, against what an engine takes.
+
+    Returns
+    -------
+    int
+        Images of the batch.
 
     Raises
     ------
     EngineError
         When its dtype, shape or number is another.
     """
-    check_images(images, spec, "engine")
-    if len(images) > max_batch:
+    count = check_images(images, spec, "engine")
+    if count > max_batch:
         raise EngineError(
-            f"a batch of {len(images)} images, but the engine's profile ends at {max_batch}; "
+            f"a batch of {count} images, but the engine's profile ends at {max_batch}; "
             "build it with a larger max batch"
         )
+    return count
 
 
 def write_layer_info(trt: Any, plan: bytes, path: Path) -> None:
@@ -239,13 +241,6 @@ def write_layer_info(trt: Any, plan: bytes, path: Path) -> None:
         write_atomically(path, text.encode())
     except OSError as error:
         raise EngineError(f"{path}: cannot write it: {error.strerror}") from error
-
-
-def _device_index(backend: str, device: str) -> int:
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index.isdecimal() or device == "cuda"):
-        raise EngineError(f"{backend} runs on a GPU, not on {device!r}; use --device cuda")
-    return int(index or 0)
 
 
 def _runtime(trt: Any) -> tensorrt.Runtime:
