@@ -9,6 +9,7 @@ from engine.protocol import Engine, EngineError
 
 _LOADERS = {
     "onnxruntime": "engine.backends.onnxruntime:load",
+    "cudnn": "engine.backends.cudnn:load",
     "tensorrt": "engine.backends.tensorrt:load_tensorrt",
     "tensorrt-rtx": "engine.backends.tensorrt:load_tensorrt_rtx",
 }
@@ -27,9 +28,9 @@ def load_engine(
     backend
         One of `BACKENDS`.
     model
-        The model file: ONNX for ``onnxruntime``, an engine file for the others.
+        The model file: ONNX for ``onnxruntime`` and ``cudnn``, an engine file for the others.
     device
-        ``cpu`` or ``cuda``; the TensorRT family also takes ``cuda:N``, and no ``cpu``.
+        ``cpu`` or ``cuda``; ``cudnn`` and the TensorRT family also take ``cuda:N``, and no ``cpu``.
     threads
         Threads that work on one batch; None: one for each CPU the process may use.
 

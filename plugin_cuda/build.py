@@ -1,4 +1,4 @@
-"""Build libnms_opt.so and the TensorRT plugin's libraries with CMake and nvcc."""
+"""Build the libraries of kernels and of the TensorRT plugin with CMake and nvcc."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from plugin_cuda.toolchain import (
 )
 
 KERNELS = "libnms_opt.so"
+INT8_LAYERS = "libint8_layers.so"
 PLUGIN = "libnmsoptplugin.so"
 REGISTER = "libnmsoptplugin_register.so"
 
@@ -113,8 +114,8 @@ def build(plan: Plan) -> tuple[Path, ...]:
     Returns
     -------
     libraries
-        In the output folder: `KERNELS`, and `PLUGIN` and `REGISTER` when there are TensorRT
-        headers.
+        In the output folder: `KERNELS`, `INT8_LAYERS`, and, when there are TensorRT headers,
+        `PLUGIN` and `REGISTER`.
 
     Raises
     ------
@@ -130,7 +131,9 @@ def build(plan: Plan) -> tuple[Path, ...]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _configure(plan, tree)
             _run(plan, [plan.cmake, "--build", tree, "--parallel", str(os.cpu_count())])
-            names = (KERNELS,) if plan.headers is None else (KERNELS, PLUGIN, REGISTER)
+            names: tuple[str, ...] = (KERNELS, INT8_LAYERS)
+            if plan.headers is not None:
+                names += (PLUGIN, REGISTER)
             return tuple(_install(tree / name, plan.output / name) for name in names)
     except OSError as error:
         raise PluginError(

@@ -79,6 +79,59 @@ def use_gpu(device: int) -> Gpu:
     return Gpu(name, f"{properties.major}.{properties.minor}")
 
 
+def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Allocate a page-locked host array for every GPU, freed when no array refers to it any more.
+
+    Raises
+    ------
+    EngineError
+        When CUDA has no such memory.
+    """
+    cuda = runtime()
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    address = int(check(cuda.cudaHostAlloc(max(size, 1), cuda.cudaHostAllocPortable)))
+    owner = _Pinned(address, size, cuda.cudaFreeHost)
+    return np.asarray(owner).view(dtype).reshape(shape)
+
+
+class _Pinned:
+    """Owner of page-locked bytes, which numpy keeps as the base of every array of them."""
+
+    def __init__(self, address: int, size: int, free: Callable[[int], object]) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "shape": (size,),
+            "typestr": "|u1",
+        }
+        self._address = address
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free(self._address)
+
+
+class Event:
+    """A moment on a stream."""
+
+    def __init__(self, *, timing: bool = False) -> None:
+        self._cuda = runtime()
+        flags = self._cuda.cudaEventDefault if timing else self._cuda.cudaEventDisableTiming
+        self.handle = int(check(self._cuda.cudaEventCreateWithFlags(flags)))
+
+    def synchronize(self) -> None:
+        """Wait for it on the host."""
+        check(self._cuda.cudaEventSynchronize(self.handle))
+
+    def elapsed_ms(self, start: Event) -> float:
+        """Milliseconds since another event; both have to be over and made with `timing`."""
+        return float(check(self._cuda.cudaEventElapsedTime(start.handle, self.handle)))
+
+    def close(self) -> None:
+        """Release it."""
+        self._cuda.cudaEventDestroy(self.handle)
+
+
 class Stream:
     """A CUDA stream and what is to be released with it."""
 
@@ -113,6 +166,20 @@ class Stream:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         target = array.ctypes.data
         check(self._cuda.cudaMemcpyAsync(target, address, array.nbytes, kind, self.handle))
+
+    def event(self, *, timing: bool = False) -> Event:
+        """Make an event that is released with the stream."""
+        event = Event(timing=timing)
+        self._release.append(event.close)
+        return event
+
+    def record(self, event: Event) -> None:
+        """Let an event be the moment when everything submitted so far is done."""
+        check(self._cuda.cudaEventRecord(event.handle, self.handle))
+
+    def wait(self, event: Event) -> None:
+        """Let everything submitted from now on wait for an event of any stream."""
+        check(self._cuda.cudaStreamWaitEvent(self.handle, event.handle, 0))
 
     def synchronize(self) -> None:
         """Wait until everything submitted is done."""
