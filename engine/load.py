@@ -9,6 +9,7 @@ from engine.protocol import Engine, EngineError
 
 _LOADERS = {
     "onnxruntime": "engine.backends.onnxruntime:load",
+    "cudnn": "engine.backends.cudnn:load",
     "tensorrt": "engine.backends.tensorrt:load_tensorrt",
     "tensorrt-rtx": "engine.backends.tensorrt:load_tensorrt_rtx",
 }
@@ -30,7 +31,7 @@ def load_engine(
     backend
         One of `BACKENDS`.
     model
-        The model file: ONNX for ``onnxruntime``, an engine file for the others.
+        The model file: ONNX for ``onnxruntime`` and ``cudnn``, an engine file for the others.
     device
         ``cpu``, ``cuda`` or ``cuda:N``; the TensorRT family takes no ``cpu``.
     threads

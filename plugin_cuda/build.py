@@ -1,4 +1,4 @@
-"""Build libnms_opt.so, libint8_conv.so and the TensorRT plugin's libraries with CMake and nvcc."""
+"""Build the libraries of kernels and of the TensorRT plugin with CMake and nvcc."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from plugin_cuda.toolchain import (
 
 KERNELS = "libnms_opt.so"
 CONVOLUTIONS = "libint8_conv.so"
+INT8_LAYERS = "libint8_layers.so"
 PLUGIN = "libnmsoptplugin.so"
 REGISTER = "libnmsoptplugin_register.so"
 
@@ -77,7 +78,7 @@ class Plan:
     @property
     def libraries(self) -> tuple[str, ...]:
         """Names of the files."""
-        names = [KERNELS]
+        names = [KERNELS, INT8_LAYERS]
         if CONVOLUTIONS_FOR in self.real:
             names.append(CONVOLUTIONS)
         if self.headers is not None:

@@ -119,6 +119,27 @@ def pinned_array(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     return np.frombuffer(memoryview(buffer), dtype).reshape(shape)
 
 
+class Event:
+    """A moment on a stream."""
+
+    def __init__(self, *, timing: bool = False) -> None:
+        self._cuda = runtime()
+        flags = self._cuda.cudaEventDefault if timing else self._cuda.cudaEventDisableTiming
+        self.handle = int(check(self._cuda.cudaEventCreateWithFlags(flags)))
+
+    def synchronize(self) -> None:
+        """Wait for it on the host."""
+        check(self._cuda.cudaEventSynchronize(self.handle))
+
+    def elapsed_ms(self, start: Event) -> float:
+        """Milliseconds since another event; both have to be over and made with `timing`."""
+        return float(check(self._cuda.cudaEventElapsedTime(start.handle, self.handle)))
+
+    def close(self) -> None:
+        """Release it."""
+        self._cuda.cudaEventDestroy(self.handle)
+
+
 class Stream:
     """A CUDA stream and what is to be released with it."""
 
@@ -146,6 +167,20 @@ class Stream:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         target = array.ctypes.data
         check(self._cuda.cudaMemcpyAsync(target, address, array.nbytes, kind, self.handle))
+
+    def event(self, *, timing: bool = False) -> Event:
+        """Make an event that is released with the stream."""
+        event = Event(timing=timing)
+        self._release.append(event.close)
+        return event
+
+    def record(self, event: Event) -> None:
+        """Let an event be the moment when everything submitted so far is done."""
+        check(self._cuda.cudaEventRecord(event.handle, self.handle))
+
+    def wait(self, event: Event) -> None:
+        """Let everything submitted from now on wait for an event of any stream."""
+        check(self._cuda.cudaStreamWaitEvent(self.handle, event.handle, 0))
 
     def synchronize(self) -> None:
         """Wait until everything submitted is done, in any thread."""

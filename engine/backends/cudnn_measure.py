@@ -1,0 +1,152 @@
+"""How long kernels take on the GPU, on memory and data of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.cuda import Stream
+from engine.backends.cudnn_plans import (
+    BIAS,
+    MULTIPLIER,
+    RESIDUAL,
+    RESIDUAL_MULTIPLIER,
+    WEIGHT,
+    CompiledPlan,
+    ConvShape,
+    X,
+    Y,
+    execute,
+    load_plan,
+)
+from engine.backends.cudnn_program import Candidate, Places, Run
+from engine.protocol import EngineError
+
+_ROUNDS = 3
+_ROUND_MS = 2.0
+_MOST_REPEATS = 20
+"""A measurement repeats a kernel for so long, but so often at most; the fastest round counts."""
+
+_HOPELESS = 2.0
+"""How much slower than the fastest a kernel may be in its first run and still be measured."""
+
+_BLOCK = 1 << 22
+"""Bytes of random data, repeated in larger tensors."""
+
+
+def measure(stream: Stream, run: Run, fastest: float = float("inf")) -> float:
+    """Milliseconds of some work, replayed as a CUDA graph so that the host does not count.
+
+    Parameters
+    ----------
+    fastest
+        The best time so far; work that is hopelessly slower at first is not repeated.
+    """
+    start, end = stream.event(timing=True), stream.event(timing=True)
+
+    def time(work: Callable[[], None]) -> float:
+        stream.record(start)
+        work()
+        stream.record(end)
+        end.synchronize()
+        return end.elapsed_ms(start)
+
+    run(stream.handle)  # loads the kernel
+    stream.synchronize()
+    once = time(stream.capture(lambda: run(stream.handle)))
+    if once > _HOPELESS * fastest:
+        return once
+    repeats = max(1, min(_MOST_REPEATS, int(_ROUND_MS / once)))
+
+    def work() -> None:
+        for _ in range(repeats):
+            run(stream.handle)
+
+    replay = stream.capture(work)
+    return min(time(replay) for _ in range(_ROUNDS)) / repeats
+
+
+def measure_plans(
+    cudnn: Any, handle: Any, stream: Stream, shape: ConvShape, plans: Sequence[CompiledPlan]
+) -> list[float]:
+    """Milliseconds of plans of one shape; infinite for one that does not run.
+
+    Parameters
+    ----------
+    stream
+        The handle's; all that it owns is released.
+    """
+    memory = _tensors(stream, shape)
+    workspace = stream.device(max((plan.workspace_bytes for plan in plans), default=0) + 1)
+    times: list[float] = []
+    for plan in plans:
+        try:
+            graph = load_plan(cudnn, handle, plan)
+
+            def run(_: int, graph: Any = graph) -> None:
+                execute(graph, handle, memory, workspace)
+
+            times.append(measure(stream, run, min(times, default=float("inf"))))
+        except EngineError:
+            times.append(float("inf"))
+    stream.free()
+    return times
+
+
+def fastest(
+    stream: Stream, candidates: Sequence[Candidate], sizes: tuple[int, int, int]
+) -> Candidate:
+    """Measure the ways to run a layer, where there are several, and return the fastest.
+
+    Parameters
+    ----------
+    stream
+        All that it owns is released.
+    sizes
+        Bytes of x, of y, and of the residual or 0.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    x, y, residual = (_random(stream, size, half=False) if size else None for size in sizes)
+    workspace = stream.device(max(one.workspace_bytes for one in candidates) + 1)
+    places = Places(x or 0, y or 0, residual, workspace)
+    times = [measure(stream, candidate.bind(places)) for candidate in candidates]
+    stream.free()
+    return candidates[times.index(min(times))]
+
+
+def _tensors(stream: Stream, shape: ConvShape) -> dict[int, int]:
+    """Random tensors for a plan, by their numbers."""
+    half = shape.source == "float16"
+    weight = shape.filters * shape.channels * shape.window.kernel[0] * shape.window.kernel[1]
+    x = shape.batch * shape.channels * shape.height * shape.width
+    y = shape.batch * shape.filters * shape.rows * shape.columns
+    small = np.full(shape.filters, 1e-3, np.float32)
+    found = {
+        X: _random(stream, x << half, half=half),
+        WEIGHT: _random(stream, weight << half, half=half),
+        Y: stream.device(y << (shape.target == "float16")),
+    }
+    numbers = [MULTIPLIER, BIAS]
+    if shape.residual:
+        found[RESIDUAL] = _random(stream, y, half=False)
+        numbers.append(RESIDUAL_MULTIPLIER)
+    for number in numbers:
+        found[number] = stream.device(small.nbytes)
+        stream.upload(found[number], small)
+    return found
+
+
+def _random(stream: Stream, size: int, *, half: bool) -> int:
+    """Allocate memory filled with random int8, or with float16 of the same values."""
+    block: NDArray[Any] = np.random.default_rng(0).integers(-128, 128, _BLOCK, np.int8)
+    if half:
+        block = block.astype(np.float16)
+    data = block.view(np.uint8)
+    address = stream.device(size)
+    for offset in range(0, size, data.nbytes):
+        stream.upload(address + offset, data[: size - offset])
+    return address
