@@ -1,4 +1,4 @@
-"""An INT8 graph run by PyTorch in exact arithmetic: its layers' meaning, and how cuDNN gets them."""
+"""An INT8 graph run by PyTorch in exact arithmetic: what layers mean, and how cuDNN gets them."""
 
 from __future__ import annotations
 

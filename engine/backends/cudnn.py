@@ -20,16 +20,17 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from engine.backends.cuda import Stream, pinned_array, use_gpu
+from engine.backends.cudnn_hopper import hopper_library, stem_constants
 from engine.backends.cudnn_layers import constants as layer_constants
-from engine.backends.cudnn_layers import conv_shape, padded, tensor_bytes
-from engine.backends.cudnn_measure import fastest, measure_plans
+from engine.backends.cudnn_layers import conv_shape, groups, padded
+from engine.backends.cudnn_measure import Chooser, measure_plans
 from engine.backends.cudnn_plans import CompiledPlan, ConvShape, import_cudnn, load_plan
-from engine.backends.cudnn_program import Candidate, Kernels, Program, Run, make_program
+from engine.backends.cudnn_program import Kernels, Program, Run, make_program
 from engine.backends.cudnn_tuning import Machine, cache_path, load_cache, save_cache, tune
 from engine.backends.onnxruntime_split import Split, UnsplitError, split
 from engine.backends.pipeline import Enqueue, PipelinedSession, Slot
 from engine.files import file_sha256
-from engine.int8_graph import Convolution, Int8Graph, Layer, read_int8_graph
+from engine.int8_graph import Convolution, Int8Graph, read_int8_graph
 from engine.network import load_detector
 from engine.progress import progress_bar
 from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec
@@ -102,10 +103,8 @@ def load_batches(model: Path, batches: Sequence[int], *, device: str = "cuda") -
         cudnn.set_stream(handle, scratch.handle)
         plans = _plans(cudnn, handle, graph, batches, machine, stream=scratch, device=index)
         kernels = Kernels(handle, library, plans, _upload_constants(owner, graph))
-        programs = {
-            batch: make_program(graph, batch, partial(_choose, kernels, graph, batch, scratch))
-            for batch in batches
-        }
+        choose = Chooser(kernels, hopper_library(gpu.compute_capability), graph, scratch)
+        programs = {batch: make_program(graph, batch, partial(choose, batch)) for batch in batches}
     except BaseException:
         owner.close()
         raise
@@ -336,28 +335,16 @@ def _plans(
 def _upload_constants(stream: Stream, graph: Int8Graph) -> dict[str, dict[int, int]]:
     """Copy the constants of every convolution to the GPU."""
     found: dict[str, dict[int, int]] = {}
-    for layer in graph.layers:
+    for group in groups(graph):
+        layer = group[0]
         if isinstance(layer, Convolution):
             found[layer.name] = {}
-            for number, array in layer_constants(graph, layer).items():
+            arrays = {**layer_constants(graph, layer), **stem_constants(graph, group)}
+            for number, array in arrays.items():
                 address = found[layer.name][number] = stream.device(array.nbytes)
                 stream.upload(address, array)
     stream.synchronize()
     return found
-
-
-def _choose(
-    kernels: Kernels, graph: Int8Graph, batch: int, stream: Stream, group: tuple[Layer, ...]
-) -> Candidate:
-    """The fastest way to run a group of layers."""
-    first = group[0]
-    skipped = first.residual if isinstance(first, Convolution) else None
-    sizes = (
-        tensor_bytes(graph, first.x, batch),
-        tensor_bytes(graph, group[-1].y, batch),
-        0 if skipped is None else tensor_bytes(graph, skipped, batch),
-    )
-    return fastest(stream, kernels.candidates(graph, batch, group), sizes)
 
 
 def _device_index(device: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream
+from engine.backends.cudnn_hopper import hopper_candidate
+from engine.backends.cudnn_layers import tensor_bytes
 from engine.backends.cudnn_plans import (
     BIAS,
     MULTIPLIER,
@@ -22,7 +25,8 @@ from engine.backends.cudnn_plans import (
     execute,
     load_plan,
 )
-from engine.backends.cudnn_program import Candidate, Places, Run
+from engine.backends.cudnn_program import Candidate, Kernels, Places, Run
+from engine.int8_graph import Convolution, Int8Graph, Layer
 from engine.protocol import EngineError
 
 _ROUNDS = 3
@@ -96,26 +100,47 @@ def measure_plans(
     return times
 
 
-def fastest(
-    stream: Stream, candidates: Sequence[Candidate], sizes: tuple[int, int, int]
-) -> Candidate:
-    """Measure the ways to run a layer, where there are several, and return the fastest.
+class Chooser:
+    """Chooses the fastest way to run a group of layers; layers of one shape are measured once."""
 
-    Parameters
-    ----------
-    stream
-        All that it owns is released.
-    sizes
-        Bytes of x, of y, and of the residual or 0.
-    """
-    if len(candidates) == 1:
-        return candidates[0]
-    x, y, residual = (_random(stream, size, half=False) if size else None for size in sizes)
-    workspace = stream.device(max(one.workspace_bytes for one in candidates) + 1)
-    places = Places(x or 0, y or 0, residual, workspace)
-    times = [measure(stream, candidate.bind(places)) for candidate in candidates]
-    stream.free()
-    return candidates[times.index(min(times))]
+    def __init__(
+        self, kernels: Kernels, hopper: ctypes.CDLL | None, graph: Int8Graph, stream: Stream
+    ) -> None:
+        self._kernels = kernels
+        self._hopper = hopper
+        self._graph = graph
+        self._stream = stream
+        self._fastest: dict[tuple[object, ...], str] = {}
+
+    def __call__(self, batch: int, group: tuple[Layer, ...]) -> Candidate:
+        """Choose for a batch size: cuDNN's fastest kernels, or libint8_conv.so's where it can."""
+        graph, first = self._graph, group[0]
+        candidates = [self._kernels.candidate(graph, batch, group)]
+        constants = self._kernels.constants.get(first.name, {})
+        if self._hopper is not None:
+            own = hopper_candidate(self._hopper, graph, batch, group, constants)
+            candidates += [own] if own else []
+        names = tuple(candidate.name for candidate in candidates)
+        skipped = first.residual if isinstance(first, Convolution) else None
+        sizes = (
+            tensor_bytes(graph, first.x, batch),
+            tensor_bytes(graph, group[-1].y, batch),
+            0 if skipped is None else tensor_bytes(graph, skipped, batch),
+        )
+        key = (names, sizes)
+        if len(candidates) > 1 and key not in self._fastest:
+            self._fastest[key] = names[self._measure(candidates, sizes)]
+        return candidates[names.index(self._fastest.get(key, names[0]))]
+
+    def _measure(self, candidates: Sequence[Candidate], sizes: tuple[int, int, int]) -> int:
+        """Index of the fastest; all that the stream owns is released."""
+        stream = self._stream
+        x, y, residual = (_random(stream, size, half=False) if size else None for size in sizes)
+        workspace = stream.device(max(one.workspace_bytes for one in candidates) + 1)
+        places = Places(x or 0, y or 0, residual, workspace)
+        times = [measure(stream, candidate.bind(places)) for candidate in candidates]
+        stream.free()
+        return times.index(min(times))
 
 
 def _tensors(stream: Stream, shape: ConvShape) -> dict[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,14 +162,8 @@ class Kernels:
     plans: Mapping[ConvShape, tuple[CompiledPlan, Any]]
     constants: Mapping[str, Mapping[int, int]]
 
-    def candidates(
-        self, graph: Int8Graph, batch: int, group: tuple[Layer, ...]
-    ) -> Sequence[Candidate]:
-        """List the ways to run a group of layers."""
-        return [self._generic(graph, batch, group)]
-
-    def _generic(self, graph: Int8Graph, batch: int, group: tuple[Layer, ...]) -> Candidate:
-        """One kernel after the other, what lies between them in the workspace."""
+    def candidate(self, graph: Int8Graph, batch: int, group: tuple[Layer, ...]) -> Candidate:
+        """Run a group one kernel after the other, what lies between them in the workspace."""
         first = group[0]
         if isinstance(first, MaxPool):
             return Candidate("max pool", 0, lambda p: self._pool(graph, batch, first, p.x, p.y))
