@@ -22,7 +22,7 @@ ONNX_BACKENDS = ("onnxruntime",)
 
 
 def load_engine(
-    backend: str, model: Path, *, device: str = "cpu", threads: int | None = None
+    backend: str, model: Path, *, device: str | None = None, threads: int | None = None
 ) -> Engine:
     """Load a model with one of `BACKENDS`.
 
@@ -33,7 +33,8 @@ def load_engine(
     model
         The model file: ONNX for ``onnxruntime`` and ``cudnn``, an engine file for the others.
     device
-        ``cpu``, ``cuda`` or ``cuda:N``; the TensorRT family takes no ``cpu``.
+        ``cpu``, ``cuda`` or ``cuda:N``; None: ``cpu`` with ``onnxruntime``, the only one that
+        takes it, else ``cuda``.
     threads
         Threads that work on one batch; None: one for each CPU the process may use.
 
@@ -44,5 +45,6 @@ def load_engine(
     """
     if backend not in _LOADERS:
         raise EngineError(f"unknown engine {backend!r}; choose one of: {', '.join(BACKENDS)}")
+    device = device or ("cpu" if backend == "onnxruntime" else "cuda")
     engine: Engine = resolve_name(_LOADERS[backend])(model, device=device, threads=threads)
     return engine

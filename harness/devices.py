@@ -42,7 +42,7 @@ def load_engines(
     backend, model, threads
         See `engine.load.load_engine`.
     device
-        ``cpu``, ``cuda`` or ``cuda:N``; None: ``cuda`` where `devices` are given, else ``cpu``.
+        See `engine.load.load_engine`; with `devices`, ``cuda`` or None.
     devices
         Numbers of GPUs; None: `device` alone.
 
@@ -53,8 +53,9 @@ def load_engines(
     EngineError
         When an engine cannot be loaded.
     """
+    names: list[str | None]
     if devices is None:
-        names = [device or "cpu"]
+        names = [device]
     elif device in {None, "cuda"}:
         names = [f"cuda:{number}" for number in devices]
     else:

@@ -18,7 +18,7 @@ DatasetName = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu, or cuda with --devices"),
+    typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu with onnxruntime, else cuda"),
 ]
 Devices = Annotated[
     str | None,
