@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from engine.backends.cuda import Stream, pinned_array, use_gpu
+from engine.backends.cuda import Stream, pinned, use_gpu
 from engine.backends.cudnn_hopper import hopper_library, stem_constants
 from engine.backends.cudnn_layers import constants as layer_constants
 from engine.backends.cudnn_layers import conv_shape, groups, padded
@@ -166,7 +166,7 @@ class CudnnEngine:
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Page-locked memory, from which images are copied while the host goes on."""
         use_gpu(self.device)
-        return pinned_array(shape, dtype)
+        return pinned(shape, dtype)
 
     @property
     def nms_config(self) -> Config:

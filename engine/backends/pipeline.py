@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.cuda import Event, Stream, pinned_array, use_gpu
+from engine.backends.cuda import Event, Stream, pinned, use_gpu
 from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, check_images
 
 DEPTH = 2
@@ -92,7 +92,7 @@ class PipelinedSession:
             shape = (max_batch, rows, DETECTION_FIELDS)
             # one more than there are slots: the last result is read while the others are written
             self._results: list[tuple[NDArray[np.float32], NDArray[np.int32]]] = [
-                (pinned_array(shape, np.float32), pinned_array((max_batch,), np.int32))
+                (pinned(shape, np.float32), pinned((max_batch,), np.int32))
                 for _ in range(depth + 1)
             ]
             detections, counts = self._results[0]
