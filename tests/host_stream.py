@@ -42,7 +42,7 @@ class HostStream:
         HostStream.open_streams -= 1
 
 
-def pinned_array(shape, dtype):
+def pinned(shape, dtype):
     return np.full(shape, -1, dtype)
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from engine.backends.cuda import Stream, check, pci_bus_id, pinned_array, use_gpu
+from engine.backends.cuda import Stream, check, pci_bus_id, pinned, use_gpu
 from engine.backends.tensorrt import Session
 from engine.protocol import EngineError, InputSpec
 
@@ -88,7 +88,7 @@ def test_gpu_is_described():
 def test_copies_and_graph_replay():
     use_gpu(0)
     stream = Stream()
-    source, target = pinned_array((5, 3), np.int8), pinned_array((5, 3), np.int8)
+    source, target = pinned((5, 3), np.int8), pinned((5, 3), np.int8)
     address = stream.device(source.nbytes)
 
     def work():
@@ -116,7 +116,7 @@ def test_pinned_memory_lives_as_long_as_its_arrays():
     def kind(address):
         return check(cuda.cudaPointerGetAttributes(address)).type
 
-    array = pinned_array((3, 5), np.float32)
+    array = pinned((3, 5), np.float32)
     assert (array.shape, array.dtype, array.flags.c_contiguous) == ((3, 5), np.float32, True)
     address = array.ctypes.data
     view = array[1:, 2]
@@ -130,7 +130,7 @@ def test_pinned_memory_lives_as_long_as_its_arrays():
 def test_too_much_pinned_memory_is_one_line():
     use_gpu(0)
     with pytest.raises(EngineError, match=r"CUDA: .*memory"):
-        pinned_array((1 << 50,), np.int8)
+        pinned((1 << 50,), np.int8)
 
 
 def test_pci_address():
@@ -142,7 +142,7 @@ def test_runs_of_a_batch():
     use_gpu(0)
     session = Session(CopyEngine(), CopyContext(), capture=True)
     batch = images(6, 3)
-    first = pinned_array((4, *SHAPE), np.float32)
+    first = pinned((4, *SHAPE), np.float32)
     first[:] = batch[:4]
     for _ in range(3):
         session.submit([first[:1], first[1:], batch[4:]])
@@ -171,7 +171,7 @@ def test_freed_buffers_leave_the_stream():
     assert cuda.cudaMemGetInfo()[1] <= before - size
     stream.free()
     assert cuda.cudaMemGetInfo()[1] > before - size
-    source, target = pinned_array((4,), np.int8), pinned_array((4,), np.int8)
+    source, target = pinned((4,), np.int8), pinned((4,), np.int8)
     source[:], target[:] = 5, 0
     address = stream.device(source.nbytes)
     stream.upload(address, source)
@@ -191,7 +191,7 @@ def test_failed_capture_leaves_the_stream_usable():
 
     with pytest.raises(EngineError, match="refused"):
         stream.capture(work)
-    host = pinned_array((4,), np.float32)
+    host = pinned((4,), np.float32)
     stream.upload(stream.device(host.nbytes), host)
     stream.synchronize()
     stream.close()

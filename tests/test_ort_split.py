@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 from calibrated import write_surgered
-from host_stream import HostStream, array_at, pinned_array
+from host_stream import HostStream, array_at, pinned
 from int8_models import write_int8
 from onnx import numpy_helper
 
@@ -251,7 +251,7 @@ def test_errors_are_errors_not_another_way(surgered, library, pretend_cuda, monk
 def host_session(library, monkeypatch):
     """Make a session of a model file on the host; the node's function body is the kernel."""
     monkeypatch.setattr(cuda, "Stream", HostStream)
-    monkeypatch.setattr(cuda, "pinned_array", pinned_array)
+    monkeypatch.setattr(cuda, "pinned", pinned)
     monkeypatch.setattr(cuda, "_DEVICE", "cpu")
 
     def make(path, fixed_batch=None):

@@ -100,7 +100,7 @@ def use_gpu(device: int) -> Gpu:
     return Gpu(name, f"{properties.major}.{properties.minor}")
 
 
-def pinned_array(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Allocate page-locked host memory, from and to which copies of every GPU are asynchronous.
 
     It is freed with the last array that refers to it.

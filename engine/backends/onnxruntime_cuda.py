@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from engine.backends.cuda import Stream, gpu_index, pinned_array, runtime, use_gpu
+from engine.backends.cuda import Stream, gpu_index, pinned, runtime, use_gpu
 from engine.backends.onnxruntime import (
     check_batch,
     describe,
@@ -125,7 +125,7 @@ class SplitEngine:
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Allocate page-locked memory."""
         use_gpu(self._device)
-        return pinned_array(shape, dtype)
+        return pinned(shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class SplitSession(Session):
     def _allocate(self, batch: int) -> _Buffers:
         parts, stream = self._split, self._stream
         rows = (batch, parts.config.keep_top_k, DETECTION_FIELDS)
-        detections, counts = pinned_array(rows, np.float32), pinned_array((batch,), np.int32)
+        detections, counts = pinned(rows, np.float32), pinned((batch,), np.int32)
         image_bytes = int(np.prod(self._spec.shape)) * np.dtype(self._spec.dtype).itemsize
         room = workspace_size(parts.config, batch, parts.library)
         buffers = _Buffers(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from engine.backends.cuda import Stream, gpu_index, pinned_array, use_gpu
+from engine.backends.cuda import Stream, gpu_index, pinned, use_gpu
 from engine.backends.tensorrt_log import polygraphy_log
 from engine.backends.tensorrt_module import RTX, import_tensorrt
 from engine.files import write_atomically
@@ -116,7 +116,7 @@ class Engine:
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Allocate page-locked memory."""
         use_gpu(self._device)
-        return pinned_array(shape, dtype)
+        return pinned(shape, dtype)
 
     def output_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an output at the largest batch."""
@@ -146,7 +146,7 @@ class Session(_Session):
         self._count = 0
         self._stream = Stream()
         self._outputs = {
-            name: pinned_array(engine.output_shape(name), dtype) for name, dtype in _OUTPUTS.items()
+            name: pinned(engine.output_shape(name), dtype) for name, dtype in _OUTPUTS.items()
         }
         image_bytes = int(np.prod(self._spec.shape)) * np.dtype(self._spec.dtype).itemsize
         sizes = {name: array.nbytes for name, array in self._outputs.items()}
