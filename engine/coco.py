@@ -41,6 +41,10 @@ def _is_size(value: object) -> bool:
     return _is_number(value) and value > 0  # type: ignore[operator]
 
 
+def _is_flag(value: object) -> bool:
+    return _is_number(value) and value in (0, 1)
+
+
 def _is_id(value: object) -> bool:
     return type(value) is int
 
@@ -66,7 +70,7 @@ _REQUIRED: dict[str, dict[str, _Check]] = {
         "category_id": _ID,
         "bbox": (_is_box, "four numbers [x, y, w, h]"),
         "area": _NUMBER,
-        "iscrowd": _NUMBER,
+        "iscrowd": (_is_flag, "0 or 1"),
     },
     "categories": {"id": _ID, "name": (_is_text, "text")},
 }

@@ -49,7 +49,7 @@ def test_a_gpu_given_twice():
 @pytest.mark.parametrize(
     ("device", "devices", "loaded"),
     [
-        (None, None, ["cpu"]),
+        (None, None, [None]),
         ("cuda:1", None, ["cuda:1"]),
         (None, (0,), ["cuda:0"]),
         ("cuda", (2, 0), ["cuda:2", "cuda:0"]),
