@@ -17,6 +17,9 @@ _LOADERS = {
 BACKENDS = tuple(_LOADERS)
 """Names that `load_engine` knows."""
 
+FROM_ONNX = frozenset({"onnxruntime", "cudnn"})
+"""Those that load an ONNX file; the others load what ``engine build`` made of it."""
+
 
 def load_engine(
     backend: str, model: Path, *, device: str = "cpu", threads: int | None = None

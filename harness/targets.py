@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from engine.load import load_engine
+from engine.load import FROM_ONNX, load_engine
 from engine.preprocessed import PreprocessedSet
 from engine.protocol import Engine
 from harness.dataset import known_dataset
@@ -125,4 +125,4 @@ def _engines(
 
 
 def _batch(config: SystemConfig, settings: Settings) -> int | None:
-    return None if config.engine == "onnxruntime" else settings.batch
+    return None if config.engine in FROM_ONNX else settings.batch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.environment import cpu_count, cpu_name, gpu_name, now
 from engine.files import write_atomically
-from engine.load import load_engine
+from engine.load import FROM_ONNX, load_engine
 from engine.preprocessed import PreprocessedSet
 from engine.progress import progress_bar
 from engine.protocol import Engine
@@ -85,7 +85,7 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
     """
     model = build_int8(route, float_type(tuning.engine))
     images = val_images(route, model)
-    onnx = tuning.engine == "onnxruntime"
+    onnx = tuning.engine in FROM_ONNX
 
     def engine(batch: int, threads: int | None) -> Engine:
         file = model if onnx else build_engine(route, model, tuning.engine, batch)
