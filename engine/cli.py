@@ -216,6 +216,10 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Reference: .onnx or engine file.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="What is held against it.")],
     *,
+    backend: Annotated[
+        Literal["onnxruntime", "cudnn"],
+        typer.Option("--engine", help="What runs B where it is an .onnx file."),
+    ] = "onnxruntime",
     data: Annotated[
         Path | None,
         typer.Option(help="Folder of float32 images of 'harness preprocess'.", show_default="none"),
@@ -260,6 +264,7 @@ def compare(
         random=random,
         limit=images,
         annotations=annotations,
+        backend=backend,
         overrides={"snr": snr, "matched": matched, "score": score},
     )
     from rich.console import Console

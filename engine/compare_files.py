@@ -28,6 +28,7 @@ def compare_files(
     limit: int | None,
     annotations: Path | None,
     overrides: Mapping[str, float | None],
+    backend: str = "onnxruntime",
 ) -> tuple[Comparison, dict[str, object]]:
     """Compare two files on preprocessed images or on noise.
 
@@ -43,6 +44,8 @@ def compare_files(
         Take the first so many images of `data`; None: all.
     annotations
         COCO annotations of the images of `data`.
+    backend
+        What runs the second file where it is an ONNX file; see `engine.runners.open_side`.
     overrides
         Fields of `engine.compare.Tolerance` to their value; None: the default.
 
@@ -63,7 +66,7 @@ def compare_files(
         raise EngineError("give either --data FOLDER or --random N")
     if data is None and (annotations is not None or limit is not None):
         raise EngineError("--annotations and --images go with --data, not with --random")
-    a, b = open_side(first, f"A: {first}"), open_side(second, f"B: {second}")
+    a, b = open_side(first, f"A: {first}"), open_side(second, f"B: {second}", backend)
     shape = a.runner.spec.shape
     if shape != b.runner.spec.shape:
         raise EngineError(

@@ -187,12 +187,12 @@ class _Reader:
         inputs = [v.name for v in graph.model.graph.input if v.name not in graph.constants]
         if len(inputs) != 1:
             raise EngineError(f"one image input expected, the graph has {len(inputs)}")
+        for index, node in enumerate(self._nodes):
+            if node.op_type == _CONV:  # before others complain of what it leaves float
+                self._dequantizer(index, node.input[1])
         image = inputs[0]
         if graph.dtype(image) != np.int8:
-            raise EngineError(
-                f"input {image!r} is {graph.dtype(image)}, not int8: the first convolution is left "
-                "float; quantise the model without --keep-float"
-            )
+            raise EngineError(f"input {image!r} is {graph.dtype(image)}, not int8")
         layers: list[Layer] = []
         for index, node in enumerate(self._nodes):
             if node.op_type == _CONV:
@@ -283,14 +283,7 @@ class _Reader:
 
     def _dequantized(self, index: int, name: str) -> tuple[str, float]:
         """The INT8 tensor behind a DequantizeLinear that a node reads, and its scale."""
-        source = self._graph.producer.get(name)
-        if source is None or self._nodes[source].op_type != _DEQUANTIZE:
-            raise self._refusal(
-                index,
-                f"its input {name!r} is float; every input has to be quantised, without "
-                "--keep-float",
-            )
-        self._seen.add(source)
+        source = self._dequantizer(index, name)
         tensor = self._nodes[source].input[0]
         scale = float(self._scale(source, axis_free=True))
         if tensor not in self._tensors:
@@ -303,14 +296,19 @@ class _Reader:
             )
         return tensor, scale
 
-    def _weight(self, index: int, name: str) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
-        """The INT8 weight of a convolution and its scale for each filter."""
+    def _dequantizer(self, index: int, name: str) -> int:
+        """The DequantizeLinear behind an input of a node."""
         source = self._graph.producer.get(name)
         if source is None or self._nodes[source].op_type != _DEQUANTIZE:
             raise self._refusal(
-                index, f"its weight {name!r} is left float; quantise it, without --keep-float"
+                index, f"its input {name!r} is left float; quantise it, without --keep-float"
             )
         self._seen.add(source)
+        return source
+
+    def _weight(self, index: int, name: str) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+        """The INT8 weight of a convolution and its scale for each filter."""
+        source = self._dequantizer(index, name)
         stored = self._nodes[source].input[0]
         scales = self._scale(source)
         quantizer = self._graph.producer.get(stored)

@@ -17,8 +17,8 @@ _LOADERS = {
 BACKENDS = tuple(_LOADERS)
 """Names that `load_engine` knows."""
 
-ONNX_BACKENDS = ("onnxruntime",)
-"""Those that run an ONNX file as it is, with any batch; the others have it built first."""
+ONNX_BACKENDS = ("onnxruntime", "cudnn")
+"""Those that load an ONNX file; the others load what ``engine build`` made of it."""
 
 
 def load_engine(

@@ -96,6 +96,26 @@ def onnxruntime_cuda() -> Found:
     return _run_onnx("cuda")
 
 
+def cudnn() -> Found:
+    """Ask cuDNN for kernels of a small INT8 layer.
+
+    Raises
+    ------
+    EngineError
+        When cuDNN, its frontend or a GPU is missing, or it has none for this GPU.
+    """
+    from engine.backends.cuda import use_gpu
+    from engine.backends.cudnn_plans import ConvShape, choices, import_cudnn
+    from engine.int8_graph import Window
+
+    module = import_cudnn()
+    use_gpu(0)
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
+    shape = ConvShape(1, 64, 32, 32, 64, window, "int8", "int8", residual=True, relu=True)
+    choices(module, module.create_handle(), shape, every=False)
+    return Found(f"cuDNN {module.backend_version_string()}, frontend {module.__version__}")
+
+
 def tensorrt() -> Found:
     """Build a model of one operator with TensorRT, and load the engine."""
     return _build_and_load("tensorrt")
@@ -244,6 +264,7 @@ PROBES: dict[str, Callable[[], Found | Gpus]] = {
     "export": export,
     "onnxruntime-cpu": onnxruntime_cpu,
     "onnxruntime-cuda": onnxruntime_cuda,
+    "cudnn": cudnn,
     "tensorrt": tensorrt,
     "tensorrt-rtx": tensorrt_rtx,
     "toolchain": toolchain,

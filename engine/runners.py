@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -24,6 +24,9 @@ from engine.network import load_detector, open_session
 from engine.protocol import Engine, EngineError, InputSpec
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
+
+if TYPE_CHECKING:
+    from engine.backends.cudnn import CudnnEngine, CudnnSession
 
 IMAGES = "images"
 """Input of every runner: float32 [N, 3, H, W], normalised."""
@@ -180,8 +183,23 @@ class Side:
     quantized: bool
 
 
-def open_side(path: Path, name: str) -> Side:
-    """Open an ONNX file in ONNX Runtime, or a built engine with the backend of its manifest.
+class CudnnRunner(EngineRunner):
+    """An INT8 detector run by cuDNN, with its head tensors; outputs as those of `OnnxRunner`."""
+
+    def __init__(self, name: str, engine: CudnnEngine, heads: Mapping[str, str]) -> None:
+        super().__init__(name, engine)
+        self._heads = heads
+        self._session: CudnnSession
+
+    def detect(self, images: NDArray[np.generic]) -> Arrays:
+        """Run on images of the input's dtype."""
+        values = self._session.heads(images)
+        outputs = {role: values[head] for role, head in self._heads.items()}
+        return outputs | super().detect(images)
+
+
+def open_side(path: Path, name: str, backend: str = "onnxruntime") -> Side:
+    """Open an ONNX file, or a built engine with the backend of its manifest.
 
     Parameters
     ----------
@@ -189,6 +207,8 @@ def open_side(path: Path, name: str) -> Side:
         ``.onnx``, or an engine file with its manifest beside it.
     name
         Name in Polygraphy's results.
+    backend
+        What runs an ONNX file: ``onnxruntime`` on the CPU, or ``cudnn``.
 
     Raises
     ------
@@ -199,6 +219,12 @@ def open_side(path: Path, name: str) -> Side:
         engine = load_engine(load_manifest(path).backend, path, device="cuda")
         runner: DetectorRunner = EngineRunner(name, engine)
         return Side(runner, engine.manifest, engine.input_spec.dtype == "int8")
+    if backend == "cudnn":
+        from engine.backends.cudnn import load_batches
+
+        cudnn = load_batches(path, (1,))
+        heads = head_tensors(load_detector(path))
+        return Side(CudnnRunner(name, cudnn, heads), cudnn.manifest, quantized=True)
     engine = load_engine("onnxruntime", path)
     spec = engine.input_spec
     model = load_detector(path)

@@ -42,6 +42,7 @@ _PROBES = {
     "loadgen": "harness",
     "onnxruntime-cpu": "engine onnxruntime, cpu",
     "onnxruntime-cuda": "engine onnxruntime, cuda",
+    "cudnn": "engine cudnn",
     "tensorrt": "engine tensorrt",
     "tensorrt-rtx": "engine tensorrt-rtx",
     "toolchain": "build-plugin",
@@ -54,12 +55,13 @@ _MODULES = {
     "export": "torch",
     "onnxruntime-cpu": "onnxruntime",
     "onnxruntime-cuda": "onnxruntime",
+    "cudnn": "cudnn",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt_rtx",
 }
 """Without the module there is nothing to try."""
 
-_GPU_ALONE = ("onnxruntime-cuda", "tensorrt")
+_GPU_ALONE = ("onnxruntime-cuda", "cudnn", "tensorrt")
 """Probes of what does nothing without a GPU."""
 
 
@@ -165,6 +167,7 @@ def _abilities(answers: dict[str, dict[str, Any]], gpu: bool) -> tuple[Ability, 
         "loadgen": _INSTALL,
         "onnxruntime-cpu": _INSTALL,
         "onnxruntime-cuda": _INSTALL_CUDA if gpu else None,
+        "cudnn": _EXTRA.format("cudnn") if gpu else None,
         "tensorrt": _INSTALL_TENSORRT if gpu else None,
         "tensorrt-rtx": _EXTRA.format("rtx"),
         "toolchain": plugin if build else None,
@@ -230,7 +233,7 @@ def _data_steps(resources: Resources) -> Iterator[str]:
 def _gpu_steps(state: dict[str, Ability]) -> Iterator[str]:
     """Yield what to do when nothing runs on the GPU, or slowly."""
     cuda = state["engine onnxruntime, cuda"]
-    others = (state["engine tensorrt"], state["engine tensorrt-rtx"])
+    others = (state["engine cudnn"], state["engine tensorrt"], state["engine tensorrt-rtx"])
     if cuda.state != "works" and all(one.state != "works" for one in others):
         yield f"To use the GPU: {cuda.fix}"
     if cuda.state == "works" and state["libnms_opt.so"].fix:

@@ -173,6 +173,7 @@ def input_dtype(engine: Mapping[str, object]) -> str:
 def _framework(engine: Mapping[str, object]) -> str:
     names = {
         "onnxruntime": "ONNX Runtime",
+        "cudnn": "cuDNN",
         "tensorrt": "TensorRT",
         "tensorrt-rtx": "TensorRT-RTX",
     }

@@ -1,4 +1,4 @@
-"""An INT8 graph run by PyTorch in exact arithmetic: what layers mean, and how cuDNN gets them."""
+"""An INT8 graph in exact arithmetic: what its layers mean, and what of them cuDNN is given."""
 
 from __future__ import annotations
 
@@ -44,9 +44,12 @@ def pooled(x, window, rows, columns):
     return F.max_pool2d(filled, window.kernel, window.stride).numpy()[..., :rows, :columns]
 
 
-def run_layers(graph, images):
-    """Every activation by name, as the docstring of engine.int8_graph defines the layers."""
-    found = {graph.image: images}
+def run_layers(graph, images, given=None):
+    """Every activation by name, as the docstring of engine.int8_graph defines the layers.
+
+    Those in `given` are there already.
+    """
+    found = {graph.image: images, **(given or {})}
     for layer in graph.layers:
         target = graph.tensors[layer.y]
         x, scale = found[layer.x], graph.tensors[layer.x].scale
@@ -63,9 +66,12 @@ def run_layers(graph, images):
     return found
 
 
-def run_as_cudnn(graph, images):
+def run_as_cudnn(graph, images, given=None):
     """The same through the shapes, the packed image and the constants that cuDNN is given."""
     found = {graph.image: images}  # others NHWC with padded channels
+    for name, value in (given or {}).items():
+        fill = padded(value.shape[1]) - value.shape[1]
+        found[name] = np.pad(value.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [(0, fill)])
     batch = len(images)
     for layer in graph.layers:
         if not isinstance(layer, Convolution):
@@ -77,27 +83,27 @@ def run_as_cudnn(graph, images):
             found[layer.y] = y
             continue
         shape = conv_shape(graph, layer, batch)
-        given = constants(graph, layer)
+        fixed = constants(graph, layer)
         packing = pack_shape(graph, layer, shape)
         x = found[layer.x] if packing is None else packed(packing, images)
         assert x.shape == (batch, shape.height, shape.width, shape.channels)
-        assert given[WEIGHT].dtype == shape.source
-        assert given[WEIGHT].shape == (shape.filters, *shape.window.kernel, shape.channels)
-        weight = given[WEIGHT].transpose(0, 3, 1, 2)
+        assert fixed[WEIGHT].dtype == shape.source
+        assert fixed[WEIGHT].shape == (shape.filters, *shape.window.kernel, shape.channels)
+        weight = fixed[WEIGHT].transpose(0, 3, 1, 2)
         real = exact_convolution(x.transpose(0, 3, 1, 2), weight, shape.window)
-        real = real.transpose(0, 2, 3, 1) * given[MULTIPLIER] + given[BIAS]
+        real = real.transpose(0, 2, 3, 1) * fixed[MULTIPLIER] + fixed[BIAS]
         assert real.shape == (batch, shape.rows, shape.columns, shape.filters)
         assert shape.residual == (layer.residual is not None)
         if shape.residual:
-            real += found[layer.residual] * given[RESIDUAL_MULTIPLIER]
+            real += found[layer.residual] * fixed[RESIDUAL_MULTIPLIER]
         if shape.relu:
             real = np.maximum(real, 0)
         found[layer.y] = real if shape.target == "float16" else rounded(real)
-    for name, tensor in graph.tensors.items():
-        if name != graph.image:
-            assert found[name].shape[-1] == padded(tensor.channels)
-            assert not found[name][..., tensor.channels :].any()
-            found[name] = found[name][..., : tensor.channels].transpose(0, 3, 1, 2)
+    for name in found.keys() - {graph.image}:
+        tensor = graph.tensors[name]
+        assert found[name].shape[-1] == padded(tensor.channels)
+        assert not found[name][..., tensor.channels :].any()
+        found[name] = found[name][..., : tensor.channels].transpose(0, 3, 1, 2)
     return found
 
 

@@ -29,7 +29,7 @@ from engine.backends.cudnn_plans import (
 from engine.files import write_atomically
 from engine.protocol import EngineError
 
-HEAVY = 0.01
+HEAVY = 0.003
 """Share of a network's operations from which on a layer is worth every kernel."""
 
 _KEPT = 4
@@ -87,13 +87,7 @@ def load_cache(path: Path, machine: Machine, shapes: Iterable[ConvShape]) -> dic
 
     A missing file, one of another machine and damaged entries are as good as none.
     """
-    try:
-        document = json.loads(path.read_bytes())
-        if document["machine"] != _machine(machine):
-            return {}
-        plans = dict(document["plans"])
-    except (OSError, *_DAMAGED):
-        return {}
+    plans = _read(path, machine)
     found = {}
     for shape in shapes:
         try:
@@ -111,11 +105,7 @@ def save_cache(path: Path, machine: Machine, tuned: Mapping[ConvShape, Tuned]) -
     EngineError
         When the file cannot be written.
     """
-    try:
-        plans = dict(json.loads(path.read_bytes())["plans"])
-    except (OSError, *_DAMAGED):
-        plans = {}
-    plans |= {str(shape): _to_json(one) for shape, one in tuned.items()}
+    plans = _read(path, machine) | {str(shape): _to_json(one) for shape, one in tuned.items()}
     text = json.dumps({"machine": _machine(machine), "plans": plans}, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,6 +188,15 @@ def _search(
         ranking = tuple(plans[index].choice for index in order[:_KEPT])
         tuned[shape] = Tuned(plans[order[0]], times[order[0]], ranking)
     return tuned
+
+
+def _read(path: Path, machine: Machine) -> dict[str, Any]:
+    """Entries of a cache of a machine; none where the file is missing, another's or damaged."""
+    try:
+        document = json.loads(path.read_bytes())
+        return dict(document["plans"]) if document["machine"] == _machine(machine) else {}
+    except (OSError, *_DAMAGED):
+        return {}
 
 
 def _machine(machine: Machine) -> list[str]:
