@@ -28,7 +28,7 @@ from engine.matching import match_detections
 from engine.protocol import EngineError
 from engine.quantize import quantize
 from plugin_cuda.errors import PluginError
-from plugin_cuda.int8_layers import PackShape, PoolShape, load_library, max_pool, pack
+from plugin_cuda.int8_layers import PackShape, PoolShape, load_layers_library, max_pool, pack
 
 BATCHES = (1, 3, 8)
 
@@ -44,7 +44,7 @@ def missing() -> str | None:
         return "needs a GPU"
     try:
         cudnn.import_cudnn()
-        load_library()
+        load_layers_library()
     except (EngineError, PluginError) as error:
         return str(error)
     return None
@@ -264,7 +264,7 @@ def test_pack_and_pool_kernels():
     from engine.backends.cuda import Stream, use_gpu
 
     use_gpu(0)
-    stream, library = Stream(), load_library()
+    stream, library = Stream(), load_layers_library()
     rng = np.random.default_rng(0)
 
     def call(x, y, kernel):

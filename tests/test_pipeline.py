@@ -162,7 +162,7 @@ def test_images_that_lie_in_other_ways(make):
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        ([], "a batch of 0 images, the engine takes 1 to 5"),
+        ([], "a batch without images"),
         ([(3, "int8"), (3, "int8")], "a batch of 6 images, the engine takes 1 to 5"),
         ([(1, "int8"), (1, "float32")], "images are float32, the engine takes int8"),
     ],
