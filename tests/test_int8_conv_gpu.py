@@ -37,7 +37,6 @@ def rounded(real):
 
 def check(actual, expected):
     """Equal but for values that lie on a tie: then one apart, and rarely."""
-    assert {0, 127} <= set(expected.unique().tolist())
     difference = (actual.double() - expected.double()).abs()
     assert difference.max() <= 1
     assert (difference > 0).double().mean() < 1e-4
@@ -77,7 +76,10 @@ def test_conv3x3(batch, height, width, channels, residual):
         x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double(), padding=1
     )
     real = sums.permute(0, 2, 3, 1) * multiplier + bias
-    check(y, rounded(real + step * skip.double() if residual else real))
+    expected = rounded(real + step * skip.double() if residual else real)
+    if batch > 1:  # both bounds are met
+        assert {0, 127} <= set(expected.unique().tolist())
+    check(y, expected)
 
 
 @pytest.mark.parametrize("pool_multiplier", [0.8, 1.0, 1.7])
@@ -108,7 +110,7 @@ def test_stem(batch, height, width, pool_multiplier):
     sums = torch.nn.functional.conv2d(x.double(), weight.double(), stride=2, padding=3)
     first = rounded(sums * multiplier[:, None, None] + bias[:, None, None])
     pooled = torch.nn.functional.max_pool2d(first, 3, 2, 1)
-    expected = rounded(pooled * pool_multiplier).permute(0, 2, 3, 1)
+    expected = rounded(pooled * float(np.float32(pool_multiplier))).permute(0, 2, 3, 1)
     limit = round(127 * min(pool_multiplier, 1.0))
     assert expected.max() == limit
     difference = (y.double() - expected).abs()
