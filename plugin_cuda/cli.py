@@ -29,7 +29,7 @@ def build_plugin(
         typer.Option("-o", "--output", help="Folder.", show_default="plugins in the build folder"),
     ] = None,
 ) -> None:
-    """Build libnms_opt.so and, where TensorRT's headers are found, the plugin on top of it.
+    """Build libnms_opt.so, libint8_layers.so and, where TensorRT's headers are found, the plugin.
 
     The plugin is libnmsoptplugin.so, for programs that load it into TensorRT's registry;
     libnmsoptplugin_register.so does that for programs that only open a library.

@@ -24,7 +24,7 @@ from int8_layers import packed, pooled, rounded, run_layers
 from engine.backends import cudnn, cudnn_tuning
 from engine.backends.cudnn import batch_sizes
 from engine.calibration import calibrate
-from engine.int8_graph import read_int8_graph
+from engine.int8_reader import read_int8_graph
 from engine.load import load_engine
 from engine.matching import match_detections
 from engine.protocol import EngineError
