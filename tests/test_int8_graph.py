@@ -141,7 +141,7 @@ def networks(draw):
     return builder
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(networks(), st.integers(1, 2))
 def test_made_up_networks_agree_to_the_bit(builder, batch):
     model = builder.model()

@@ -386,5 +386,5 @@ def test_code_is_for_what_was_asked(plugin_libraries):
 def test_build_returns_what_is_there(plugin_libraries):
     """The command's folder again, by the function."""
     todo = plan(plugin_libraries, [80, 90])
-    expected = 1 if todo.headers is None else 3
+    expected = 2 if todo.headers is None else 4
     assert [path.is_file() for path in build(todo)] == [True] * expected
