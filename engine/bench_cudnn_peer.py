@@ -60,7 +60,7 @@ def measure_peer(
     if not torch.cuda.is_available():
         raise EngineError("--peer needs a PyTorch that finds the GPU")
     source = torch.from_numpy(images)
-    priors = torch.from_numpy(parts.priors).cuda().view(2, -1)
+    priors = torch.tensor(parts.priors).cuda().view(2, -1)
     names = list(parts.heads)
     found: dict[str, Any] = {}
     for size in sizes:

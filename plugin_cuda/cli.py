@@ -29,7 +29,7 @@ def build_plugin(
         typer.Option("-o", "--output", help="Folder.", show_default="plugins in the build folder"),
     ] = None,
 ) -> None:
-    """Build libnms_opt.so and, where TensorRT's headers are found, the plugin on top of it.
+    """Build libnms_opt.so, libint8_layers.so and, where TensorRT's headers are found, the plugin.
 
     For architecture 90 there is libint8_conv.so besides, with convolutions of the cuDNN engine.
 

@@ -112,6 +112,18 @@ class Builder:
         self.heads.append(name)
         return name
 
+    def shuffle(self):
+        """Put the nodes into another order in which they can run."""
+        rest, nodes = list(self.graph.node), []
+        made = {"image", *(tensor.name for tensor in self.graph.initializer)}
+        while rest:
+            ready = [node for node in rest if made.issuperset(node.input)]
+            nodes.append(ready[self.rng.integers(len(ready))])
+            rest.remove(nodes[-1])
+            made.update(nodes[-1].output)
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+
     def model(self):
         del self.graph.output[:]
         for name in self.heads:

@@ -1,7 +1,8 @@
-"""A stand-in for CUDA's streams and events that does nothing before somebody waits for it.
+"""A stand-in for CUDA's streams and events that does as little as it may, or as much.
 
 Waiting for an event does what that event depends on, in an order drawn at random, and nothing
-else: what a program forgot to order is done too late or too early, and its results are wrong.
+else; `progress` does all that one stream has. So what a program forgot to order is done too late
+or too early, and its results are wrong.
 """
 
 from __future__ import annotations
@@ -54,10 +55,14 @@ class LazyCuda:
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
         self.fault = None
-        self.open, self.used = 0, []
+        self.open, self.used, self.streams = 0, [], []
 
     def stream(self):
-        return LazyStream(self)
+        self.streams.append(LazyStream(self))
+        return self.streams[-1]
+
+    def progress(self):
+        self.streams[self.rng.integers(len(self.streams))].synchronize()
 
     def use_gpu(self, device):
         self.used.append(device)

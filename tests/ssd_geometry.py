@@ -63,8 +63,8 @@ def ssd_graph(size=1200):
     ):
         x = net.convolution(net.convolution(x, inner, 1), filters, 3, stride=stride, pad=pad)
         levels.append(x)
-    for x, anchors, stride in zip(levels, (4, 6, 6, 6, 4, 4), (3, 3, 2, 2, 2, 1), strict=True):
-        y = net.convolution(x, anchors * 85, 3, stride=stride, head=True)
+    for x, anchors in zip(levels, (4, 6, 6, 6, 4, 4), strict=True):
+        y = net.convolution(x, anchors * 85, 3, stride=3, head=True)
         net.heads[f"loc {y}"] = Head(y, 0, anchors * 4)
         net.heads[f"conf {y}"] = Head(y, anchors * 4, anchors * 81)
     return Int8Graph("image", net.tensors, tuple(net.layers), net.heads)

@@ -17,7 +17,8 @@ from int8_graphs import Builder
 from int8_layers import run_as_cudnn, run_layers
 
 from engine.calibration import calibrate
-from engine.int8_graph import Convolution, Int8Graph, MaxPool, read_int8_graph
+from engine.int8_graph import Convolution, Int8Graph, MaxPool
+from engine.int8_reader import read_int8_graph
 from engine.protocol import EngineError
 from engine.quantize import quantize
 from graph_surgery.pattern import find_nms_node, read_surgered
@@ -130,15 +131,17 @@ def networks(draw):
             tensor = builder.pool(tensor, kernel, stride=stride, pads=pads)
         else:
             inner = builder.convolution(tensor, 5, (3, 3), pads=[1, 1, 1, 1], relu=True)
+            skipped = builder.convolution(tensor, 5, (1, 1))
             tensor = builder.convolution(
-                inner, 5, (3, 3), pads=[1, 1, 1, 1], relu=draw(st.booleans()), residual=inner
+                inner, 5, (3, 3), pads=[1, 1, 1, 1], relu=draw(st.booleans()), residual=skipped
             )
     for filters in draw(st.lists(st.integers(1, 9), min_size=1, max_size=2)):
         builder.head(tensor, filters)
+    builder.shuffle()
     return builder
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(networks(), st.integers(1, 2))
 def test_made_up_networks_agree_to_the_bit(builder, batch):
     model = builder.model()
@@ -241,6 +244,15 @@ def test_automatic_padding_is_refused():
         conv.attribute.extend([*kept, onnx.helper.make_attribute("auto_pad", "SAME_UPPER")])
 
     assert "auto_pad is not supported" in refused(change)
+
+
+def test_an_addition_that_broadcasts_is_refused():
+    builder = Builder(np.random.default_rng(0))
+    x = builder.image(4, 12, 12)
+    small = builder.convolution(x, 1, (1, 1))
+    builder.head(builder.convolution(x, 8, (1, 1), residual=small), 4)
+    with pytest.raises(EngineError, match=r"Add 'add_1': additions that broadcast are not supp"):
+        read_int8_graph(builder.model())
 
 
 def test_an_addition_of_two_float_tensors_is_refused():

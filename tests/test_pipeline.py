@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from lazy_cuda import LazyCuda
 
 from engine.backends import pipeline
+from engine.backends.cuda import _Pinned
 from engine.backends.pipeline import PipelinedSession
 from engine.protocol import EngineError, InputSpec
 
@@ -88,6 +90,10 @@ def test_batches_in_flight_do_not_disturb_each_other(seed, depth):
         rng = np.random.default_rng(seed)
         flying, last = [], None
         for _ in range(30):
+            if rng.integers(2):
+                cuda.progress()
+            if last is not None:  # a result holds until the next one is taken
+                check(*last)
             if len(flying) < depth and (not flying or rng.integers(2)):
                 runs = [random_images(rng, int(rng.integers(1, 3))) for _ in range(2)]
                 session.submit(runs)
@@ -97,8 +103,6 @@ def test_batches_in_flight_do_not_disturb_each_other(seed, depth):
                 found = session.result()
                 check(found, np.concatenate(runs))
                 last = found, np.concatenate(runs)
-            if last is not None:  # a result holds until the next one is taken
-                check(*last)
         while flying:
             check(session.result(), np.concatenate(flying.pop(0)))
         session.close()
@@ -199,6 +203,22 @@ def test_a_fault_of_the_gpu_comes_out_of_result(make):
     session.cuda.fault = EngineError("CUDA: an illegal memory access was encountered")
     with pytest.raises(EngineError, match="illegal memory access"):
         session.result()
+
+
+def test_pinned_memory_lives_as_long_as_an_array_refers_to_it():
+    memory, freed = np.arange(24, dtype=np.uint8), []
+    owner = _Pinned(memory.ctypes.data, memory.nbytes, freed.append)
+    array = np.asarray(owner).view(np.int8).reshape(2, 3, 4)
+    del owner
+    part = array[1:, 2]
+    part[:] = -1
+    del array
+    gc.collect()
+    assert not freed
+    assert (memory[20:24] == 255).all()
+    del part
+    gc.collect()
+    assert freed == [memory.ctypes.data]
 
 
 def test_a_session_that_does_not_open_leaves_no_stream(monkeypatch):

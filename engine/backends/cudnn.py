@@ -30,7 +30,8 @@ from engine.backends.cudnn_tuning import Machine, cache_path, load_cache, save_c
 from engine.backends.onnxruntime_split import Split, UnsplitError, split
 from engine.backends.pipeline import Enqueue, PipelinedSession, Slot
 from engine.files import file_sha256
-from engine.int8_graph import Convolution, Int8Graph, read_int8_graph
+from engine.int8_graph import Convolution, Int8Graph
+from engine.int8_reader import read_int8_graph
 from engine.network import load_detector
 from engine.progress import progress_bar
 from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec

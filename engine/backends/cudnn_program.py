@@ -166,17 +166,18 @@ class Kernels:
         """Run a group one kernel after the other, what lies between them in the workspace."""
         first = group[0]
         if isinstance(first, MaxPool):
-            return Candidate("max pool", 0, lambda p: self._pool(graph, batch, first, p.x, p.y))
+            return Candidate("max pool", 0, lambda p: self._pool(graph, first, batch, x=p.x, y=p.y))
         if len(group) == 1:
             return self._convolution(graph, batch, first)
-        inner, pool = self._convolution(graph, batch, first), group[1]
+        inner = self._convolution(graph, batch, first)
+        (pool,) = (layer for layer in group if isinstance(layer, MaxPool))
         between = tensor_bytes(graph, first.y, batch)
 
         def bind(places: Places) -> Run:
             middle = places.workspace
             runs = (
                 inner.bind(Places(places.x, middle, places.residual, middle + between)),
-                self._pool(graph, batch, pool, middle, places.y),
+                self._pool(graph, pool, batch, x=middle, y=places.y),
             )
 
             def run_both(stream: int) -> None:
@@ -187,8 +188,7 @@ class Kernels:
 
         return Candidate(f"{inner.name}, max pool", between + inner.workspace_bytes, bind)
 
-    def _pool(self, graph: Int8Graph, batch: int, layer: Layer, x: int, y: int) -> Run:
-        assert isinstance(layer, MaxPool)  # noqa: S101
+    def _pool(self, graph: Int8Graph, layer: MaxPool, batch: int, *, x: int, y: int) -> Run:
         shape, multiplier = pool_shape(graph, layer, batch), pool_multiplier(graph, layer)
         return lambda stream: max_pool(self.library, shape, multiplier, x=x, y=y, stream=stream)
 
