@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from lazy_cuda import LazyCuda
 
 from engine.backends import pipeline
-from engine.backends.cuda import _Pinned
 from engine.backends.pipeline import PipelinedSession
 from engine.protocol import EngineError, InputSpec
 
@@ -203,22 +201,6 @@ def test_a_fault_of_the_gpu_comes_out_of_result(make):
     session.cuda.fault = EngineError("CUDA: an illegal memory access was encountered")
     with pytest.raises(EngineError, match="illegal memory access"):
         session.result()
-
-
-def test_pinned_memory_lives_as_long_as_an_array_refers_to_it():
-    memory, freed = np.arange(24, dtype=np.uint8), []
-    owner = _Pinned(memory.ctypes.data, memory.nbytes, freed.append)
-    array = np.asarray(owner).view(np.int8).reshape(2, 3, 4)
-    del owner
-    part = array[1:, 2]
-    part[:] = -1
-    del array
-    gc.collect()
-    assert not freed
-    assert (memory[20:24] == 255).all()
-    del part
-    gc.collect()
-    assert freed == [memory.ctypes.data]
 
 
 def test_a_session_that_does_not_open_leaves_no_stream(monkeypatch):
