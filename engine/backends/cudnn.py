@@ -119,6 +119,7 @@ def load_batches(model: Path, batches: Sequence[int], *, device: str = "cuda") -
         "frontend_version": machine.frontend,
         "gpu": gpu.name,
         "compute_capability": gpu.compute_capability,
+        "device": f"cuda:{index}",
         "model": model.name,
         "onnx_sha256": file_sha256(model),
         "input": {

@@ -1,0 +1,91 @@
+"""What `engine.bench_cudnn` found, as a picture: ``python -m engine.bench_cudnn_plot JSON -o PNG``.
+
+Left, images a second over the batch size; right, every layer of the largest batch beside its floor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.protocol import EngineError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_COLOURS = {"int8_conv": "#4c72b0", "libnms_opt": "#55a868"}
+_CUDNN = "#c44e52"
+
+
+@app.command()
+def plot(
+    document: Annotated[Path, typer.Argument(help="JSON of engine.bench_cudnn.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write.")],
+) -> None:
+    """Draw the figures of a run to a PNG file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EngineError("plotting needs matplotlib: pip install matplotlib") from error
+    figures = json.loads(document.read_bytes())
+    batches = {int(size): found for size, found in figures["batches"].items()}
+    figure = Figure(figsize=(13, 5), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    _draw_speed(left, batches, figures.get("peer"))
+    _draw_layers(right, max(batches), batches[max(batches)]["layers"])
+    figure.suptitle(f"INT8, cuDNN engine, {figures['manifest']['gpu']}, copies and NMS included")
+    temporary = output.with_name(f".{output.stem}.{os.getpid()}.png")
+    figure.savefig(temporary)
+    temporary.replace(output)
+
+
+def _draw_speed(axis: Any, batches: dict[int, dict[str, Any]], peer: dict[str, Any] | None) -> None:
+    sizes = sorted(batches)
+    speeds = [batches[size]["images_per_s"] for size in sizes]
+    axis.plot(sizes, speeds, color=_COLOURS["int8_conv"], marker="o", label="this engine")
+    for size, speed in zip(sizes, speeds, strict=True):
+        share = batches[size]["share_of_peak"]
+        text = f"{speed:,.0f}" if share is None else f"{speed:,.0f}\n{share:.0%}"
+        axis.annotate(
+            text, (size, speed), textcoords="offset points", xytext=(0, 7), ha="center", size=7
+        )
+    if peer is not None:
+        rows = sorted((int(size), one["images_per_s"]) for size, one in peer["batches"].items())
+        axis.plot(*zip(*rows, strict=True), color="#888888", marker="s", label="torch.compile")
+    axis.set(xscale="log", ylim=(0, 1.15 * max(speeds)), xlabel="images in a batch")
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.minorticks_off()
+    axis.set_ylabel("images a second, share of the INT8 peak")
+    axis.legend(frameon=False, loc="lower right")
+
+
+def _draw_layers(axis: Any, batch: int, layers: list[dict[str, Any]]) -> None:
+    seen: set[str] = set()
+    for position, layer in enumerate(layers):
+        kind = next((name for name in _COLOURS if layer["kernel"].startswith(name)), "cuDNN")
+        colour = _COLOURS.get(kind, _CUDNN)
+        label = None if kind in seen else kind
+        seen.add(kind)
+        axis.bar(position, layer["ms"], color=colour, label=label)
+        if layer["floor_ms"] is not None:
+            axis.hlines(layer["floor_ms"], position - 0.4, position + 0.4, color="black")
+    axis.hlines([], 0, 0, color="black", label="floor: operations at peak, or bytes once")
+    axis.set(xlabel="layer", ylabel=f"milliseconds for {batch} images")
+    axis.legend(frameon=False)
+
+
+def main() -> None:
+    """Run the command; a user error is one line and exit code 2."""
+    try:
+        app()
+    except EngineError as error:
+        typer.echo(f"engine: error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
