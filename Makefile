@@ -13,16 +13,17 @@ endif
 BIN := .venv/bin
 HARNESS := $(BIN)/python -m harness
 DEMO := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
+TRITON := $(BUILD_DIR)/triton-server/bin/tritonserver
 DEMO_LOGS := $(BUILD_DIR)/logs/demo
 
-.PHONY: demo test bench bench_nms build_plugins demo_onnx download_data download_model \
+.PHONY: demo test bench bench_nms bench_triton build_plugins triton_server demo_onnx download_data download_model \
   preprocess_data calibrate generate_engines run_harness run
 
 # The virtual environment: the project and what its commands need, at the tested versions.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv; this takes a minute or two"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export]' tox
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,triton]' tox
 	touch $@
 
 # The whole route on a CPU, with the checkpoint and the images of demo/.
@@ -43,6 +44,10 @@ bench: demo_onnx
 	$(BIN)/python -m engine.bench $(DEMO) --images 64 -o docs/measurements/int8_demo.json \
 	  --data $(BUILD_DIR)/preprocessed_data/demo-cal/float32_400x400
 
+# Through a Triton server against the same engine without one, in turns.
+bench_triton: demo_onnx triton_server
+	$(BIN)/python -m harness.bench_triton $(DEMO) -o docs/measurements/triton.json
+
 # The NMS kernels against their peers, on a GPU: needs torch, torchvision, CuPy and matplotlib.
 bench_nms:
 	$(PYTHON) -m plugin_cuda
@@ -52,6 +57,11 @@ bench_nms:
 # The CUDA kernels and the TensorRT plugin, for every GPU that nvcc knows.
 build_plugins: .venv/installed
 	$(BIN)/build-plugin
+
+# Triton Inference Server without a container: its Python backend alone, in its own environment.
+triton_server: $(TRITON)
+$(TRITON): .venv/installed
+	$(BIN)/python -m harness.triton_server $(BUILD_DIR)/triton-server
 
 demo_onnx: .venv/installed
 	$(HARNESS) make onnx --benchmarks=ssd-resnet34-demo

@@ -249,14 +249,22 @@ def read_detector(path: Path) -> Detector:
         )
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     return Detector(
-        _input_spec(path, model, metadata),
+        image_input(path, model, metadata),
         metadata,
         attributes.get("plugin_version", b"1").decode(),
         attributes.get("plugin_namespace", b"").decode(),
     )
 
 
-def _input_spec(path: Path, model: onnx.ModelProto, metadata: Mapping[str, str]) -> InputSpec:
+def image_input(path: Path, model: onnx.ModelProto, metadata: Mapping[str, str]) -> InputSpec:
+    """Read the image input of a model from the file `path`, which is to be named in messages.
+
+    Raises
+    ------
+    EngineError
+        When it has not one image input with a dynamic batch, float32 or int8 with its scale in
+        the metadata.
+    """
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1:

@@ -12,6 +12,7 @@ _LOADERS = {
     "cudnn": "engine.backends.cudnn:load",
     "tensorrt": "engine.backends.tensorrt:load_tensorrt",
     "tensorrt-rtx": "engine.backends.tensorrt:load_tensorrt_rtx",
+    "triton": "engine.backends.triton:load",
 }
 
 BACKENDS = tuple(_LOADERS)
@@ -31,10 +32,11 @@ def load_engine(
     backend
         One of `BACKENDS`.
     model
-        The model file: ONNX for ``onnxruntime`` and ``cudnn``, an engine file for the others.
+        The model file: ONNX for ``onnxruntime`` and ``cudnn``, what the server serves for
+        ``triton``, an engine file for the others.
     device
         ``cpu``, ``cuda`` or ``cuda:N``; None: ``cpu`` with ``onnxruntime``, the only one that
-        takes it, else ``cuda``.
+        takes it, else ``cuda``. For ``triton`` the server, ``HOST:PORT``.
     threads
         Threads that work on one batch; None: one for each CPU the process may use.
 

@@ -126,6 +126,11 @@ def tensorrt_rtx() -> Found:
     return _build_and_load("tensorrt-rtx")
 
 
+def triton() -> Found:
+    """Import the client of Triton servers."""
+    return _import("tritonclient.grpc")
+
+
 def toolchain() -> Found:
     """Find what build-plugin needs.
 
@@ -267,6 +272,7 @@ PROBES: dict[str, Callable[[], Found | Gpus]] = {
     "cudnn": cudnn,
     "tensorrt": tensorrt,
     "tensorrt-rtx": tensorrt_rtx,
+    "triton": triton,
     "toolchain": toolchain,
     "kernels": kernels,
     "trt-plugin": trt_plugin,

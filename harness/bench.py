@@ -101,7 +101,7 @@ def measure_efficiency(
     Beside it, the share of the Offline time that passed inside the engine: on a machine that is
     not quiet, it tells what the harness itself costs.
     """
-    source = _RandomImages(engine.input_spec)
+    source = RandomImages(engine.input_spec)
     images = np.empty((_SAMPLES_IN_MEMORY, *engine.input_spec.shape), engine.input_spec.dtype)
     source.read_into(images, range(_SAMPLES_IN_MEMORY))
     session = engine.session()
@@ -112,7 +112,7 @@ def measure_efficiency(
     loop, offline, share = [], [], []
     for _ in range(rounds):
         loop.append(_loop_rate(session, images, batch, batches))
-        outcome = _run(engine, source, settings)
+        outcome = run_once(engine, source, settings)
         offline.append(outcome.detail.values["result_samples_per_second"])
         share.append(sum(outcome.batch_seconds) * offline[-1] / samples)
     return {
@@ -132,7 +132,7 @@ def measure_null_server(rounds: int, seconds: float) -> dict[str, object]:
         min_duration_ms=round(seconds * 1000), target_qps=_NULL_QPS, batch_delay_ms=0.0
     )
     p99 = [
-        _run(engine, _RandomImages(engine.input_spec), settings).detail.latency_ms["p99"]
+        run_once(engine, RandomImages(engine.input_spec), settings).detail.latency_ms["p99"]
         for _ in range(rounds)
     ]
     return {
@@ -185,7 +185,9 @@ def measure_overhead(rounds: int, seconds: float) -> dict[str, object]:
         ours, bare = [], []
         for _ in range(rounds):
             bare.append(_bare_run(setting).values[key])
-            ours.append(_run(engine, _RandomImages(engine.input_spec), setting).detail.values[key])
+            ours.append(
+                run_once(engine, RandomImages(engine.input_spec), setting).detail.values[key]
+            )
         found[setting.scenario] = {
             "batch": setting.batch,
             "samples_per_second": ours,
@@ -251,7 +253,7 @@ def write_document(document: Mapping[str, object], output: Path) -> None:
         raise HarnessError(f"cannot write {output}: {error.strerror}") from error
 
 
-class _RandomImages:
+class RandomImages:
     """Normalised noise, the same in every load."""
 
     def __init__(self, spec: InputSpec) -> None:
@@ -263,6 +265,7 @@ class _RandomImages:
         self._images = images.astype(spec.dtype)
 
     def read_into(self, batch: NDArray[np.generic], indices: Sequence[int]) -> None:
+        """See `harness.qsl.SampleSource.read_into`."""
         batch[:] = self._images[list(indices)]
 
 
@@ -297,7 +300,8 @@ def _loop_rate(session: Session, images: NDArray[np.generic], batch: int, batche
     return batches * batch / (time.perf_counter() - begin)
 
 
-def _run(engine: Engine, source: SampleSource, settings: Settings) -> Outcome:
+def run_once(engine: Engine, source: SampleSource, settings: Settings) -> Outcome:
+    """Run LoadGen on an engine, and keep no logs."""
     with tempfile.TemporaryDirectory() as folder:
         return run_test((engine,), source, settings, "PerformanceOnly", Path(folder), timeout_s=600)
 

@@ -16,10 +16,11 @@ from harness.cli_download import download_app
 from harness.cli_preprocess import preprocess
 from harness.cli_route import register as register_route
 from harness.cli_submission import compliance, submission
+from harness.cli_triton import triton_repository
 from harness.dataset import known_dataset, load_map, preprocessed_dir
-from harness.devices import load_engines, parse_devices
+from harness.devices import load_engines, parse_devices, parse_urls
 from harness.errors import HarnessError
-from harness.options import Backend, BuildDir, DatasetName, Device, Devices
+from harness.options import Backend, BuildDir, DatasetName, Device, Devices, Url
 from harness.run_args import choices
 from harness.settings import MODEL, MODES, SCENARIOS, load_settings
 
@@ -97,6 +98,7 @@ def run(
     ] = 300.0,
     device: Device = None,
     devices: Devices = None,
+    url: Url = None,
     streams: Annotated[
         int | None,
         typer.Option(help="Sessions side by side on each device.", show_default="1"),
@@ -143,7 +145,10 @@ def run(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
     numbers = None if devices is None else parse_devices(devices)
-    engines = load_engines(engine, model, device=device, devices=numbers, threads=threads)
+    urls = None if url is None else parse_urls(url)
+    engines = load_engines(
+        engine, model, device=device, devices=numbers, threads=threads, urls=urls
+    )
     spec = engines[0].input_spec
     data = known_dataset(dataset, split, build_dir)
     directory = preprocessed or preprocessed_dir(build_dir, data, spec)
@@ -217,6 +222,7 @@ def report(
 
 app.command()(compliance)
 app.command()(submission)
+app.command("triton-repository")(triton_repository)
 register_route(app)
 app.command()(doctor)
 

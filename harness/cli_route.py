@@ -60,6 +60,13 @@ def make_command(
             show_default="of the system configuration",
         ),
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of each Triton server, comma-separated.",
+            show_default="of the system configuration, or one is started",
+        ),
+    ] = None,
     streams: Annotated[
         int | None,
         typer.Option(
@@ -96,6 +103,7 @@ def make_command(
         system=system,
         fast=fast,
         devices=devices,
+        url=url,
         streams=streams,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
@@ -137,6 +145,8 @@ def tune_command(
 
     benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
     engine = choice(engine, BACKENDS, "engine")
+    if engine == "triton":
+        raise HarnessError("tune measures this machine; name the engine that the server runs")
     if device != "cpu" and gpu_index(device) is None:
         raise HarnessError(f"unknown device {device!r}; choose of: cpu, cuda, cuda:N")
     tuning = Tuning(engine, device, max_batch, seconds)

@@ -10,9 +10,9 @@ import typer
 from engine.progress import progress_bar
 from harness.audit import COMPLIANCE_TESTS
 from harness.dataset import known_dataset, preprocessed_dir
-from harness.devices import load_engines, parse_devices
+from harness.devices import load_engines, parse_devices, parse_urls
 from harness.errors import HarnessError
-from harness.options import Backend, BuildDir, Device, Devices
+from harness.options import Backend, BuildDir, Device, Devices, Url
 
 if TYPE_CHECKING:
     from harness.compliance import Verdict
@@ -48,6 +48,7 @@ def compliance(
     ] = None,
     device: Device = None,
     devices: Devices = None,
+    url: Url = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="one per CPU")
     ] = None,
@@ -69,7 +70,10 @@ def compliance(
 
     bases = find_bases([base])
     numbers = None if devices is None else parse_devices(devices)
-    engines = load_engines(engine, model, device=device, devices=numbers, threads=threads)
+    urls = None if url is None else parse_urls(url)
+    engines = load_engines(
+        engine, model, device=device, devices=numbers, threads=threads, urls=urls
+    )
     spec = engines[0].input_spec
     failed = False
     try:

@@ -1,4 +1,4 @@
-"""The engines of a run: one for each GPU that the user names."""
+"""The engines of a run: one for each GPU, or each Triton server, that the user names."""
 
 from __future__ import annotations
 
@@ -27,6 +27,27 @@ def parse_devices(text: str) -> tuple[int, ...]:
     return numbers
 
 
+def parse_urls(text: str) -> tuple[str, ...]:
+    """Triton servers, as ``host:8001,other:8001``.
+
+    Raises
+    ------
+    HarnessError
+        When it is no such list, or names a server twice.
+    """
+    urls = tuple(word.strip() for word in text.split(","))
+    for url in urls:
+        host, _, port = url.rpartition(":")
+        if not host or not (port.isdecimal() and port.isascii()) or not 0 < int(port) < 65536:
+            raise HarnessError(
+                f"--url {text!r}: HOST:PORT of the gRPC endpoints of Triton servers expected, "
+                "separated by commas"
+            )
+    if len(set(urls)) < len(urls):
+        raise HarnessError(f"--url {text!r} names a server twice; see --streams")
+    return urls
+
+
 def load_engines(
     backend: str,
     model: Path,
@@ -34,8 +55,9 @@ def load_engines(
     device: str | None,
     devices: Sequence[int] | None,
     threads: int | None,
+    urls: Sequence[str] | None = None,
 ) -> tuple[Engine, ...]:
-    """Load a model on every device.
+    """Load a model on every device, or connect to every server.
 
     Parameters
     ----------
@@ -45,16 +67,28 @@ def load_engines(
         See `engine.load.load_engine`; with `devices`, ``cuda`` or None.
     devices
         Numbers of GPUs; None: `device` alone.
+    urls
+        Triton servers, which only the backend ``triton`` takes, and which it needs. Devices and
+        threads are then the servers' affair.
 
     Raises
     ------
     HarnessError
-        When GPUs are numbered for another device than ``cuda``.
+        When GPUs are numbered for another device than ``cuda``, or the backend does not go
+        together with devices, threads or servers.
     EngineError
         When an engine cannot be loaded.
     """
     names: list[str | None]
-    if devices is None:
+    if backend == "triton":
+        if urls is None:
+            raise HarnessError("the engine triton needs its servers: --url HOST:PORT[,HOST:PORT]")
+        if (device, devices, threads) != (None, None, None):
+            raise HarnessError("engine triton: devices and threads are the servers' affair")
+        names = list(urls)
+    elif urls is not None:
+        raise HarnessError(f"--url names Triton servers, but the engine is {backend}")
+    elif devices is None:
         names = [device]
     elif device in {None, "cuda"}:
         names = [f"cuda:{number}" for number in devices]

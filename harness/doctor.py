@@ -45,6 +45,7 @@ _PROBES = {
     "cudnn": "engine cudnn",
     "tensorrt": "engine tensorrt",
     "tensorrt-rtx": "engine tensorrt-rtx",
+    "triton": "engine triton",
     "toolchain": "build-plugin",
     "kernels": "libnms_opt.so",
     "trt-plugin": "libnmsoptplugin.so",
@@ -58,6 +59,7 @@ _MODULES = {
     "cudnn": "cudnn",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt_rtx",
+    "triton": "tritonclient",
 }
 """Without the module there is nothing to try."""
 
@@ -170,6 +172,7 @@ def _abilities(answers: dict[str, dict[str, Any]], gpu: bool) -> tuple[Ability, 
         "cudnn": _EXTRA.format("cudnn") if gpu else None,
         "tensorrt": _INSTALL_TENSORRT if gpu else None,
         "tensorrt-rtx": _EXTRA.format("rtx"),
+        "triton": _EXTRA.format("triton"),
         "toolchain": plugin if build else None,
         "kernels": build,
         "trt-plugin": None if tools.get("limit") else build,

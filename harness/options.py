@@ -20,6 +20,13 @@ Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu with onnxruntime, else cuda"),
 ]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help="HOST:PORT of each Triton server, comma-separated (engine triton).",
+        show_default=False,
+    ),
+]
 Devices = Annotated[
     str | None,
     typer.Option(help="Numbers of the GPUs to use together, as 0,1.", show_default="the first"),

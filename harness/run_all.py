@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import chain, count
@@ -12,6 +10,7 @@ from typing import NoReturn
 
 import typer
 
+from engine.leaving import leave_now
 from engine.progress import progress_bar
 from harness.errors import HarnessError
 from harness.loadgen import RunFailedError
@@ -71,9 +70,7 @@ def run_all(tests: Sequence[Test]) -> None:
 def leave(error: RunFailedError) -> NoReturn:
     """End the process after a test that failed, see `RunFailedError`."""
     typer.echo(f"harness: error: {error}", err=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(error.exit_code)
+    leave_now(error.exit_code)
 
 
 def _announcement(settings: Settings, mode: Mode, samples: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-from harness.devices import parse_devices
+from harness.devices import parse_devices, parse_urls
 from harness.errors import HarnessError
 from harness.route import DATASETS
 from harness.settings import MODES, SCENARIOS, Mode
@@ -31,7 +31,7 @@ class RunArgs:
         Name of the system configuration; None: this machine's.
     fast
         Run with `FAST`.
-    devices, streams
+    devices, urls, streams
         Instead of those of the system configuration, see `harness.system_config.SystemConfig` and
         `harness.settings.Settings`; None: those.
     """
@@ -43,6 +43,7 @@ class RunArgs:
     system: str | None
     fast: bool
     devices: tuple[int, ...] | None
+    urls: tuple[str, ...] | None
     streams: int | None
 
 
@@ -55,6 +56,7 @@ def run_args(
     system: str | None,
     fast: bool,
     devices: str | None,
+    url: str | None,
     streams: int | None,
 ) -> RunArgs:
     """Check the arguments.
@@ -72,6 +74,7 @@ def run_args(
         system,
         fast,
         None if devices is None else parse_devices(devices),
+        None if url is None else parse_urls(url),
         streams,
     )
 

@@ -7,7 +7,7 @@ choose:
     benchmark = "ssd-resnet34"
     gpu = "NVIDIA A100-SXM4-80GB"   # how the GPU's name begins; or cpu = "…", the processor's
 
-    [default]              # engine, device, devices, threads, and what harness/settings.py has
+    [default]              # engine, device, devices, threads, url, and what harness/settings.py has
     engine = "tensorrt"
     device = "cuda"
     devices = [0, 1]
@@ -36,7 +36,7 @@ CONFIGS = Path("configs")
 DEFAULT_VERSION = "default"
 VERSIONS = (DEFAULT_VERSION, "triton", "maxq")
 
-_ENGINE_KEYS = {"engine": str, "device": str, "devices": list, "threads": int}
+_ENGINE_KEYS = {"engine": str, "device": str, "devices": list, "threads": int, "url": str}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,11 @@ class SystemConfig:
     source
         The file; None: there is none for this machine, and the values are the program's own.
     engine, device, devices, threads
-        See `harness.devices.load_engines`.
+        See `harness.devices.load_engines`. With the engine ``triton``, where the server that
+        `harness.targets` makes a repository for runs the model: TensorRT on ``cuda``, ONNX Runtime
+        in Triton's Python backend on ``cpu``.
+    url
+        Triton servers, see `harness.devices.parse_urls`; None: one is started here.
     tables
         Settings, see `harness.settings.settings_from`.
     """
@@ -61,7 +65,15 @@ class SystemConfig:
     device: str = "cpu"
     devices: tuple[int, ...] | None = None
     threads: int | None = None
+    url: str | None = None
     tables: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def builder(self) -> str:
+        """The engine that the model file is built for; with ``triton``, the server's."""
+        if self.engine != "triton":
+            return self.engine
+        return "onnxruntime" if self.device == "cpu" else "tensorrt"
 
 
 def system_config(benchmark: str, version: str, name: str | None) -> SystemConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from engine.load import ONNX_BACKENDS, load_engine
@@ -23,6 +24,7 @@ from harness.run_all import Test, new_log_dir, run_all
 from harness.run_args import FAST, RunArgs
 from harness.settings import Settings, settings_from
 from harness.system_config import SystemConfig, system_config
+from harness.triton_route import make_repository, servers_of
 
 TIMEOUT_S = 300.0
 """Longest time in seconds that the engine may take for one batch."""
@@ -50,29 +52,41 @@ def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Make the engines of all scenarios."""
     for route in routes:
         config, settings = _settings(route, arguments)
-        _engines(route, build_int8(route, float_type(config.engine)), config, settings)
+        files = _engines(route, build_int8(route, float_type(config.builder)), config, settings)
+        if config.engine == "triton":
+            for file in dict.fromkeys(files.values()):
+                make_repository(route, file, config, settings)
 
 
 def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Run every scenario in every test mode on its engine, and print the table of the results."""
+    with ExitStack() as servers:
+        run_all(_tests(routes, arguments, servers))
+
+
+def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> list[Test]:
+    """All that is to be run; Triton servers that are started for it go into `servers`."""
     tests: list[Test] = []
     root: Path | None = None
     for route in routes:
         config, settings = _settings(route, arguments)
-        model = build_int8(route, float_type(config.engine))
+        model = build_int8(route, float_type(config.builder))
         files = _engines(route, model, config, settings)
         images = val_images(route, model)
         data = known_dataset(DATASETS[route.benchmark], "val", route.build_dir)
-        engines = {
-            file: load_engines(
+        engines = {}
+        for file in dict.fromkeys(files.values()):
+            urls, device = arguments.urls, None if config.engine == "triton" else config.device
+            if config.engine == "triton" and urls is None:
+                urls = servers_of(route, file, config, settings, servers)
+            engines[file] = load_engines(
                 config.engine,
                 file,
-                device=config.device,
+                device=device,
                 devices=arguments.devices or config.devices,
                 threads=config.threads,
+                urls=urls,
             )
-            for file in dict.fromkeys(files.values())
-        }
         root = root or new_log_dir(route.build_dir)
         folder = root / config.name.replace("/", "-") / route.benchmark
         tests += [
@@ -85,7 +99,7 @@ def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
             for mode in arguments.modes
             for setting in settings
         ]
-    run_all(tests)
+    return tests
 
 
 TARGETS = {
@@ -124,11 +138,11 @@ def _engines(
 ) -> dict[str, Path]:
     """Engine file of each scenario; scenarios with the same batch share one."""
     files = {
-        batch: build_engine(route, model, config.engine, batch)
+        batch: build_engine(route, model, config.builder, batch)
         for batch in dict.fromkeys(_batch(config, setting) for setting in settings)
     }
     return {setting.scenario: files[_batch(config, setting)] for setting in settings}
 
 
 def _batch(config: SystemConfig, settings: Settings) -> int | None:
-    return None if config.engine in ONNX_BACKENDS else settings.batch
+    return None if config.builder in ONNX_BACKENDS else settings.batch

@@ -25,6 +25,11 @@ batch_size = 2
 
 [default.Server]
 target_qps = 5.0
+
+[triton]
+engine = "triton"
+min_duration_ms = 300
+min_query_count = 1
 """
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from small_benchmark import BENCHMARK, ROOT, VAL, small_benchmark, write_map
+from triton_servers import server_command
 
 import harness.preprocess
 import harness.route
@@ -131,6 +133,35 @@ def test_make_run_goes_from_the_weights_to_results(place):
     assert results["small", BENCHMARK, "Offline", "PerformanceOnly"]["settings"]["batch_size"] == 2
     images = results["small", BENCHMARK, "Offline", "AccuracyOnly"]["accuracy"]["images_total"]
     assert images == VAL
+
+
+def test_make_run_through_triton(place, monkeypatch):
+    """A server is started, gives the same answers as the engine itself, and is stopped."""
+    monkeypatch.setenv("PATH", f"{server_command().parent}:{os.environ['PATH']}")
+    arguments = (f"--benchmarks={BENCHMARK}", "--test_mode=AccuracyOnly", "--config_ver=triton")
+    done = make(place, "run", *arguments)
+    assert done.returncode == 0, done.stderr
+    logs = {
+        json.loads((path.parent / "result.json").read_text())["engine"]["backend"]: path
+        for path in (place / "build" / "logs").rglob(
+            "Offline/AccuracyOnly/mlperf_log_accuracy.json"
+        )
+    }
+    direct, served = (
+        {entry["qsl_idx"]: entry["data"] for entry in json.loads(logs[name].read_text())}
+        for name in ("onnxruntime", "triton")
+    )
+    assert served == direct
+    assert any(direct.values())
+    (url,) = json.loads((logs["triton"].parent / "result.json").read_text())["engine"]["devices"]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(url.split(":"), 1)
+
+
+def test_make_run_without_a_triton_server(place):
+    done = make(place, "run", f"--benchmarks={BENCHMARK}", "--config_ver=triton")
+    assert done.returncode != 0
+    assert "--url HOST:PORT, or install one with 'make triton_server'" in done.stderr
 
 
 def test_nothing_is_rebuilt_when_nothing_changed(place, monkeypatch):
@@ -296,9 +327,11 @@ def test_words_in_any_case_and_order():
         system=None,
         fast=False,
         devices="0,2",
+        url="a:1, b:2",
         streams=3,
     )
     assert (arguments.devices, arguments.streams) == ((0, 2), 3)
+    assert arguments.urls == ("a:1", "b:2")
     assert arguments.benchmarks == ("ssd-resnet34", BENCHMARK)
     assert arguments.scenarios == ("MultiStream", "Offline")
     assert (arguments.modes, arguments.version) == (("AccuracyOnly",), "maxq")

@@ -1,0 +1,40 @@
+"""The command ``harness triton-repository``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def triton_repository(
+    model: Annotated[
+        Path, typer.Argument(help="ONNX detector or built engine.", show_default=False)
+    ],
+    *,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder to make.", show_default=False)
+    ],
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Triton's backend: tensorrt, onnxruntime, or python, which runs any engine of "
+            "this project."
+        ),
+    ],
+    max_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Largest batch.", show_default="the engine's; 8 for ONNX"),
+    ] = None,
+    instances: Annotated[
+        int, typer.Option(min=1, help="Instances on each GPU, or on the CPU.")
+    ] = 1,
+) -> None:
+    """Write a model repository that Triton Inference Server serves MODEL from."""
+    from harness.triton_repository import write_repository
+
+    repository = write_repository(model, output, backend, max_batch=max_batch, instances=instances)
+    typer.echo(f"wrote {repository.path}; serve it with:")
+    typer.echo(f"tritonserver {shlex.join(repository.server_arguments)}")
