@@ -127,8 +127,10 @@ def _compare(
     figures: dict[str, list[float]] = {"direct": [], "triton": []}
     seconds: list[float] = []
     spent: dict[str, float] = dict.fromkeys(triton.server_seconds(), 0.0)
+    turns: list[tuple[str, Engine]] = [("direct", direct), ("triton", triton)]
     for _ in range(rounds):
-        for name, engine in (("direct", direct), ("triton", triton)):
+        turns.reverse()  # whoever is first meets the machine as the last turn left it
+        for name, engine in turns:
             outcome = run_once(engine, source, settings)
             values = {**outcome.detail.values, "p99_ms": outcome.detail.latency_ms["p99"]}
             figures[name].append(values[figure])

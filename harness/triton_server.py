@@ -189,6 +189,7 @@ def install(folder: Annotated[Path, typer.Argument(help="Virtual environment to 
     stub = server / "python_backend_stubs" / python / "triton_python_backend_stub"
     if not stub.is_file():
         raise HarnessError(f"{PACKAGE} has no Python backend for Python {python}")
+    _check_libraries(stub, python)
     shutil.copy(stub, server / "backends" / "python")
     # the backend's process does not look at PYTHONPATH
     (packages / "ssd-resnet34-trt.pth").write_text(f"{_ROOT}\n")
@@ -200,6 +201,16 @@ def install(folder: Annotated[Path, typer.Argument(help="Virtual environment to 
         reason = re.sub(r"\s+", " ", done.stderr).strip()
         raise HarnessError(f"the server of {PACKAGE} does not start here: {reason}")
     typer.echo(f"installed {script}")
+
+
+def _check_libraries(stub: Path, python: str) -> None:
+    """Check that the backend's process finds Python's library, which not every Python brings."""
+    done = subprocess.run(["ldd", str(stub)], capture_output=True, text=True, check=False)
+    missing = [line.split()[0] for line in done.stdout.splitlines() if "not found" in line]
+    if missing:
+        raise HarnessError(
+            f"Triton's Python backend needs {', '.join(missing)}: apt-get install libpython{python}"
+        )
 
 
 def _run(*command: str | Path) -> None:

@@ -84,6 +84,8 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
     """
     if threads is not None:
         raise EngineError("threads are the Triton server's affair")
+    if ":" not in device:
+        raise EngineError(f"the engine triton is at HOST:PORT of a server, not on {device!r}")
     library = import_client()
     from tritonclient.utils import InferenceServerException
 

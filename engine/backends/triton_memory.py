@@ -26,6 +26,8 @@ from engine.leaving import on_leaving
 CALL_SECONDS = 10.0
 """Time for a call to a server that computes nothing."""
 
+_PARTING_SECONDS = 2.0  # the server may be gone
+
 _LOG = logging.getLogger(__name__)
 _FOLDER = Path("/dev/shm")  # noqa: S108
 _servers: weakref.WeakSet[SystemMemory] = weakref.WeakSet()
@@ -172,7 +174,7 @@ class SystemMemory:
         while self._freed:
             with contextlib.suppress(InferenceServerException):  # a server that is gone
                 self._client.unregister_system_shared_memory(
-                    self._freed.pop(), client_timeout=CALL_SECONDS
+                    self._freed.pop(), client_timeout=_PARTING_SECONDS
                 )
 
 
