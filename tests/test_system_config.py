@@ -55,20 +55,19 @@ def test_shipped_files_are_understood(path):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "name"),
-    [
-        ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb"),
-        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
-        ("NVIDIA H100 80GB HBM3", "h100-sxm-80gb"),
+    ("gpu", "name", "engine", "batches"),
+    [  # NVIDIA's v2.0 configuration of an A100: 64 Offline, 8 Server
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb", "tensorrt", (64, 8)),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb", "tensorrt", (64, 8)),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm-80gb", "cudnn", (64, 64)),
     ],
 )
-def test_gpus_are_found_by_the_names_of_their_driver(monkeypatch, gpu, name):
+def test_gpus_are_found_by_the_names_of_their_driver(monkeypatch, gpu, name, engine, batches):
     monkeypatch.setattr(module, "gpu_name", lambda: gpu)
     config = system_config(MODEL, "default", None)
-    assert (config.name, config.engine, config.device) == (name, "tensorrt", "cuda")
+    assert (config.name, config.engine, config.device) == (name, engine, "cuda")
     offline, server = settings_from(config.tables, ("Offline", "Server"), {})
-    # NVIDIA's v2.0 configuration of an A100: 64 Offline, 8 Server
-    assert (offline.batch_size, server.batch_size) == (64, 8)
+    assert (offline.batch_size, server.batch_size) == batches
     assert server.target_qps < offline.target_qps
 
 
