@@ -278,6 +278,11 @@ def test_a_server_that_is_not_there(exported, monkeypatch, capsys):
     assert "waiting for the Triton server 127.0.0.1:9" in capsys.readouterr().err
 
 
+def test_a_device_is_no_server(exported):
+    with pytest.raises(EngineError, match="HOST:PORT of a server, not on 'cpu'"):
+        load_engine("triton", exported)
+
+
 def test_a_model_that_does_not_load(repository, tmp_path):
     """The server says so and ends; its log tells why."""
     import shutil
