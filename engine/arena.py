@@ -43,12 +43,13 @@ def plan_arena(needs: Sequence[Need]) -> Arena:
         for other in sorted(neighbours, key=lambda one: offsets[one.name]):
             if offset + need.size <= offsets[other.name]:
                 break
-            offset = max(offset, _aligned(offsets[other.name] + other.size))
+            offset = max(offset, aligned(offsets[other.name] + other.size))
         offsets[need.name] = offset
         placed.append(need)
     size = max((offsets[one.name] + one.size for one in placed), default=0)
-    return Arena(offsets, _aligned(size))
+    return Arena(offsets, aligned(size))
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Bytes up to the next multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT

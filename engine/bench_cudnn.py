@@ -97,6 +97,8 @@ def bench(
         sizes = sorted({int(size) for size in batches.split(",")})
     except ValueError as error:
         raise EngineError(f"--batches {batches}: numbers with commas between expected") from error
+    if sizes[0] < 1:
+        raise EngineError(f"--batches {batches}: a batch has one image at least")
     engine = load_batches(model, sizes, device=device)
     peak = _peak(engine)
     document: dict[str, Any] = {

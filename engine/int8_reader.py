@@ -94,6 +94,8 @@ class _Reader:
             if self._nodes[follower].op_type == _ADD:
                 (other,) = (name for name in self._nodes[follower].input if name != tensor)
                 residual, _ = self._dequantized(follower, other)
+                if residual not in self._graph.producer:
+                    raise self._refusal(follower, "additions to the image are not")
                 if self._shape_of(follower, other) != self._shape_of(follower, tensor):
                     raise self._refusal(follower, "additions that broadcast are not")
             else:
@@ -157,6 +159,8 @@ class _Reader:
         if tensor not in self._tensors:
             if tensor in self._graph.producer:
                 raise self._refusal(index, f"its input {tensor!r} is not the output of a layer")
+            if tensor in self._graph.constants:
+                raise self._refusal(index, f"its input {tensor!r} is a constant")
             self._tensors[tensor] = Tensor(*self._shape_of(index, tensor), scale)
         if self._tensors[tensor].scale != scale:
             raise self._refusal(
@@ -275,16 +279,16 @@ def _merge_heads(graph: Int8Graph) -> Int8Graph:
     for layer in graph.layers:
         if isinstance(layer, Convolution):
             head = graph.tensors[layer.y].scale is None and layer.residual is None
-            key = (layer.x, layer.window, layer.relu) if head else layer.name
+            key = (layer.x, layer.window, layer.relu) if head else layer.y
             groups.setdefault(key, []).append(layer)
-    merged: dict[str, Convolution] = {}  # by the name of the last one, which takes its place
+    merged: dict[str, Convolution] = {}  # by the result of the last one, whose place it takes
     dropped: set[str] = set()
     tensors, heads = dict(graph.tensors), dict(graph.heads)
     for group in groups.values():
         if len(group) > 1:
             joined = _join(group)
-            merged[group[-1].name] = joined
-            dropped.update(layer.name for layer in group[:-1])
+            merged[group[-1].y] = joined
+            dropped.update(layer.y for layer in group[:-1])
             place = tensors[group[0].y]
             tensors[joined.y] = replace(place, channels=len(joined.weight))
             first = 0
@@ -292,7 +296,7 @@ def _merge_heads(graph: Int8Graph) -> Int8Graph:
                 heads[layer.y] = Head(joined.y, first, len(layer.weight))
                 first += len(layer.weight)
                 del tensors[layer.y]
-    layers = [merged.get(one.name, one) for one in graph.layers if one.name not in dropped]
+    layers = [merged.get(one.y, one) for one in graph.layers if one.y not in dropped]
     return Int8Graph(graph.image, tensors, tuple(layers), heads)
 
 

@@ -73,7 +73,7 @@ def load_conv_library(path: Path | None = None) -> ctypes.CDLL:
     PluginError
         When it is missing, cannot be loaded or is of another INT8_CONV_VERSION.
     """
-    remedy = "build it with build-plugin, for architecture 90 among others"
+    remedy = "build it with build-plugin for architecture 90, into the folder of libnms_opt.so"
     return load((path or conv_library_path()).resolve(), "int8_conv", VERSION, _declare, remedy)
 
 

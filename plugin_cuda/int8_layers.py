@@ -100,7 +100,7 @@ def load_layers_library(path: Path | None = None) -> ctypes.CDLL:
     PluginError
         When it is missing, cannot be loaded or is of another version.
     """
-    remedy = "build it with build-plugin"
+    remedy = "build it with build-plugin, into the folder of libnms_opt.so"
     return load((path or layers_library_path()).resolve(), "int8_layers", VERSION, _declare, remedy)
 
 

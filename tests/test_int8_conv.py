@@ -82,7 +82,7 @@ def test_a_size_that_c_would_cut_short(library):
 
 
 def test_library_that_is_not_there(tmp_path):
-    with pytest.raises(PluginError, match=r"not found: build it with build-plugin, for archit"):
+    with pytest.raises(PluginError, match=r"not found: build it with build-plugin for archit"):
         load_conv_library(tmp_path / "libint8_conv.so")
 
 

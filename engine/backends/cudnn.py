@@ -11,6 +11,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from engine.backends.cuda import Stream, pinned, use_gpu
+from engine.backends.cuda import Stream, gpu_index, pinned, use_gpu
 from engine.backends.cudnn_hopper import hopper_library, stem_constants
 from engine.backends.cudnn_layers import constants as layer_constants
 from engine.backends.cudnn_layers import conv_shape, groups, padded
@@ -38,7 +39,8 @@ from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec
 from plugin_cuda.binding import Plan
 from plugin_cuda.device_array import DeviceArray
 from plugin_cuda.errors import PluginError
-from plugin_cuda.int8_layers import load_layers_library
+from plugin_cuda.int8_conv import conv_library_path
+from plugin_cuda.int8_layers import layers_library_path, load_layers_library
 from plugin_cuda.library import FLOAT16, Config, Format, library_path, workspace_size
 
 _LOG = logging.getLogger(__name__)
@@ -83,7 +85,9 @@ def load(model: Path, *, device: str = "cuda", threads: int | None = None) -> Cu
 
 def load_batches(model: Path, batches: Sequence[int], *, device: str = "cuda") -> CudnnEngine:
     """Load as `load` does, for some batch sizes in ascending order."""
-    index = _device_index(device)
+    index = gpu_index(device)
+    if index is None:
+        raise EngineError(f"cudnn runs on a GPU, not on {device!r}; use --device cuda")
     if not model.is_file():
         raise EngineError(f"{model}: no such model file")
     cudnn = import_cudnn()
@@ -98,44 +102,55 @@ def load_batches(model: Path, batches: Sequence[int], *, device: str = "cuda") -
     except EngineError as error:
         raise EngineError(f"{model}: {error}") from error
     machine = Machine(gpu.name, cudnn.backend_version_string(), cudnn.__version__)
-    owner, scratch = Stream(), Stream()
-    try:
+    hopper = hopper_library(gpu.compute_capability)
+    with ExitStack() as held:
+        owner = held.enter_context(closing(Stream()))
         handle = cudnn.create_handle()
-        cudnn.set_stream(handle, scratch.handle)
-        plans = _plans(cudnn, handle, graph, batches, machine, stream=scratch, device=index)
-        kernels = Kernels(handle, library, plans, _upload_constants(owner, graph))
-        choose = Chooser(kernels, hopper_library(gpu.compute_capability), graph, scratch)
-        programs = {batch: make_program(graph, batch, partial(choose, batch)) for batch in batches}
-    except BaseException:
-        owner.close()
-        raise
-    finally:
-        scratch.close()
-    image = graph.tensors[graph.image]
-    spec = InputSpec(graph.image, (image.channels, image.height, image.width), "int8", image.scale)
-    manifest = {
-        "backend": "cudnn",
-        "version": machine.cudnn,
-        "frontend_version": machine.frontend,
-        "gpu": gpu.name,
-        "compute_capability": gpu.compute_capability,
-        "device": f"cuda:{index}",
-        "model": model.name,
-        "onnx_sha256": file_sha256(model),
-        "input": {
-            "name": spec.name,
-            "shape": list(spec.shape),
-            "dtype": spec.dtype,
-            "scale": spec.scale,
-        },
-        "max_batch": batches[-1],
-        "batch_sizes": list(batches),
-        "nms": library_path().name,
-        "nms_sha256": file_sha256(library_path()),
-        "kernels": {step.name: step.candidate.name for step in programs[batches[-1]].steps},
-    }
-    engine = CudnnEngine(spec, batches[-1], manifest, graph, programs, parts, kernels, cudnn, index)
-    weakref.finalize(engine, owner.close).atexit = False
+        held.callback(cudnn.destroy_handle, handle)
+        with closing(Stream()) as scratch:
+            cudnn.set_stream(handle, scratch.handle)
+            plans = _plans(cudnn, handle, graph, batches, machine, stream=scratch, device=index)
+            kernels = Kernels(handle, library, plans, _upload_constants(owner, graph))
+            choose = Chooser(kernels, hopper, graph, scratch)
+            try:
+                programs = {
+                    batch: make_program(graph, batch, partial(choose, batch)) for batch in batches
+                }
+            except PluginError as error:
+                raise EngineError(f"{model}: {error}") from error
+        image = graph.tensors[graph.image]
+        spec = InputSpec(
+            graph.image, (image.channels, image.height, image.width), "int8", image.scale
+        )
+        manifest = {
+            "backend": "cudnn",
+            "version": machine.cudnn,
+            "frontend_version": machine.frontend,
+            "gpu": gpu.name,
+            "compute_capability": gpu.compute_capability,
+            "device": f"cuda:{index}",
+            "model": model.name,
+            "onnx_sha256": file_sha256(model),
+            "input": {
+                "name": spec.name,
+                "shape": list(spec.shape),
+                "dtype": spec.dtype,
+                "scale": spec.scale,
+            },
+            "max_batch": batches[-1],
+            "batch_sizes": list(batches),
+            "nms": library_path().name,
+            "nms_sha256": file_sha256(library_path()),
+            "libraries": {
+                path.name: file_sha256(path)
+                for path in (layers_library_path(), *([conv_library_path()] if hopper else []))
+            },
+            "kernels": {step.name: step.candidate.name for step in programs[batches[-1]].steps},
+        }
+        engine = CudnnEngine(
+            spec, batches[-1], manifest, graph, programs, parts, kernels, cudnn, index
+        )
+        weakref.finalize(engine, held.pop_all().close).atexit = False
     return engine
 
 
@@ -247,6 +262,12 @@ class CudnnSession(PipelinedSession):
 
     def _prepare(self, stream: Stream, slots: Sequence[Slot]) -> Enqueue:
         """Record a CUDA graph for every batch size and slot."""
+        try:
+            return self._record(stream, slots)
+        except PluginError as error:
+            raise EngineError(str(error)) from error
+
+    def _record(self, stream: Stream, slots: Sequence[Slot]) -> Enqueue:
         engine = self._engine
         self._memory = engine.reserve(stream)
         graphs = {}
@@ -258,13 +279,10 @@ class CudnnSession(PipelinedSession):
                     for run in runs:
                         run(stream.handle)
 
-                try:
-                    if number == 0:  # loads every kernel, which must not happen while recording
-                        work()
-                        stream.synchronize()
-                    graphs[batch, number] = stream.capture(work)
-                except PluginError as error:
-                    raise EngineError(str(error)) from error
+                if number == 0:  # loads every kernel, which must not happen while recording
+                    work()
+                    stream.synchronize()
+                graphs[batch, number] = stream.capture(work)
 
         def enqueue(count: int, number: int) -> None:
             graphs[self._prepared(count), number]()
@@ -340,17 +358,10 @@ def _upload_constants(stream: Stream, graph: Int8Graph) -> dict[str, dict[int, i
     for group in groups(graph):
         layer = group[0]
         if isinstance(layer, Convolution):
-            found[layer.name] = {}
+            found[layer.y] = {}
             arrays = {**layer_constants(graph, layer), **stem_constants(graph, group)}
             for number, array in arrays.items():
-                address = found[layer.name][number] = stream.device(array.nbytes)
+                address = found[layer.y][number] = stream.device(array.nbytes)
                 stream.upload(address, array)
     stream.synchronize()
     return found
-
-
-def _device_index(device: str) -> int:
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index.isdecimal() or device == "cuda"):
-        raise EngineError(f"cudnn runs on a GPU, not on {device!r}; use --device cuda")
-    return int(index or 0)

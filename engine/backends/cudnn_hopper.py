@@ -63,7 +63,7 @@ def is_conv3x3(graph: Int8Graph, group: Sequence[Layer]) -> bool:
 def is_stem(graph: Int8Graph, group: Sequence[Layer]) -> bool:
     """Whether int8_conv_stem runs this group of layers."""
     first, last = group[0], group[-1]
-    image = graph.tensors[graph.image]
+    image, target = graph.tensors[graph.image], graph.tensors[last.y]
     return (
         isinstance(first, Convolution)
         and isinstance(last, MaxPool)
@@ -72,8 +72,8 @@ def is_stem(graph: Int8Graph, group: Sequence[Layer]) -> bool:
         and first.residual is None
         and first.weight.shape[:2] == (STEM_CHANNELS, 3)
         and (first.window, last.window) == (_STEM, _POOL)
-        and image.height % STEM_MULTIPLE == 0
-        and image.width % STEM_MULTIPLE == 0
+        and (image.height, image.width)
+        == (STEM_MULTIPLE * target.height, STEM_MULTIPLE * target.width)
     )
 
 

@@ -28,7 +28,7 @@ from plugin_cuda.int8_layers import PackShape, PoolShape
 _GROUP = 16
 """Channels of an INT8 tensor come in groups of 16 bytes."""
 
-_EXACT_TAPS = 2**24 // 127**2
+_EXACT_TAPS = 2**24 // 128**2
 """Products of two INT8 numbers whose sum float32 holds exactly."""
 
 _NO_PADS = (0, 0, 0, 0)
@@ -74,10 +74,10 @@ def groups(graph: Int8Graph) -> list[tuple[Layer, ...]]:
     joined: set[str] = set()
     for layer in graph.layers:
         readers = graph.readers(layer.y)
-        if layer.name in joined:
+        if layer.y in joined:
             continue
         if isinstance(layer, Convolution) and len(readers) == 1 and isinstance(readers[0], MaxPool):
-            joined.add(readers[0].name)
+            joined.add(readers[0].y)
             found.append((layer, readers[0]))
         else:
             found.append((layer,))

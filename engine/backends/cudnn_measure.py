@@ -116,14 +116,16 @@ class Chooser:
         """Choose for a batch size: cuDNN's fastest kernels, or libint8_conv.so's where it can."""
         graph, first = self._graph, group[0]
         candidates = [self._kernels.candidate(graph, batch, group)]
-        constants = self._kernels.constants.get(first.name, {})
+        constants = self._kernels.constants.get(first.y, {})
         if self._hopper is not None:
             own = hopper_candidate(self._hopper, graph, batch, group, constants)
             candidates += [own] if own else []
         names = tuple(candidate.name for candidate in candidates)
         skipped = first.residual if isinstance(first, Convolution) else None
+        source = graph.tensors[graph.image]
+        image = source.channels * source.height * source.width
         sizes = (
-            tensor_bytes(graph, first.x, batch),
+            batch * image if first.x == graph.image else tensor_bytes(graph, first.x, batch),
             tensor_bytes(graph, group[-1].y, batch),
             0 if skipped is None else tensor_bytes(graph, skipped, batch),
         )

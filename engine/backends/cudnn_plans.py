@@ -144,9 +144,9 @@ def choices(cudnn: Any, handle: Any, shape: ConvShape, *, every: bool) -> list[C
     EngineError
         When cuDNN has none.
     """
-    graph = _describe(cudnn, handle, shape)
     found: list[Choice] = []
     try:
+        graph = _describe(cudnn, handle, shape)
         graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.B])
         for index in range(graph.get_execution_plan_count()):
             engine, knobs = graph.get_engine_and_knobs_at_index(index)
@@ -157,7 +157,7 @@ def choices(cudnn: Any, handle: Any, shape: ConvShape, *, every: bool) -> list[C
                 if knob.type.name == _KNOB:
                     values = range(knob.min_value, knob.max_value + 1)
                     found += [Choice(first, ((_KNOB, value),)) for value in values]
-    except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
+    except _failures(cudnn) as error:
         raise EngineError(f"cuDNN cannot run {shape}: {_one_line(error)}") from error
     if not found:
         raise EngineError(f"cuDNN cannot run {shape}: it has no kernel")
@@ -208,7 +208,7 @@ def load_plan(cudnn: Any, handle: Any, plan: CompiledPlan) -> Any:
     graph = cudnn.pygraph(handle=handle)
     try:
         graph.deserialize(handle, plan.plan)
-    except RuntimeError as error:
+    except _failures(cudnn) as error:
         raise EngineError(f"cuDNN refuses a plan for {plan.shape}: {_one_line(error)}") from error
     return graph
 
@@ -223,7 +223,7 @@ def execute(graph: Any, handle: Any, addresses: Mapping[int, int], workspace: in
     """
     try:
         graph.execute(dict(addresses), workspace, handle=handle)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise EngineError(f"cuDNN failed: {_one_line(error)}") from error
 
 
@@ -237,16 +237,21 @@ def _compile(shape: ConvShape, choice: Choice) -> CompiledPlan | None:
     cudnn = import_cudnn()
     if _worker_handle is None:
         _worker_handle = cudnn.create_handle()
-    graph = _describe(cudnn, _worker_handle, shape)
     try:
+        graph = _describe(cudnn, _worker_handle, shape)
         knobs = {getattr(cudnn.knob_type, name): value for name, value in choice.knobs}
         graph.create_execution_plan(choice.engine, knobs)
         index = graph.get_execution_plan_count() - 1
         graph.build_plan_at_index(index)
         size = graph.get_workspace_size_plan_at_index(index)
         return CompiledPlan(shape, choice, size, graph.serialize(as_bytes=True))
-    except (RuntimeError, cudnn.cudnnGraphNotSupportedError):
+    except _failures(cudnn):
         return None
+
+
+def _failures(cudnn: Any) -> tuple[type[Exception], ...]:
+    """What the frontend raises where cuDNN cannot do something."""
+    return (RuntimeError, ValueError, cudnn.cudnnGraphNotSupportedError)
 
 
 def _describe(cudnn: Any, handle: Any, shape: ConvShape) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.arena import Arena, Need, plan_arena
+from engine.arena import Arena, Need, aligned, plan_arena
 from engine.backends.cudnn_layers import (
     conv_shape,
     groups,
@@ -154,7 +154,7 @@ class Kernels:
     plans
         Of every shape: the plan and its executable graph.
     constants
-        Device addresses of every convolution's constant tensors, by its name and their number.
+        Device addresses of every convolution's constant tensors, by its result and their number.
     """
 
     handle: Any
@@ -171,7 +171,7 @@ class Kernels:
             return self._convolution(graph, batch, first)
         inner = self._convolution(graph, batch, first)
         (pool,) = (layer for layer in group if isinstance(layer, MaxPool))
-        between = tensor_bytes(graph, first.y, batch)
+        between = aligned(tensor_bytes(graph, first.y, batch))
 
         def bind(places: Places) -> Run:
             middle = places.workspace
@@ -198,10 +198,10 @@ class Kernels:
         plan, executable = self.plans[shape]
         room = 0
         if packing is not None:
-            room = batch * shape.height * shape.width * shape.channels * 2
+            room = aligned(batch * shape.height * shape.width * shape.channels * 2)
 
         def bind(places: Places) -> Run:
-            addresses = dict(self.constants[layer.name])
+            addresses = dict(self.constants[layer.y])
             addresses |= {X: places.x if packing is None else places.workspace, Y: places.y}
             if places.residual is not None:
                 addresses[RESIDUAL] = places.residual

@@ -32,13 +32,16 @@ from engine.protocol import EngineError
 HEAVY = 0.003
 """Share of a network's operations from which on a layer is worth every kernel."""
 
+SEARCH = 1
+"""Changes with what is tried: a cache of another search is no use."""
+
 _KEPT = 4
 """Winners that are remembered, for smaller batches to try."""
 
 _ADVISED = 3
 """Kernels of the heuristics that a smaller batch tries."""
 
-_DAMAGED = (AttributeError, KeyError, TypeError, ValueError, zlib.error)
+_DAMAGED = (AttributeError, KeyError, OverflowError, TypeError, ValueError, zlib.error)
 """What reading a damaged cache may raise."""
 
 Measure = Callable[[ConvShape, Sequence[CompiledPlan]], list[float]]
@@ -200,7 +203,7 @@ def _read(path: Path, machine: Machine) -> dict[str, Any]:
 
 
 def _machine(machine: Machine) -> list[str]:
-    return [machine.gpu, machine.cudnn, machine.frontend]
+    return [machine.gpu, machine.cudnn, machine.frontend, f"search {SEARCH}"]
 
 
 def _to_json(tuned: Tuned) -> dict[str, object]:
