@@ -1,10 +1,11 @@
 """Four measurements of the harness itself: ``python -m harness.bench``.
 
 1. efficiency: Offline samples/s through LoadGen over those of the bare engine in a plain loop, at
-   the same batch and threads, in turns; 2. latency: Server p99 with an engine that does nothing at
-1,000 queries/s; 3. overhead: samples/s with an engine that does nothing, over those of a SUT that
-answers in LoadGen's own call; 4. preprocessing: images/s over those of a plain OpenCV loop on one
-core times the processes used.
+   the same batch and threads, in turns;
+2. latency: Server p99 with an engine that does nothing at 1,000 queries/s;
+3. overhead: samples/s with an engine that does nothing, over those of a SUT that answers in
+   LoadGen's own call;
+4. preprocessing: images/s over those of a plain OpenCV loop on one core times the processes used.
 """
 
 from __future__ import annotations

@@ -143,7 +143,8 @@ def run(
     from harness.run import Benchmark
     from harness.run_all import new_log_dir, run_all
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end as Ctrl-C does, in order
+        signal.signal(number, signal.default_int_handler)
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
     engines = load_engines(

@@ -106,7 +106,8 @@ def make_command(
         url=url,
         streams=streams,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end as Ctrl-C does, in order
+        signal.signal(number, signal.default_int_handler)
     with locked(build_dir), _one_line():
         make(
             [route_of(name, weights, build_dir, typer.echo) for name in arguments.benchmarks],
@@ -153,7 +154,8 @@ def tune_command(
     path = output or config_path(benchmark, device)
     if not path.parent.is_dir():
         raise HarnessError(f"{path.parent}: no such folder to write {path.name} to")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     with locked(build_dir), _one_line():
         try:
             found = tune(route_of(benchmark, weights, build_dir, typer.echo), tuning)

@@ -20,10 +20,17 @@ def triton_repository(
     backend: Annotated[
         str,
         typer.Option(
-            help="Triton's backend: tensorrt, onnxruntime, or python, which runs any engine of "
-            "this project."
+            help="Triton's backend: tensorrt, onnxruntime, or python, which runs MODEL as "
+            "'harness run' does."
         ),
     ],
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs an ONNX file in the backend python: onnxruntime (on the CPU) or cudnn.",
+            show_default="onnxruntime",
+        ),
+    ] = None,
     max_batch: Annotated[
         int | None,
         typer.Option(min=1, help="Largest batch.", show_default="the engine's; 8 for ONNX"),
@@ -35,6 +42,8 @@ def triton_repository(
     """Write a model repository that Triton Inference Server serves MODEL from."""
     from harness.triton_repository import write_repository
 
-    repository = write_repository(model, output, backend, max_batch=max_batch, instances=instances)
+    repository = write_repository(
+        model, output, backend, engine=engine, max_batch=max_batch, instances=instances
+    )
     typer.echo(f"wrote {repository.path}; serve it with:")
     typer.echo(f"tritonserver {shlex.join(repository.server_arguments)}")

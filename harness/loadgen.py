@@ -151,6 +151,7 @@ def run_test(
             _watch(sut, thread, timeout_s, _reporter(sut, progress, settings, mode, total))
         sut.stop(_GRACE_SECONDS)
         _raise_failure(sut)
+        library.close()  # after a failure a session may still read it
     except KeyboardInterrupt:
         raise RunFailedError("interrupted", exit_code=130) from None
     return Outcome(

@@ -57,6 +57,11 @@ class SampleLibrary:
         # reversed: of a repeated sample the first row counts
         self._row = dict(zip(reversed(indices), reversed(range(count)), strict=True))
 
+    def close(self) -> None:
+        """Free the memory: when a run is over, not when the garbage collector comes by."""
+        self.unload(())
+        self._memory = self._memory[:0].copy()
+
     def unload(self, indices: Sequence[int]) -> None:
         """Forget the samples; LoadGen unloads exactly what it loaded last."""
         del indices

@@ -36,7 +36,14 @@ CONFIGS = Path("configs")
 DEFAULT_VERSION = "default"
 VERSIONS = (DEFAULT_VERSION, "triton", "maxq")
 
-_ENGINE_KEYS = {"engine": str, "device": str, "devices": list, "threads": int, "url": str}
+_ENGINE_KEYS = {
+    "engine": str,
+    "device": str,
+    "devices": list,
+    "threads": int,
+    "url": str,
+    "serves": str,
+}
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,12 @@ class SystemConfig:
         The file; None: there is none for this machine, and the values are the program's own.
     engine, device, devices, threads
         See `harness.devices.load_engines`. With the engine ``triton``, where the server that
-        `harness.targets` makes a repository for runs the model: TensorRT on ``cuda``, ONNX Runtime
-        in Triton's Python backend on ``cpu``.
+        `harness.targets` makes a repository for runs the model.
     url
         Triton servers, see `harness.devices.parse_urls`; None: one is started here.
+    serves
+        What that server runs it with; None: TensorRT on ``cuda``, ONNX Runtime on ``cpu``, which,
+        as cuDNN, is served by Triton's Python backend.
     tables
         Settings, see `harness.settings.settings_from`.
     """
@@ -66,6 +75,7 @@ class SystemConfig:
     devices: tuple[int, ...] | None = None
     threads: int | None = None
     url: str | None = None
+    serves: str | None = None
     tables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,6 +83,8 @@ class SystemConfig:
         """The engine that the model file is built for; with ``triton``, the server's."""
         if self.engine != "triton":
             return self.engine
+        if self.serves is not None:
+            return self.serves
         return "onnxruntime" if self.device == "cpu" else "tensorrt"
 
 
@@ -109,12 +121,15 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
             filter(None, (_match(fitting, key, here[key]) for key in ("gpu", "cpu"))), None
         )
         if found is None:
+            machine = here["gpu"] or here["cpu"] or "unknown"
+            if version == "triton":
+                return SystemConfig(machine, engine="triton")
             if version != DEFAULT_VERSION:
                 raise HarnessError(
-                    f"no file in {CONFIGS} is for {benchmark} on {here['gpu'] or here['cpu']}, so "
+                    f"no file in {CONFIGS} is for {benchmark} on {machine}, so "
                     f"--config_ver={version} has no meaning; `harness tune` writes one"
                 )
-            return SystemConfig(here["gpu"] or here["cpu"] or "unknown")
+            return SystemConfig(machine)
         path = found
     tables = files[path]
     versions = [key for key in tables if key != "system"]
@@ -145,11 +160,12 @@ def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
             raise HarnessError(
                 f"{path} [{version}]: devices are {list(devices)}; as [0, 1] expected"
             )
-    if chosen.get("engine", BACKENDS[0]) not in BACKENDS:
-        raise HarnessError(
-            f"{path} [{version}] is for the engine {chosen['engine']!r}, which is not among this "
-            f"release's: {', '.join(BACKENDS)}"
-        )
+    for key in ("engine", "serves"):
+        if chosen.get(key, BACKENDS[0]) not in BACKENDS:
+            raise HarnessError(
+                f"{path} [{version}] is for the engine {chosen[key]!r}, which is not among this "
+                f"release's: {', '.join(BACKENDS)}"
+            )
     return SystemConfig(path.stem, path, tables=settings, **chosen)
 
 

@@ -25,6 +25,7 @@ from harness.run_args import FAST, RunArgs
 from harness.settings import Settings, settings_from
 from harness.system_config import SystemConfig, system_config
 from harness.triton_route import make_repository, servers_of
+from harness.triton_server import find_server
 
 TIMEOUT_S = 300.0
 """Longest time in seconds that the engine may take for one batch."""
@@ -70,6 +71,8 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
     root: Path | None = None
     for route in routes:
         config, settings = _settings(route, arguments)
+        if config.engine == "triton" and arguments.urls is None and config.url is None:
+            find_server(route.build_dir)  # missing, it is missed before hours of preparation
         model = build_int8(route, float_type(config.builder))
         files = _engines(route, model, config, settings)
         images = val_images(route, model)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from engine.backends.triton import MODEL_NAME, import_client
 from engine.backends.triton_python import BACKEND_PARAMETER, FILE_PARAMETER
 from engine.files import file_sha256
+from engine.load import ONNX_BACKENDS
 from engine.manifest import PluginLibrary, check_engine, check_plugins, save_engine
 from engine.protocol import DETECTION_FIELDS, EngineError
 from engine.served import DETECTIONS, NUM_DETECTIONS, ServedModel, served_model
@@ -61,6 +62,7 @@ def write_repository(
     output: Path,
     backend: str,
     *,
+    engine: str | None = None,
     max_batch: int | None = None,
     instances: int = 1,
 ) -> Repository:
@@ -75,6 +77,8 @@ def write_repository(
     backend
         One of `SERVER_BACKENDS`: ``tensorrt`` takes a TensorRT engine, ``onnxruntime`` an ONNX
         file, ``python`` either, which an engine of this project then runs.
+    engine
+        That engine for an ONNX file, one of `engine.load.ONNX_BACKENDS`; None: ``onnxruntime``.
     max_batch
         Largest batch; None: the engine's, or `harness.settings.DEFAULT_BATCH` for an ONNX file.
     instances
@@ -98,6 +102,13 @@ def write_repository(
     from google.protobuf import text_format  # type: ignore[import-untyped]
 
     served = served_model(model)
+    if engine is not None:
+        if backend != "python" or served.manifest is not None or engine not in ONNX_BACKENDS:
+            raise EngineError(
+                f"--engine {engine}: only with the backend python and an ONNX file, one of "
+                f"{', '.join(ONNX_BACKENDS)}"
+            )
+        served = dataclasses.replace(served, backend=engine)
     _check_backend(served, backend)
     batch = _max_batch(served, max_batch)
     configs = {"config.pbtxt": make_config(served, backend, batch, instances, None)}
@@ -213,7 +224,7 @@ def _data_type(pb: Any, served: ServedModel) -> Any:
 def _kind(pb: Any, served: ServedModel, backend: str) -> Any:
     """Where the instances run: engines on GPUs, ONNX Runtime where Triton's own finds one."""
     group = pb.ModelInstanceGroup
-    if served.manifest is not None:
+    if served.backend != "onnxruntime":
         return group.KIND_GPU
     return group.KIND_AUTO if backend == "onnxruntime" else group.KIND_CPU
 

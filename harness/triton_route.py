@@ -34,6 +34,7 @@ def make_repository(
         model,
         folder,
         "python" if onnx else config.builder,
+        engine=config.builder if onnx else None,
         max_batch=max(setting.batch for setting in settings) if onnx else None,
         instances=max(setting.streams for setting in settings),
     )

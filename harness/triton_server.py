@@ -18,13 +18,14 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from engine.backends.triton import START_UP_SECONDS
 from engine.leaving import on_leaving
 from engine.progress import progress_bar
 from harness.errors import HarnessError
@@ -62,9 +63,13 @@ class TritonServer:
     url: str
     process: subprocess.Popen[bytes]
     shared: str
+    _stopped: list[bool] = field(default_factory=list, repr=False)
 
     def stop(self) -> None:
-        """End the server and the processes of its models."""
+        """End the server and the processes of its models; only the first call does anything."""
+        if self._stopped:
+            return
+        self._stopped.append(True)
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(_STOP_SECONDS)
@@ -148,11 +153,15 @@ def _wait_serving(server: TritonServer, port: int, log: Path) -> None:
     begin = time.monotonic()
     with progress_bar("the Triton server starts, seconds") as progress:
         while True:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                return
             code = server.process.poll()
             if code is not None:
                 raise HarnessError(f"tritonserver ended with exit code {code}; see {log}")
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return
+            if time.monotonic() - begin > START_UP_SECONDS:
+                raise HarnessError(
+                    f"tritonserver does not serve after {START_UP_SECONDS:.0f} s; see {log}"
+                )
             if progress is not None:
                 progress(round(time.monotonic() - begin), None)
             time.sleep(_POLL_SECONDS)
@@ -168,8 +177,10 @@ def _free_port() -> int:
 @app.command()
 def install(folder: Annotated[Path, typer.Argument(help="Virtual environment to make.")]) -> None:
     """Install Triton Inference Server with its Python backend."""
-    shutil.rmtree(folder, ignore_errors=True)
     venv = folder.absolute()
+    if venv.exists() and not (venv / "pyvenv.cfg").is_file() and any(venv.iterdir()):
+        raise HarnessError(f"{folder} is no virtual environment; name a new folder")
+    shutil.rmtree(venv, ignore_errors=True)
     _run(sys.executable, "-m", "venv", venv)
     pip = (
         venv / "bin" / "python",
@@ -193,14 +204,16 @@ def install(folder: Annotated[Path, typer.Argument(help="Virtual environment to 
     shutil.copy(stub, server / "backends" / "python")
     # the backend's process does not look at PYTHONPATH
     (packages / "ssd-resnet34-trt.pth").write_text(f"{_ROOT}\n")
-    script = venv / "bin" / "tritonserver"
+    final = venv / "bin" / "tritonserver"
+    script = final.with_name("tritonserver.partial")
     script.write_text(_SCRIPT.format(venv=venv, server=server))
     script.chmod(0o755)
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
     if "--model-repository" not in done.stdout + done.stderr:
         reason = re.sub(r"\s+", " ", done.stderr).strip()
         raise HarnessError(f"the server of {PACKAGE} does not start here: {reason}")
-    typer.echo(f"installed {script}")
+    script.rename(final)
+    typer.echo(f"installed {final}")
 
 
 def _check_libraries(stub: Path, python: str) -> None:

@@ -71,6 +71,16 @@ def test_gpus_are_found_by_the_names_of_their_driver(monkeypatch, gpu, name, eng
     assert server.target_qps < offline.target_qps
 
 
+def test_what_a_server_runs(write):
+    write("sys", 'gpu = "Example"', '[triton]\nengine = "triton"\ndevice = "cuda"')
+    write("own", 'cpu = "Example"', '[triton]\nengine = "triton"\nserves = "cudnn"')
+    write("bad", 'cpu = "Other"', '[triton]\nengine = "triton"\nserves = "cuddn"')
+    assert system_config(MODEL, "triton", "sys").builder == "tensorrt"
+    assert system_config(MODEL, "triton", "own").builder == "cudnn"
+    with pytest.raises(HarnessError, match="is for the engine 'cuddn', which is not among"):
+        system_config(MODEL, "triton", "bad")
+
+
 def test_a_machine_without_a_file_gets_the_programs_values(write):
     write("l4", 'gpu = "NVIDIA L4"')
     assert system_config(MODEL, "default", None) == SystemConfig("Example 9 CPU")

@@ -108,6 +108,21 @@ def test_an_onnx_file(backend, int8, tmp_path):
         assert list(warm_up.inputs[image.name].dims) == list(image.dims)
 
 
+def test_an_onnx_file_on_cudnn(int8, tmp_path):
+    write_repository(int8, tmp_path / "models", "python", engine="cudnn")
+    config = read_config(tmp_path / "models" / "ssd-resnet34" / "config.pbtxt")
+    assert [group.kind for group in config.instance_group] == [pb.ModelInstanceGroup.KIND_GPU]
+    assert "cudnn" in {one.string_value for one in config.parameters.values()}
+
+
+@pytest.mark.parametrize(
+    ("backend", "named"), [("onnxruntime", "cudnn"), ("python", "tensorrt"), ("python", "none")]
+)
+def test_engines_of_onnx_files_that_are_refused(backend, named, int8, tmp_path):
+    with pytest.raises(EngineError, match=f"--engine {named}: only with the backend python"):
+        write_repository(int8, tmp_path / "models", backend, engine=named)
+
+
 def test_each_scenario_has_its_batching(int8, tmp_path):
     write_repository(int8, tmp_path / "models", "onnxruntime", max_batch=32)
     folder = tmp_path / "models" / "ssd-resnet34" / "configs"

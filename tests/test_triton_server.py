@@ -279,7 +279,7 @@ def test_a_server_that_is_not_there(exported, monkeypatch, capsys):
 
 
 def test_a_device_is_no_server(exported):
-    with pytest.raises(EngineError, match="HOST:PORT of a server, not on 'cpu'"):
+    with pytest.raises(EngineError, match="HOST:PORT of a server, not on 'cuda'"):
         load_engine("triton", exported)
 
 

@@ -225,6 +225,8 @@ class TritonSession:
 
     def submit(self, images: Sequence[NDArray[np.generic]]) -> None:
         """Send a request for a batch; see `engine.protocol.Session.submit`."""
+        from tritonclient.utils import InferenceServerException
+
         count = check_images(images, self._spec, "model")
         if count > self._max_batch:
             raise EngineError(
@@ -242,13 +244,16 @@ class TritonSession:
         else:
             name, offset = region
             tensor.set_shared_memory(name, count * self._image_bytes, offset)
+        try:
+            self._client.async_infer(
+                MODEL_NAME,
+                [tensor],
+                functools.partial(_answer, request.answer),
+                outputs=self._outputs,
+            )
+        except InferenceServerException as error:
+            raise SessionLostError(f"the Triton server {self._url}: {one_line(error)}") from error
         self._in_flight.append(request)
-        self._client.async_infer(
-            MODEL_NAME,
-            [tensor],
-            functools.partial(_answer, request.answer),
-            outputs=self._outputs,
-        )
 
     def result(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Wait for the answer to the oldest request; see `engine.protocol.Session.result`."""

@@ -171,11 +171,13 @@ class SystemMemory:
         """Have the server unmap what this process has freed."""
         from tritonclient.utils import InferenceServerException
 
-        while self._freed:
+        while True:
+            try:
+                name = self._freed.pop()
+            except IndexError:  # not asked before: sessions come here side by side
+                return
             with contextlib.suppress(InferenceServerException):  # a server that is gone
-                self._client.unregister_system_shared_memory(
-                    self._freed.pop(), client_timeout=_PARTING_SECONDS
-                )
+                self._client.unregister_system_shared_memory(name, client_timeout=_PARTING_SECONDS)
 
 
 class SystemPlace:
@@ -185,12 +187,14 @@ class SystemPlace:
         self._memory = memory
         self._size = size
         self._block: NDArray[np.uint8] | None = None
+        self._tried = False  # for want of memory, once is enough
 
     def put(self, images: Sequence[NDArray[Any]]) -> tuple[str, int] | None:
         """See `Place.put`; one run in `SystemMemory.host_array` is not copied."""
         if len(images) == 1 and (found := self._memory.find(images[0])) is not None:
             return found
-        if self._block is None:
+        if not self._tried:
+            self._tried = True
             self._block = shared_block(self._size, [self._memory])
         if self._block is None or (found := self._memory.find(self._block)) is None:
             return None

@@ -1,4 +1,4 @@
-"""The model of Triton's Python backend that serves any engine of this project.
+"""The model of Triton's Python backend that serves the engines of this project.
 
 Triton's process for a model instance imports it: a repository's ``model.py`` is one line that
 names `TritonPythonModel`. ``triton_python_backend_utils`` exists only in that process.
