@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -53,6 +55,28 @@ def test_devices_streams_and_batches_in_flight(scenario, depth, tmp_path):
     sessions = [session for engine in engines for session in engine.sessions]
     assert [len(engine.sessions) for engine in engines] == [2, 2]
     assert all(session.taken == len(session.batches) for session in sessions)
+
+
+def test_memory_of_samples_is_freed_when_the_run_is_over(tmp_path, monkeypatch):
+    """Without the garbage collector, for it may be pinned, and there may be little of it."""
+    engine = PipelinedEngine(2)
+    arrays = []
+
+    def host_array(shape, dtype):
+        arrays.append(weakref.ref(array := np.empty(shape, dtype)))
+        return array
+
+    monkeypatch.setattr(engine, "host_array", host_array)
+    gc.disable()
+    try:
+        run_test(
+            (engine,), Memory(TOTAL), short("Offline"), "PerformanceOnly", tmp_path, timeout_s=30
+        )
+        engine.sessions.clear()  # which keep the batches that they were given
+        assert arrays
+        assert not any(array() is not None for array in arrays)
+    finally:
+        gc.enable()
 
 
 def test_all_sessions_have_work_and_as_many_batches_in_flight_as_they_take(tmp_path):
