@@ -22,7 +22,7 @@ from polygraphy.logger import G_LOGGER
 
 from engine.coco import coco_stats, load_annotations, positions_by_name
 from engine.matching import Matches, match_detections
-from engine.protocol import EngineError
+from engine.protocol import EngineError, one_line
 from engine.runners import DETECTIONS, IMAGES
 
 
@@ -262,7 +262,7 @@ def compare(
             stream = Comparator.run([first, second], data_loader=feeds(), streaming=True)
             Comparator.compare_accuracy(stream, compare_func=[heads, detections])
         except PolygraphyException as error:
-            raise EngineError(f"Polygraphy: {' '.join(str(error).split())}") from error
+            raise EngineError(f"Polygraphy: {one_line(error)}") from error
     if not detections.matches:
         raise EngineError("no images to compare on")
     head_differences, detection_difference = heads.summary(), detections.summary()

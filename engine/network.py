@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine.placement import Placement
 from engine.preprocessed import PreprocessedSet
-from engine.protocol import EngineError
+from engine.protocol import EngineError, one_line
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 
@@ -92,7 +92,7 @@ def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # ORT's exceptions share no base class but Exception
-        raise EngineError(f"ONNX Runtime cannot load it: {' '.join(str(error).split())}") from error
+        raise EngineError(f"ONNX Runtime cannot load it: {one_line(error)}") from error
 
 
 def run(
@@ -121,6 +121,6 @@ def run(
     except EngineError:
         raise
     except Exception as error:  # ORT's exceptions share no base class but Exception
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise EngineError(f"ONNX Runtime failed on {images.files[indices[0]]}: {text}") from error
     return found

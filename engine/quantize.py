@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from engine.backends.onnxruntime import INPUT_SCALE_KEY
 from engine.calibration_cache import STEPS, Calibration
 from engine.placement import Placement, find_placement
-from engine.protocol import EngineError
+from engine.protocol import EngineError, one_line
 from graph_surgery.nms_function import DOMAIN, nms_function
 
 FloatType = Literal["fp32", "fp16"]
@@ -93,7 +93,7 @@ def quantize(
         onnx.checker.check_model(new, full_check=True)
         new = onnx.shape_inference.infer_shapes(new, check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise EngineError(f"the INT8 graph is invalid: {' '.join(str(error).split())}") from error
+        raise EngineError(f"the INT8 graph is invalid: {one_line(error)}") from error
     return new
 
 
@@ -239,7 +239,7 @@ def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     try:
         converted = version_converter.convert_version(new, opset)
     except (RuntimeError, version_converter.ConvertError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise EngineError(f"cannot convert opset {entry.version} to {opset}: {text}") from error
     graph.CopyFrom(converted.graph)
     graph.node.append(nms)

@@ -21,7 +21,7 @@ from polygraphy.common import TensorMetadata
 from engine.load import load_engine
 from engine.manifest import load_manifest
 from engine.network import load_detector, open_session
-from engine.protocol import Engine, EngineError, InputSpec
+from engine.protocol import Engine, EngineError, InputSpec, one_line
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
 
@@ -152,7 +152,7 @@ class OnnxRunner(DetectorRunner):
         try:
             values = self._session.run(self._outputs, {self.spec.name: images})
         except Exception as error:  # ORT's exceptions share no base class but Exception
-            raise EngineError(f"ONNX Runtime failed: {' '.join(str(error).split())}") from error
+            raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
         outputs = {role: value[:count] for role, value in zip(self._roles, values, strict=True)}
         return {
             role: value.astype(np.float32) if value.dtype == np.float16 else value
@@ -193,9 +193,9 @@ class CudnnRunner(EngineRunner):
 
     def detect(self, images: NDArray[np.generic]) -> Arrays:
         """Run on images of the input's dtype."""
-        values = self._session.heads(images)
-        outputs = {role: values[head] for role, head in self._heads.items()}
-        return outputs | super().detect(images)
+        rows = super().detect(images)
+        values = self._session.heads(len(images))
+        return {role: values[head] for role, head in self._heads.items()} | rows
 
 
 def open_side(path: Path, name: str, backend: str = "onnxruntime") -> Side:

@@ -29,6 +29,7 @@ from numpy.typing import DTypeLike, NDArray
 from engine.backends.blocking import BlockingSession
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
 from engine.files import write_atomically
+from engine.leaving import leave_now
 from engine.load import load_engine
 from engine.preprocessed import MEAN, STD
 from engine.protocol import DETECTION_FIELDS, Engine, EngineError, InputSpec, Session
@@ -362,8 +363,7 @@ def main() -> None:
         sys.exit(2)
     except RunFailedError as error:
         typer.echo(f"harness: error: {error}", err=True)
-        sys.stdout.flush()
-        os._exit(error.exit_code)
+        leave_now(error.exit_code)
 
 
 if __name__ == "__main__":

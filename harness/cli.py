@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.leaving import leave_in_order
 from engine.protocol import EngineError
 from harness.cli_doctor import doctor
 from harness.cli_download import download_app
@@ -143,8 +143,7 @@ def run(
     from harness.run import Benchmark
     from harness.run_all import new_log_dir, run_all
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end as Ctrl-C does, in order
-        signal.signal(number, signal.default_int_handler)
+    leave_in_order()
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
     engines = load_engines(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from engine.leaving import leave_in_order
 from engine.load import BACKENDS
 from harness.errors import HarnessError
 from harness.options import Backend, BuildDir
@@ -106,8 +106,7 @@ def make_command(
         url=url,
         streams=streams,
     )
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end as Ctrl-C does, in order
-        signal.signal(number, signal.default_int_handler)
+    leave_in_order()
     with locked(build_dir), _one_line():
         make(
             [route_of(name, weights, build_dir, typer.echo) for name in arguments.benchmarks],
@@ -154,8 +153,7 @@ def tune_command(
     path = output or config_path(benchmark, device)
     if not path.parent.is_dir():
         raise HarnessError(f"{path.parent}: no such folder to write {path.name} to")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    leave_in_order()
     with locked(build_dir), _one_line():
         try:
             found = tune(route_of(benchmark, weights, build_dir, typer.echo), tuning)

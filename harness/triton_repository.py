@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from engine.backends.triton import MODEL_NAME, import_client
+from engine.backends.triton import DTYPES, MODEL_NAME, import_client
 from engine.backends.triton_python import BACKEND_PARAMETER, FILE_PARAMETER
 from engine.files import file_sha256
 from engine.load import ONNX_BACKENDS
@@ -218,7 +218,7 @@ def _max_batch(served: ServedModel, asked: int | None) -> int:
 
 
 def _data_type(pb: Any, served: ServedModel) -> Any:
-    return {"float32": pb.TYPE_FP32, "int8": pb.TYPE_INT8}[served.input.dtype]
+    return pb.DataType.Value(f"TYPE_{DTYPES[served.input.dtype]}")
 
 
 def _kind(pb: Any, served: ServedModel, backend: str) -> Any:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
-from calibrated import SPEC, run, snr_db, write_images, write_surgered
+from calibrated import run, snr_db, write_images
 from conftest import ROOT
+from demo_detector import demo_images, write_demo
 from int8_graphs import Builder
 from int8_layers import packed, pooled, rounded, run_layers
 
@@ -119,28 +121,14 @@ def test_the_peer_computes_the_same_network():
 @pytest.fixture(scope="module")
 def pictures():
     """Images of the demo set, as the network takes them."""
-    pytest.importorskip("cv2")
-    from harness.transform import preprocess_image
-
-    paths = sorted((ROOT / "demo" / "data" / "val").glob("*.jpg"))[:12]
-    if len(paths) < 12:
-        pytest.skip("the demo images are not there")
-    images = np.empty((len(paths), *SPEC.shape), np.float32)
-    for path, image in zip(paths, images, strict=True):
-        preprocess_image(path, SPEC, image)
-    return images
+    return demo_images(12)
 
 
 @pytest.fixture(scope="module")
 def model(pictures, tmp_path_factory):
     """The demo detector in INT8."""
     folder = tmp_path_factory.mktemp("demo")
-    weights = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
-    exported = folder / "demo.onnx"
-    command = [sys.executable, "-m", "export", "--weights", weights, "-o", exported]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    surgered = write_surgered(exported, folder / "demo.nms.onnx")
+    surgered = write_demo(folder)
     calibration = calibrate(surgered, write_images(folder, pictures), method="minmax")
     path = folder / "demo.int8.onnx"
     onnx.save(quantize(onnx.load(surgered), calibration), path)
@@ -177,7 +165,8 @@ def same(first, second):
 @on_gpu
 def test_heads_against_exact_arithmetic(engine, session, images):
     batch = images[:8]
-    expected, found = run_layers(engine.graph, batch), session.heads(batch)
+    session.infer(batch)
+    expected, found = run_layers(engine.graph, batch), session.heads(len(batch))
     for name, head in engine.graph.heads.items():
         whole = expected[head.tensor][:, head.first : head.first + head.channels]
         pairs = zip(whole, found[name], strict=True)
@@ -233,28 +222,15 @@ def test_runs_pinned_memory_and_order(engine, session, images):
 @on_gpu
 def test_sessions_beside_each_other_and_an_engine_loaded_again(engine, model, session, images):
     expected = session.infer(images[:8])
-    with engine_session(engine) as other:
+    with closing(engine.session()) as other:
         session.submit([images[:8]])
         other.submit([images[4:12]])
         same(session.result(), expected)
         same([part[:4] for part in other.result()], [part[4:] for part in expected])
     again = cudnn.load_batches(model, BATCHES)  # from the tuning cache
     assert again.manifest == engine.manifest
-    with engine_session(again) as other:
+    with closing(again.session()) as other:
         same(other.infer(images[:8]), expected)
-
-
-class engine_session:  # noqa: N801
-    """A session that is closed at the end of a block."""
-
-    def __init__(self, engine):
-        self.session = engine.session()
-
-    def __enter__(self):
-        return self.session
-
-    def __exit__(self, *_):
-        self.session.close()
 
 
 @pytest.mark.gpu

@@ -6,15 +6,13 @@ of NMS_OPT_TRT on the head tensors that the GPU made.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import onnx
 import pytest
-from calibrated import SPEC, write_images, write_surgered
-from conftest import ROOT
+from calibrated import write_images
+from demo_detector import demo_images, write_demo
 
 from engine.backends.onnxruntime import OnnxRuntimeEngine
 from engine.backends.onnxruntime_cuda import CUDA_OPTIONS, SplitEngine, load_split
@@ -57,28 +55,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=
 @pytest.fixture(scope="module")
 def pictures():
     """Images of the demo set, as the network takes them."""
-    pytest.importorskip("cv2")
-    from harness.transform import preprocess_image
-
-    paths = sorted((ROOT / "demo" / "data" / "val").glob("*.jpg"))[: max(BATCHES)]
-    if len(paths) < max(BATCHES):
-        pytest.skip("the demo images are not there")
-    images = np.empty((len(paths), *SPEC.shape), np.float32)
-    for path, image in zip(paths, images, strict=True):
-        preprocess_image(path, SPEC, image)
-    return images
+    return demo_images(max(BATCHES))
 
 
 @pytest.fixture(scope="module")
 def models(pictures, tmp_path_factory):
     """The demo detector in every type."""
     folder = tmp_path_factory.mktemp("demo")
-    weights = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
-    exported = folder / "demo.onnx"
-    command = [sys.executable, "-m", "export", "--weights", weights, "-o", exported]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    surgered = write_surgered(exported, folder / "demo.nms.onnx")
+    surgered = write_demo(folder)
     calibration = calibrate(surgered, write_images(folder, pictures), method="minmax")
     paths = {"fp32": surgered}
     for kind, float_type in (("int8", "fp32"), ("int8+fp16", "fp16")):

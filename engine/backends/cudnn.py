@@ -289,11 +289,10 @@ class CudnnSession(PipelinedSession):
 
         return enqueue
 
-    def heads(self, images: NDArray[np.generic]) -> dict[str, NDArray[np.float32]]:
-        """Run a batch and return its head tensors, float32 [N, C, h, w], by their names in ONNX."""
+    def heads(self, count: int) -> dict[str, NDArray[np.float32]]:
+        """Head tensors of the last batch, of so many images: float32 [N, C, h, w], by ONNX name."""
         engine = self._engine
-        self.infer(images)
-        program = engine.programs[self._prepared(len(images))]
+        program = engine.programs[self._prepared(count)]
         found = {}
         for name in engine.parts.heads:
             head = engine.graph.heads[name]
@@ -302,7 +301,7 @@ class CudnnSession(PipelinedSession):
             values = np.empty(rows, np.float16)
             self._work.download(values, self._memory.arena + program.arena.offsets[head.tensor])
             self._work.synchronize()
-            values = values[: len(images), ..., head.first : head.first + head.channels]
+            values = values[:count, ..., head.first : head.first + head.channels]
             found[name] = values.transpose(0, 3, 1, 2).astype(np.float32)
         return found
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from engine.backends.cuda import use_gpu
 from engine.int8_graph import Window
-from engine.protocol import EngineError
+from engine.protocol import EngineError, one_line
 
 X, WEIGHT, MULTIPLIER, BIAS, RESIDUAL, RESIDUAL_MULTIPLIER, Y = range(1, 8)
 """Numbers of the tensors of a plan."""
@@ -158,7 +158,7 @@ def choices(cudnn: Any, handle: Any, shape: ConvShape, *, every: bool) -> list[C
                     values = range(knob.min_value, knob.max_value + 1)
                     found += [Choice(first, ((_KNOB, value),)) for value in values]
     except _failures(cudnn) as error:
-        raise EngineError(f"cuDNN cannot run {shape}: {_one_line(error)}") from error
+        raise EngineError(f"cuDNN cannot run {shape}: {one_line(error)[:300]}") from error
     if not found:
         raise EngineError(f"cuDNN cannot run {shape}: it has no kernel")
     return list(dict.fromkeys(found))
@@ -209,7 +209,8 @@ def load_plan(cudnn: Any, handle: Any, plan: CompiledPlan) -> Any:
     try:
         graph.deserialize(handle, plan.plan)
     except _failures(cudnn) as error:
-        raise EngineError(f"cuDNN refuses a plan for {plan.shape}: {_one_line(error)}") from error
+        reason = one_line(error)[:300]
+        raise EngineError(f"cuDNN refuses a plan for {plan.shape}: {reason}") from error
     return graph
 
 
@@ -224,7 +225,7 @@ def execute(graph: Any, handle: Any, addresses: Mapping[int, int], workspace: in
     try:
         graph.execute(dict(addresses), workspace, handle=handle)
     except (RuntimeError, ValueError) as error:
-        raise EngineError(f"cuDNN failed: {_one_line(error)}") from error
+        raise EngineError(f"cuDNN failed: {one_line(error)[:300]}") from error
 
 
 _worker_handle: Any = None
@@ -307,7 +308,3 @@ def _nhwc(dims: Sequence[int]) -> list[int]:
 
 def _by(sizes: Iterable[int]) -> str:
     return "x".join(map(str, sizes))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from engine.backends.blocking import BlockingSession
 from engine.backends.cuda import gpu_index
 from engine.files import file_sha256
-from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, check_images
+from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, check_images, one_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -335,8 +335,3 @@ def _check_outputs(session: onnxruntime.InferenceSession, model: Path) -> None:
         raise EngineError(
             f"{model}: rows of 'detections' have {width} columns; {DETECTION_FIELDS} expected"
         )
-
-
-def one_line(error: Exception) -> str:
-    """Return an exception's message in one line."""
-    return " ".join(str(error).split())

@@ -23,13 +23,12 @@ from engine.backends.onnxruntime import (
     describe,
     find_provider,
     input_spec,
-    one_line,
     open_session,
 )
 from engine.backends.onnxruntime_split import Split, UnsplitError, split
 from engine.files import file_sha256
 from engine.network import load_detector
-from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, Session
+from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, Session, one_line
 from plugin_cuda.binding import Plan, Run
 from plugin_cuda.device_array import DeviceArray
 from plugin_cuda.errors import PluginError

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda import Event, Stream, pinned, use_gpu
-from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, check_images
+from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, Session, check_images
 
 DEPTH = 2
 """Batches in flight: one is computed, one is copied or waits."""
@@ -44,7 +44,7 @@ class _Moments:
     done: Event
 
 
-class PipelinedSession:
+class PipelinedSession(Session):
     """A stream of execution; see `engine.protocol.Session`.
 
     One thread may submit while another takes results. Images in page-locked memory are copied
@@ -77,7 +77,7 @@ class PipelinedSession:
         depth: int = DEPTH,
     ) -> None:
         use_gpu(device)  # the current device is a matter of each thread
-        self.depth = depth
+        self._depth = depth
         self._device = device
         self._spec = spec
         self._max_batch = max_batch
@@ -112,11 +112,10 @@ class PipelinedSession:
             self.close()
             raise
 
-    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Detect objects in a batch; see `engine.protocol.Session.infer`."""
-        self.submit([images])
-        detections, counts = self.result()
-        return detections.copy(), counts.copy()
+    @property
+    def depth(self) -> int:
+        """See `engine.protocol.Session.depth`."""
+        return self._depth
 
     def submit(self, images: Sequence[NDArray[np.generic]]) -> None:
         """Start on a batch; see `engine.protocol.Session.submit`.

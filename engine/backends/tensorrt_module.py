@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engine.protocol import EngineError
+from engine.protocol import EngineError, one_line
 
 RTX = "tensorrt-rtx"
 
@@ -56,7 +56,7 @@ def import_tensorrt(backend: str) -> Any:
     except (ImportError, OSError) as error:  # OSError: its libraries cannot be loaded
         raise EngineError(
             f"the engine {backend!r} needs {_MODULES[backend]}: {_INSTALL[backend]} "
-            f"({' '.join(str(error).split())})"
+            f"({one_line(error)})"
         ) from error
     version = tuple(int(part) for part in str(trt.__version__).split(".")[:2])
     if version < _OLDEST[backend]:

@@ -25,7 +25,14 @@ from engine.backends.triton_memory import (
     Transport,
 )
 from engine.progress import progress_bar
-from engine.protocol import EngineError, InputSpec, SessionLostError, check_images
+from engine.protocol import (
+    EngineError,
+    InputSpec,
+    Session,
+    SessionLostError,
+    check_images,
+    one_line,
+)
 from engine.served import DETECTIONS, NUM_DETECTIONS, ServedModel, served_model
 
 MODEL_NAME = "ssd-resnet34"
@@ -36,7 +43,9 @@ START_UP_SECONDS = 300.0
 
 _POLL_SECONDS = 0.5
 _SIGN_OF_LIFE_SECONDS = 10.0  # without a result, until the server is asked whether it lives
-_DTYPES = {"float32": "FP32", "int8": "INT8"}
+DTYPES = {"float32": "FP32", "int8": "INT8"}
+"""Triton's names of the types of images."""
+
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -96,7 +105,7 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
         version = str(client.get_server_metadata(client_timeout=CALL_SECONDS).version)
         config = client.get_model_config(MODEL_NAME, client_timeout=CALL_SECONDS).config
     except InferenceServerException as error:
-        raise EngineError(f"the Triton server {device}: {one_line(error)}") from error
+        raise EngineError(f"the Triton server {device}: {_words(error)}") from error
     check_config(config, served, device)
     group = config.instance_group[0]
     gpus = max(1, len(group.gpus))
@@ -142,7 +151,7 @@ def check_config(config: Any, served: ServedModel, url: str) -> None:
     for key, value in served.identity().items():
         same(key, config.parameters[key].string_value or "not told", value)
     images = [(i.name, list(i.dims), _type_name(i.data_type)) for i in config.input]
-    same("input", images, [(spec.name, list(spec.shape), _DTYPES[spec.dtype])])
+    same("input", images, [(spec.name, list(spec.shape), DTYPES[spec.dtype])])
     missing = {DETECTIONS, NUM_DETECTIONS} - {output.name for output in config.output}
     if missing:
         raise EngineError(
@@ -203,7 +212,7 @@ class _Request:
     answer: Future[Any]
 
 
-class TritonSession:
+class TritonSession(Session):
     """Requests in flight to one server; see `engine.protocol.Session`."""
 
     def __init__(self, engine: TritonEngine) -> None:
@@ -213,15 +222,19 @@ class TritonSession:
         self._url = str(engine.manifest["device"])
         self._spec = spec = engine.input_spec
         self._max_batch = engine.max_batch
-        # one to run on each instance, and one on its way
-        self.depth = int(str(engine.manifest["instances"])) + 1
-        self._input = functools.partial(InferInput, spec.name, datatype=_DTYPES[spec.dtype])
+        self._instances = int(str(engine.manifest["instances"]))
+        self._input = functools.partial(InferInput, spec.name, datatype=DTYPES[spec.dtype])
         self._outputs = [InferRequestedOutput(name) for name in (DETECTIONS, NUM_DETECTIONS)]
         self._image_bytes = math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
         size = engine.max_batch * self._image_bytes
         self._places = [engine._transport.place(size) for _ in range(self.depth)]
         self._free = deque(self._places)
         self._in_flight: deque[_Request] = deque()
+
+    @property
+    def depth(self) -> int:
+        """One request to run on each instance, and one on its way."""
+        return self._instances + 1
 
     def submit(self, images: Sequence[NDArray[np.generic]]) -> None:
         """Send a request for a batch; see `engine.protocol.Session.submit`."""
@@ -252,7 +265,7 @@ class TritonSession:
                 outputs=self._outputs,
             )
         except InferenceServerException as error:
-            raise SessionLostError(f"the Triton server {self._url}: {one_line(error)}") from error
+            raise SessionLostError(f"the Triton server {self._url}: {_words(error)}") from error
         self._in_flight.append(request)
 
     def result(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
@@ -265,7 +278,7 @@ class TritonSession:
         try:
             answer = self._wait(request.answer)
         except InferenceServerException as error:
-            message = f"the Triton server {self._url}: {one_line(error)}"
+            message = f"the Triton server {self._url}: {_words(error)}"
             if str(error.status()).removeprefix("StatusCode.") in _REFUSED:
                 raise EngineError(message) from error
             raise SessionLostError(message) from error
@@ -275,11 +288,6 @@ class TritonSession:
         # a server that joins requests numbers the images of all of them
         detections[..., 0] = np.arange(request.images)[:, None]
         return detections, answer.as_numpy(NUM_DETECTIONS).reshape(request.images)
-
-    def infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Run a whole batch; see `engine.protocol.Session.infer`."""
-        self.submit([images])
-        return self.result()
 
     def close(self) -> None:
         """Release the memory of the requests."""
@@ -295,9 +303,9 @@ class TritonSession:
                 self._client.is_server_live(client_timeout=_SIGN_OF_LIFE_SECONDS)
 
 
-def one_line(error: Any) -> str:
+def _words(error: Any) -> str:
     """Return what Triton says of an error in one line."""
-    return " ".join(str(error.message() or error).split())
+    return one_line(error.message() or error)
 
 
 def _answer(future: Future[Any], result: Any, error: Any) -> None:
@@ -336,7 +344,7 @@ def _wait_ready(client: Any, url: str) -> None:
                     return
                 why = _loading(client, url)
             except InferenceServerException as error:
-                why = f"does not answer: {one_line(error)}"
+                why = f"does not answer: {_words(error)}"
             waited = time.monotonic() - begin
             if waited > START_UP_SECONDS:
                 raise EngineError(f"the Triton server {url} {why} (after {waited:.0f} s)")

@@ -1,10 +1,10 @@
 // 3x3 convolution, stride 1, padding 1, of as many channels as it makes, INT8 NHWC.
 //
 // The weights stay in registers as operand A of the warpgroup MMA: 64 output channels are its rows.
-// Operand B is a tile of pixels in shared memory, swizzled: a tap is the same tile read from another
-// start, so that nothing is loaded twice but the tile's border. One
-// warpgroup loads, two multiply, in turns: while one of them writes its results, the other has the
-// tensor cores. Results go through shared memory, over the residual where there is one, to full lines.
+// Operand B is a tile of pixels in shared memory, swizzled: a tap is the same tile read from
+// another start, so that nothing is loaded twice but the tile's border. One warpgroup loads, two
+// multiply, in turns: while one of them writes its results, the other has the tensor cores. Results
+// go through shared memory, over the residual where there is one, to full lines.
 #pragma once
 
 #include "finish.cuh"
@@ -13,11 +13,11 @@
 namespace int8_conv {
 
 struct Conv3x3 {
-  const int8_t* x;         // [batch, height, width, channels]
-  const int8_t* weight;    // [channels, 3, 3, channels]: output channel, row, column, input channel
-  const float* multiplier; // [channels]
-  const float* bias;       // [channels]
-  const int8_t* residual;  // as y
+  const int8_t* x;       // [batch, height, width, channels]
+  const int8_t* weight;  // [channels, 3, 3, channels]: output channel, row, column, input channel
+  const float* multiplier;  // [channels]
+  const float* bias;        // [channels]
+  const int8_t* residual;   // as y
   float residual_multiplier;
   int8_t* y;  // [batch, height, width, channels]
   int height, width;
@@ -27,10 +27,10 @@ struct Conv3x3 {
 template <int kChannels_>
 struct Conv3x3Shape {
   static constexpr int kChannels = kChannels_;
-  static constexpr int kBlocks = kChannels / 64;                 // of output channels
-  static constexpr int kRows = kChannels == 64 ? 30 : 14;        // of a tile of 8 columns
-  static constexpr int kPixels = 8 * kRows;                      // columns of the MMA
-  static constexpr int kPitch = 10 * kChannels;                  // a row of the tile, with borders
+  static constexpr int kBlocks = kChannels / 64;           // of output channels
+  static constexpr int kRows = kChannels == 64 ? 30 : 14;  // of a tile of 8 columns
+  static constexpr int kPixels = 8 * kRows;                // columns of the MMA
+  static constexpr int kPitch = 10 * kChannels;            // a row of the tile, with borders
   static constexpr int kTile = (kRows + 2) * kPitch;
   static constexpr int kResults = kPixels * kPixelPitch;
   static constexpr int kStage = (kTile + kBlocks * kResults + 1023) / 1024 * 1024;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
 
   if (warpgroup == 0) {  // loads
     fewer_registers<40>();
-    constexpr int kLag = 2;  // tiles under way
+    constexpr int kLag = 2;                    // tiles under way
     constexpr int kPerPixel = kChannels / 16;  // chunks of 16 bytes
     const int chunk = thread % kPerPixel;
     int count = 0;
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
         const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.height) &&
                             static_cast<unsigned>(x) < static_cast<unsigned>(p.width);
         const int64_t pixel = image_start + (inside ? y * p.width + x : 0);
-        copy_async(base + swizzle<kChannels>(i * kChannels + chunk * 16), p.x + pixel * kChannels + chunk * 16, inside);
+        copy_async(base + swizzle<kChannels>(i * kChannels + chunk * 16),
+                   p.x + pixel * kChannels + chunk * 16, inside);
       }
       if (kResidual) {
 #pragma unroll 5
@@ -93,8 +94,7 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
           const int y = top + i / 8, x = left + i % 8;
           const bool inside = y < p.height && x < p.width;
           const int64_t pixel = image_start + (inside ? y * p.width + x : 0);
-          copy_async(base + S::kTile + chunk / 4 * S::kResults +
-                         i * kPixelPitch + chunk % 4 * 16,
+          copy_async(base + S::kTile + chunk / 4 * S::kResults + i * kPixelPitch + chunk % 4 * 16,
                      p.residual + pixel * kChannels + chunk * 16, inside);
         }
       }
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
       for (int step = 0; step < S::kSteps; ++step) {
         const int tap = step / (kChannels / 32), part = step % (kChannels / 32);
         const uint32_t start = base + (tap / 3 * 10 + tap % 3) * kChannels + part * 32;
-        Mma<S::kPixels>::run(sum, weight + step * 4, swizzled_descriptor<kChannels>(start, S::kPitch),
-                             step > 0);
+        Mma<S::kPixels>::run(sum, weight + step * 4,
+                             swizzled_descriptor<kChannels>(start, S::kPitch), step > 0);
       }
       mma_commit();
       barrier_arrive(turns + 8 * (consumer ^ 1));

@@ -19,9 +19,9 @@ struct Scales {
         residual(residual_multiplier / 127) {}
 };
 
-// Finish a tile of 8 columns and kRows rows at (top, left) of an image. `sum` is what Mma leaves, its
-// rows lane / 4 and + 8 neighbouring channels; at `results` there is room for the tile, with the
-// residual in it if there is one. `y` is the first of the 64 channels of the first image.
+// Finish a tile of 8 columns and kRows rows at (top, left) of an image. `sum` is what Mma leaves,
+// its rows lane / 4 and + 8 neighbouring channels; at `results` there is room for the tile, with
+// the residual in it if there is one. `y` is the first of the 64 channels of the first image.
 template <int kRows, bool kResidual>
 __device__ __forceinline__ void finish_tile(const int32_t (&sum)[4 * kRows], const Scales& scales,
                                             int thread, int warpgroup, uint32_t results,
@@ -43,9 +43,10 @@ __device__ __forceinline__ void finish_tile(const int32_t (&sum)[4 * kRows], con
         float value = fmaf(static_cast<float>(sum[i * 8 + half * 4 + b % 2 * 2 + b / 2]),
                            scales.multiplier[b % 2], scales.bias[b % 2]);
         if (kResidual) {
+          // 0x4B000000 is 2^23, whose last bit is worth 1: with a byte there it is 2^23 + byte
           const float byte =
-              __uint_as_float(__byte_perm(shifted, 0x4B000000, 0x7650 + b)) - 8388736.0f;
-          value = fmaf(byte, scales.residual, value);  // 2^23 + 128 was too much
+              __uint_as_float(__byte_perm(shifted, 0x4B000000, 0x7650 + b)) - (8388608.0f + 128.0f);
+          value = fmaf(byte, scales.residual, value);
         }
         out[b] = fmaf(__saturatef(value), 127.0f, kRounder);
       }

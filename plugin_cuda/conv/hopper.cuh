@@ -60,7 +60,9 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source, 
                : "memory");
 }
 
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 template <int kPending>
 __device__ __forceinline__ void copies_wait() {
@@ -124,23 +126,25 @@ __device__ __forceinline__ void mma_wait(int32_t (&sum)[kCount]) {
 template <int kColumns>
 struct Mma;
 
-#define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define TEN(t) \
+  "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
 #define SUM4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define SUM8(i) SUM4(i), SUM4(i + 4)
 #define SUM56 SUM8(0), SUM8(8), SUM8(16), SUM8(24), SUM8(32), SUM8(40), SUM8(48)
 #define SUM64 SUM56, SUM8(56)
 #define SUM120 SUM64, SUM8(64), SUM8(72), SUM8(80), SUM8(88), SUM8(96), SUM8(104), SUM8(112)
-#define MMA(COLUMNS, SUMS, SUM_NAMES, A_NAMES, B_NAME, ADD_NAME)                                   \
-  template <>                                                                                      \
-  struct Mma<COLUMNS> {                                                                            \
-    static __device__ __forceinline__ void run(int32_t (&d)[COLUMNS / 2], const uint32_t* a,       \
-                                               uint64_t b, int add) {                              \
-      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD_NAME ", 0;\n"                       \
-                   "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32.s32.s8.s8 {" SUM_NAMES        \
-                   "}, {" A_NAMES "}, " B_NAME ", add;\n}\n"                                       \
-                   : SUMS                                                                          \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                \
-    }                                                                                              \
+#define MMA(COLUMNS, SUMS, SUM_NAMES, A_NAMES, B_NAME, ADD_NAME)                             \
+  template <>                                                                                \
+  struct Mma<COLUMNS> {                                                                      \
+    static __device__ __forceinline__ void run(int32_t (&d)[COLUMNS / 2], const uint32_t* a, \
+                                               uint64_t b, int add) {                        \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD_NAME                          \
+                   ", 0;\n"                                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32.s32.s8.s8 {" SUM_NAMES  \
+                   "}, {" A_NAMES "}, " B_NAME ", add;\n}\n"                                 \
+                   : SUMS                                                                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));          \
+    }                                                                                        \
   };
 
 MMA(112, SUM56, TEN() TEN(1) TEN(2) TEN(3) TEN(4) "%50,%51,%52,%53,%54,%55", "%56,%57,%58,%59",
@@ -148,8 +152,8 @@ MMA(112, SUM56, TEN() TEN(1) TEN(2) TEN(3) TEN(4) "%50,%51,%52,%53,%54,%55", "%5
 MMA(128, SUM64, TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63", "%64,%65,%66,%67",
     "%68", "%69")
 MMA(240, SUM120,
-    TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10)
-        "%110,%111,%112,%113,%114,%115,%116,%117,%118,%119",
+    TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9)
+        TEN(10) "%110,%111,%112,%113,%114,%115,%116,%117,%118,%119",
     "%120,%121,%122,%123", "%124", "%125")
 
 #undef MMA

@@ -1,6 +1,4 @@
 // The C functions of int8_conv.h: checks and launches.
-#include "int8_conv.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,6 +6,7 @@
 #include <initializer_list>
 
 #include "conv3x3.cuh"
+#include "int8_conv.h"
 #include "stem.cuh"
 
 namespace {
@@ -31,8 +30,10 @@ Device device() {
   if (!error) {
     error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, number);
   }
-  if (error) found.status = INT8_CONV_CUDA_ERROR + error;
-  else if (major != 9 || minor != 0) found.status = INT8_CONV_WRONG_GPU;
+  if (error)
+    found.status = INT8_CONV_CUDA_ERROR + error;
+  else if (major != 9 || minor != 0)
+    found.status = INT8_CONV_WRONG_GPU;
   return found;
 }
 
@@ -47,7 +48,8 @@ int32_t check_pointers(std::initializer_list<const void*> pointers) {
 template <typename Kernel, typename Params>
 int32_t launch(Kernel kernel, int blocks, int threads, int bytes, const Params& params,
                cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (!error) {
     kernel<<<blocks, threads, bytes, stream>>>(params);
     error = cudaGetLastError();
@@ -66,7 +68,8 @@ int32_t run_conv3x3(Conv3x3 p, int batch, int multiprocessors, cudaStream_t stre
   if (tiles > INT32_MAX / 4) return INT8_CONV_BAD_SHAPE;
   p.tiles = static_cast<int>(tiles);
   const int blocks = std::min(p.tiles, multiprocessors);
-  const auto kernel = p.residual ? conv3x3_kernel<kChannels, true> : conv3x3_kernel<kChannels, false>;
+  const auto kernel =
+      p.residual ? conv3x3_kernel<kChannels, true> : conv3x3_kernel<kChannels, false>;
   return launch(kernel, blocks, kConvThreads, S::kSharedBytes, p, stream);
 }
 
@@ -78,12 +81,18 @@ int32_t int8_conv_version(void) { return INT8_CONV_VERSION; }
 
 const char* int8_conv_status_string(int32_t status) {
   switch (status) {
-    case INT8_CONV_OK: return "no error";
-    case INT8_CONV_BAD_SHAPE: return "a shape that the kernel does not take";
-    case INT8_CONV_NULL_POINTER: return "a pointer is null";
-    case INT8_CONV_MISALIGNED_POINTER: return "a pointer is not aligned to 16 bytes";
-    case INT8_CONV_WRONG_GPU: return "the GPU is not of compute capability 9.0";
-    default: break;
+    case INT8_CONV_OK:
+      return "no error";
+    case INT8_CONV_BAD_SHAPE:
+      return "a shape that the kernel does not take";
+    case INT8_CONV_NULL_POINTER:
+      return "a pointer is null";
+    case INT8_CONV_MISALIGNED_POINTER:
+      return "a pointer is not aligned to 16 bytes";
+    case INT8_CONV_WRONG_GPU:
+      return "the GPU is not of compute capability 9.0";
+    default:
+      break;
   }
   if (status >= INT8_CONV_CUDA_ERROR) {
     return cudaGetErrorString(static_cast<cudaError_t>(status - INT8_CONV_CUDA_ERROR));
@@ -104,7 +113,8 @@ int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t chan
   }
   const Device gpu = device();
   if (gpu.status) return gpu.status;
-  const Conv3x3 p{x, weight, multiplier, bias, residual, residual_multiplier, y, height, width, 0, 0, 0};
+  const Conv3x3 p{x, weight, multiplier, bias, residual, residual_multiplier,
+                  y, height, width,      0,    0,        0};
   return channels == 64 ? run_conv3x3<64>(p, batch, gpu.multiprocessors, stream)
                         : run_conv3x3<128>(p, batch, gpu.multiprocessors, stream);
 }
@@ -120,7 +130,8 @@ int32_t int8_conv_stem(int32_t batch, int32_t height, int32_t width, const int8_
   const Device gpu = device();
   if (gpu.status) return gpu.status;
   const int rows = height / 4, strips = ceil_div(width / 4, StemShape::kColumns);
-  // Long segments repeat fewer border rows, short ones fill the GPU: the fewest rows in a row count.
+  // Long segments repeat fewer border rows, short ones fill the GPU: the fewest rows in a row
+  // count.
   const int64_t consumers = 2 * static_cast<int64_t>(gpu.multiprocessors);
   int best = rows;
   double best_cost = 0;
@@ -132,8 +143,10 @@ int32_t int8_conv_stem(int32_t batch, int32_t height, int32_t width, const int8_
   const int segments = ceil_div(rows, best);
   const int64_t tiles = static_cast<int64_t>(batch) * strips * segments;
   if (tiles > INT32_MAX / 4) return INT8_CONV_BAD_SHAPE;
-  const Stem p{x, weight, multiplier, bias, pool_multiplier, y, height, width,
-               static_cast<int>(tiles), strips, segments, best};
+  const Stem p{x,      weight,          multiplier,
+               bias,   pool_multiplier, y,
+               height, width,           static_cast<int>(tiles),
+               strips, segments,        best};
   const int blocks = static_cast<int>(std::min<int64_t>((tiles + 1) / 2, gpu.multiprocessors));
   return launch(stem_kernel, blocks, kStemThreads, StemShape::kSharedBytes, p, stream);
 }

@@ -1,9 +1,9 @@
 // The stem of a ResNet: 7x7 convolution, stride 2, padding 3, of 3 channels to 64, ReLU,
 // quantisation, 3x3 max pooling, stride 2, padding 1, quantisation; INT8 NCHW in, NHWC out.
 //
-// Four image pixels (2x2) of three channels, 12 bytes, and 4 bytes without meaning make one pixel of
-// half the size, on which the convolution is 4x4 with stride 1: 16 taps of 16 bytes, 8 steps of the
-// warpgroup MMA, whose operand B can start at every such pixel. The weights stay in registers.
+// Four image pixels (2x2) of three channels, 12 bytes, and 4 bytes without meaning make one pixel
+// of half the size, on which the convolution is 4x4 with stride 1: 16 taps of 16 bytes, 8 steps of
+// the warpgroup MMA, whose operand B can start at every such pixel. The weights stay in registers.
 //
 // A consumer warpgroup goes down a strip of 60 pooled columns. Quantisation is monotone, so the
 // maximum is taken of the int32 sums: down the columns in registers, across them from the
@@ -18,10 +18,10 @@
 namespace int8_conv {
 
 struct Stem {
-  const int8_t* x;         // [batch, 3, height, width]
-  const int8_t* weight;    // [64, 4, 4, 16]: channel, row and column of half size, byte
-  const float* multiplier; // [64]
-  const float* bias;       // [64]
+  const int8_t* x;          // [batch, 3, height, width]
+  const int8_t* weight;     // [64, 4, 4, 16]: channel, row and column of half size, byte
+  const float* multiplier;  // [64]
+  const float* bias;        // [64]
   float pool_multiplier;
   int8_t* y;  // [batch, height / 4, width / 4, 64]
   int height, width;
@@ -29,10 +29,10 @@ struct Stem {
 };
 
 struct StemShape {
-  static constexpr int kColumns = 60;              // pooled, of a strip
-  static constexpr int kConvColumns = 128;         // 121 of them count
-  static constexpr int kPitch = 132 * 16;          // a row of half size
-  static constexpr int kStage = 2 * kPitch;        // two rows
+  static constexpr int kColumns = 60;        // pooled, of a strip
+  static constexpr int kConvColumns = 128;   // 121 of them count
+  static constexpr int kPitch = 132 * 16;    // a row of half size
+  static constexpr int kStage = 2 * kPitch;  // two rows
   static constexpr int kStages = 10;
   static constexpr int kResults = 64 * kPixelPitch;
   static constexpr int kConsumer = kStages * kStage + 2 * kResults;
@@ -72,8 +72,8 @@ __device__ __forceinline__ void keep_max(int32_t (&most)[64], const int32_t (&ot
   for (int i = 0; i < 64; ++i) most[i] = max(most[i], other[i]);
 }
 
-// From the maxima down the columns to those of 64 pooled pixels; [j][c] is pixel 4 * j + lane % 4 of
-// the thread's channel c.
+// From the maxima down the columns to those of 64 pooled pixels; [j][c] is pixel 4 * j + lane % 4
+// of the thread's channel c.
 __device__ __forceinline__ void pool_columns(int32_t (&most)[64], int lane, bool first_strip,
                                              int32_t (&pooled)[16][2]) {
   const int quad = lane % 4, right = (lane & ~3) | ((quad + 1) & 3);
@@ -90,8 +90,8 @@ __device__ __forceinline__ void pool_columns(int32_t (&most)[64], int lane, bool
 }
 
 // Quantise twice, and store the pooled pixels with their channels together.
-__device__ __forceinline__ void store_pooled(const int32_t (&pooled)[16][2],
-                                             const Scales& scales, float pool_multiplier, int lane, uint32_t target) {
+__device__ __forceinline__ void store_pooled(const int32_t (&pooled)[16][2], const Scales& scales,
+                                             float pool_multiplier, int lane, uint32_t target) {
   // A matrix column 2q is pixel 8t + q, 2q + 1 is pixel 8t + 4 + q.
   const int row = lane % 8;
   target += (lane % 16 / 8 * 8 + row % 2 * 4 + row / 2) * kPixelPitch;
@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(kStemThreads, 1) stem_kernel(const Stem p) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int y = 4 * (tile.row - 2 + stage) + i;
-          const bool inside = inside_x && static_cast<unsigned>(y) < static_cast<unsigned>(p.height);
+          const bool inside =
+              inside_x && static_cast<unsigned>(y) < static_cast<unsigned>(p.height);
 #pragma unroll
           for (int c = 0; c < 3; ++c) {
             word[i * 3 + c] = 0;
@@ -218,8 +219,8 @@ __global__ void __launch_bounds__(kStemThreads, 1) stem_kernel(const Stem p) {
     };
     for (int number = first_tile; number < p.tiles; number += tile_step) {
       const StemTile tile(p, number);
-      // The rows of the convolution alternate between two sets of sums: of a pooled row's three, the
-      // second is added to the maxima, the third is kept for the next one, whose first it is.
+      // The rows of the convolution alternate between two sets of sums: of a pooled row's three,
+      // the second is added to the maxima, the third is kept for the next one, whose first it is.
       int32_t most[64], last[64];
       await(0);
       await(1);
@@ -232,16 +233,16 @@ __global__ void __launch_bounds__(kStemThreads, 1) stem_kernel(const Stem p) {
         for (int i = 0; i < 64; ++i) last[i] = INT_MIN;
       }
       const auto start_second = [&](int row) {
-        start_row(most, weight, {row_of(row + 1, 0), row_of(row + 1, 1), row_of(row + 2, 0),
-                                 row_of(row + 2, 1)});
+        start_row(most, weight,
+                  {row_of(row + 1, 0), row_of(row + 1, 1), row_of(row + 2, 0), row_of(row + 2, 1)});
       };
       start_second(0);
       for (int row = 0; row < tile.rows; ++row) {
         mma_wait(most);
         keep_max(most, last);
         await(row + 3);
-        start_row(last, weight, {row_of(row + 1, 1), row_of(row + 2, 0), row_of(row + 2, 1),
-                                 row_of(row + 3, 0)});
+        start_row(last, weight,
+                  {row_of(row + 1, 1), row_of(row + 2, 0), row_of(row + 2, 1), row_of(row + 3, 0)});
         mma_wait(last);
         release(row + 1);
         keep_max(most, last);

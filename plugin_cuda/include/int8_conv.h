@@ -1,13 +1,13 @@
 /* INT8 convolutions for GPUs of compute capability 9.0, where cuDNN's are far from the hardware.
  *
- * Plain C, raw device pointers, one stream; nothing allocates, synchronises or keeps state, so a run
- * can be captured in a CUDA graph. Activations are NHWC, the stem's image is NCHW.
+ * Plain C, raw device pointers, one stream; nothing allocates, synchronises or keeps state, so a
+ * run can be captured in a CUDA graph. Activations are NHWC, the stem's image is NCHW.
  *
  * With sum the exact integer convolution over zero-padded x,
  *   real = sum * multiplier[channel] + bias[channel] (+ residual * residual_multiplier)
  *   y    = round to nearest, ties to even, of min(max(real, 0), 127)
- * in float32: multiplier is x's scale times the weight's over y's, bias and the residual's scale are
- * divided by y's. A real within a few units in the last place of a tie may round either way.
+ * in float32: multiplier is x's scale times the weight's over y's, bias and the residual's scale
+ * are divided by y's. A real within a few units in the last place of a tie may round either way.
  */
 #ifndef INT8_CONV_H
 #define INT8_CONV_H
@@ -31,7 +31,7 @@ typedef struct CUstream_st* int8_conv_stream; /* cudaStream_t */
 /* What a function returns; from INT8_CONV_CUDA_ERROR on, INT8_CONV_CUDA_ERROR + a cudaError_t. */
 typedef enum {
   INT8_CONV_OK = 0,
-  INT8_CONV_BAD_SHAPE,          /* see the function */
+  INT8_CONV_BAD_SHAPE, /* see the function */
   INT8_CONV_NULL_POINTER,
   INT8_CONV_MISALIGNED_POINTER, /* all: 16 bytes */
   INT8_CONV_WRONG_GPU,          /* the current device is not of compute capability 9.0 */
@@ -57,8 +57,8 @@ INT8_CONV_API int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width
                                     const float* bias, const int8_t* residual,
                                     float residual_multiplier, int8_t* y, int8_conv_stream stream);
 
-/* 7x7 convolution, stride 2, padding 3, of 3 to 64 channels as above, then 3x3 max pooling, stride 2,
- * padding 1, of its y, then a second rounding: min(max(round(y * pool_multiplier), 0), 127).
+/* 7x7 convolution, stride 2, padding 3, of 3 to 64 channels as above, then 3x3 max pooling, stride
+ * 2, padding 1, of its y, then a second rounding: min(max(round(y * pool_multiplier), 0), 127).
  *
  * x        int8 [batch, 3, height, width]; height and width are multiples of 4
  * weight   int8 [64, 4, 4, 16]: row r and column s of the 7x7 filter for channel c lie at

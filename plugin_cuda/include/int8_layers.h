@@ -1,7 +1,7 @@
 /* What stands beside INT8 convolutions of another library, on any GPU.
  *
- * Plain C, raw device pointers, one stream; nothing allocates, synchronises or keeps state, so a run
- * can be captured in a CUDA graph. The library loads without a GPU.
+ * Plain C, raw device pointers, one stream; nothing allocates, synchronises or keeps state, so a
+ * run can be captured in a CUDA graph. The library loads without a GPU.
  */
 #ifndef INT8_LAYERS_H
 #define INT8_LAYERS_H
@@ -44,8 +44,8 @@ typedef struct {
   int32_t width;
   int32_t rows; /* of the result */
   int32_t columns;
-  int32_t depth; /* channels of the result: a multiple of 8, at least channels * block_rows *
-                    block_columns */
+  int32_t depth;      /* channels of the result: a multiple of 8, at least channels * block_rows *
+                         block_columns */
   int32_t block_rows; /* pixels of a cell */
   int32_t block_columns;
   int32_t first_row; /* of pixels, in the first cell; below 0: cells of padding */

@@ -1,21 +1,21 @@
 // libint8_layers.so; see int8_layers.h. Both kernels are bound by memory: a thread makes 16 bytes.
 
-#include "int8_layers.h"
-
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <limits>
 
+#include "int8_layers.h"
+
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kHalves = 8;   // float16 in 16 bytes
-constexpr int kBytes = 16;   // int8 in 16 bytes
+constexpr int kHalves = 8;  // float16 in 16 bytes
+constexpr int kBytes = 16;  // int8 in 16 bytes
 
-__device__ int PixelOrZero(const int8_layers_pack_shape& s, const int8_t* image, int channel,
-                           int i, int j) {
+__device__ int PixelOrZero(const int8_layers_pack_shape& s, const int8_t* image, int channel, int i,
+                           int j) {
   const int block = s.block_rows * s.block_columns;
   const int c = channel / block;
   if (c >= s.channels) return 0;
@@ -129,21 +129,21 @@ int32_t int8_layers_pack(const int8_layers_pack_shape* shape, const int8_t* x, v
                          int8_layers_stream stream) {
   if (!shape || !x || !y) return INT8_LAYERS_NULL_POINTER;
   const int8_layers_pack_shape& s = *shape;
-  if (!AllPositive(s.batch, s.channels, s.height, s.width, s.rows, s.columns, s.depth,
-                   s.block_rows, s.block_columns) ||
+  if (!AllPositive(s.batch, s.channels, s.height, s.width, s.rows, s.columns, s.depth, s.block_rows,
+                   s.block_columns) ||
       s.depth % kHalves != 0 ||
       static_cast<int64_t>(s.channels) * s.block_rows * s.block_columns > s.depth)
     return INT8_LAYERS_BAD_SHAPE;
   if (Misaligned(y)) return INT8_LAYERS_MISALIGNED_POINTER;
   const int64_t count = static_cast<int64_t>(s.batch) * s.rows * s.columns * (s.depth / kHalves);
   if (Blocks(count) > std::numeric_limits<int32_t>::max()) return INT8_LAYERS_BAD_SHAPE;
-  Pack<<<static_cast<unsigned>(Blocks(count)), kThreads, 0, stream>>>(
-      s, x, static_cast<uint4*>(y), count);
+  Pack<<<static_cast<unsigned>(Blocks(count)), kThreads, 0, stream>>>(s, x, static_cast<uint4*>(y),
+                                                                      count);
   return Launched();
 }
 
-int32_t int8_layers_max_pool(const int8_layers_pool_shape* shape, float multiplier,
-                             const int8_t* x, int8_t* y, int8_layers_stream stream) {
+int32_t int8_layers_max_pool(const int8_layers_pool_shape* shape, float multiplier, const int8_t* x,
+                             int8_t* y, int8_layers_stream stream) {
   if (!shape || !x || !y) return INT8_LAYERS_NULL_POINTER;
   const int8_layers_pool_shape& s = *shape;
   if (!AllPositive(s.batch, s.channels, s.height, s.width, s.rows, s.columns, s.kernel_rows,

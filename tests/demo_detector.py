@@ -1,0 +1,33 @@
+"""The demo detector and images of the demo set, for tests of engines on a GPU."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from calibrated import SPEC, write_surgered
+from conftest import ROOT
+
+
+def demo_images(count):
+    """Images of the demo set, as the network takes them: float32 [count, 3, h, w]."""
+    pytest.importorskip("cv2")
+    from harness.transform import preprocess_image
+
+    paths = sorted((ROOT / "demo" / "data" / "val").glob("*.jpg"))[:count]
+    if len(paths) < count:
+        pytest.skip("the demo images are not there")
+    images = np.empty((len(paths), *SPEC.shape), np.float32)
+    for path, image in zip(paths, images, strict=True):
+        preprocess_image(path, SPEC, image)
+    return images
+
+
+def write_demo(folder):
+    """The demo detector, exported and surgered; its path."""
+    weights = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
+    exported = folder / "demo.onnx"
+    command = [sys.executable, "-m", "export", "--weights", weights, "-o", exported]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return write_surgered(exported, folder / "demo.nms.onnx")
