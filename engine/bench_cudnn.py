@@ -99,6 +99,7 @@ def bench(
         raise EngineError(f"--batches {batches}: numbers with commas between expected") from error
     if sizes[0] < 1:
         raise EngineError(f"--batches {batches}: a batch has one image at least")
+    start = time.perf_counter()
     engine = load_batches(model, sizes, device=device)
     peak = _peak(engine)
     document: dict[str, Any] = {
@@ -106,14 +107,17 @@ def bench(
         "command": command_line(),
         "cpu": cpu_name(),
         "cpus": cpu_count(),
+        "load_s": time.perf_counter() - start,
         "manifest": dict(engine.manifest),
         "operations_per_image": operations(engine.graph, engine.graph.layers),
         "peak": asdict(peak) if peak else None,
         "batches": {},
     }
-    before = _free_bytes()
+    before, total = _free_and_total_bytes()
     session = engine.session()
-    document["session_bytes"] = before - _free_bytes()
+    free, _ = _free_and_total_bytes()
+    document["session_bytes"] = before - free
+    document["gpu_bytes_in_use"] = total - free  # everything on the GPU: weights, CUDA's own
     rng = np.random.default_rng(0)
     images = engine.host_array((_POOL, *engine.input_spec.shape), np.int8)
     images[:] = rng.integers(-60, 61, images.shape, np.int8)
@@ -260,8 +264,10 @@ def _peak(engine: CudnnEngine) -> Peak | None:
     return PEAKS.get(str(engine.manifest["gpu"]))
 
 
-def _free_bytes() -> int:
-    return int(check(runtime().cudaMemGetInfo()))
+def _free_and_total_bytes() -> tuple[int, int]:
+    error, free, total = runtime().cudaMemGetInfo()
+    check((error,))
+    return int(free), int(total)
 
 
 def _print_layers(layers: Sequence[LayerTime]) -> None:

@@ -1,7 +1,7 @@
 """What the cuDNN engine is measured against: the same network in PyTorch, as users would run it.
 
-float16, channels_last, torch.compile, batch norms folded; then torchvision's NMS image by image.
-The weights are those of the INT8 file, dequantised.
+float16, channels_last, torch.compile, cuDNN's kernels benchmarked, batch norms folded; then
+torchvision's NMS image by image. The weights are those of the INT8 file, dequantised.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def measure_peer(
         raise EngineError("--peer needs PyTorch: pip install torch torchvision") from error
     if not torch.cuda.is_available():
         raise EngineError("--peer needs a PyTorch that finds the GPU")
+    torch.backends.cudnn.benchmark = True
     source = torch.from_numpy(images)
     priors = torch.tensor(parts.priors).cuda().view(2, -1)
     names = list(parts.heads)

@@ -65,21 +65,11 @@ def driver(trt_plugin_library, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_model():
     """A narrow SSD-ResNet34 at 400x400 with random weights and sane activations."""
-    import torch
+    from random_model import random_model
 
     from export.config import SSDConfig
-    from export.model import SSDResNet34
 
-    torch.manual_seed(1)
-    model = SSDResNet34(SSDConfig(image_size=400, width=4))
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # cumulative average: statistics of the images below
-    with torch.no_grad():
-        model.train()(torch.randn(4, 3, 400, 400))
-        for head in (*model.loc, *model.conf):
-            head.weight.mul_(4)  # spread the logits, so that some scores pass the threshold
-    return model.eval()
+    return random_model(SSDConfig(image_size=400, width=4))
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,13 @@ def demo_images(count):
 
 def write_demo(folder):
     """The demo detector, exported and surgered; its path."""
-    weights = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
-    exported = folder / "demo.onnx"
+    return write_detector(ROOT / "demo" / "ssd-resnet34-demo.safetensors", folder)
+
+
+def write_detector(weights, folder):
+    """A checkpoint's detector, exported and surgered; its path."""
+    exported = folder / f"{weights.stem}.onnx"
     command = [sys.executable, "-m", "export", "--weights", weights, "-o", exported]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return write_surgered(exported, folder / "demo.nms.onnx")
+    return write_surgered(exported, folder / f"{weights.stem}.nms.onnx")

@@ -1,19 +1,22 @@
 """Which layers libint8_conv.so takes over from cuDNN, and what it is told, without a GPU."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from engine.backends.cudnn_hopper import (
     STEM_WEIGHT,
+    Hopper,
     hopper_candidate,
     hopper_library,
     stem_constants,
 )
 from engine.backends.cudnn_layers import groups
+from engine.backends.cudnn_measure import Chooser
 from engine.backends.cudnn_plans import BIAS, MULTIPLIER, WEIGHT
-from engine.backends.cudnn_program import Places
+from engine.backends.cudnn_program import Candidate, Places
 from engine.int8_graph import Convolution, Int8Graph, MaxPool, Tensor, Window
 
 PLACES = Places(x=16, y=32, residual=48, workspace=64)
@@ -135,6 +138,42 @@ def test_constants_of_the_stem():
     found = [stem_constants(graph, group) for group in groups(graph)]
     assert [list(one) for one in found] == [[STEM_WEIGHT], [], [], []]
     assert found[0][STEM_WEIGHT].sum() == 64 * 3 * 49
+
+
+def test_what_was_fastest_is_measured_once_and_kept(monkeypatch):
+    graph, measured = network(), []
+    cudnn = Candidate("cudnn", 0, None)
+    alone = SimpleNamespace(constants={}, candidate=lambda *_: cudnn)
+
+    def slowest_first(_self, candidates, sizes):
+        measured.append(sizes)
+        return candidates[-1].name
+
+    monkeypatch.setattr(Chooser, "_measure", slowest_first)
+
+    def choose(hopper, winners=()):
+        chooser = Chooser(alone, hopper, graph, None, dict(winners))
+        names = [chooser(batch, group).name for batch in (1, 2) for group in groups(graph)]
+        return names, chooser.winners
+
+    hopper = Hopper(Recorder(), "first")
+    names, winners = choose(hopper)
+    assert names == ["int8_conv_stem", "int8_conv_3x3", "int8_conv_3x3", "cudnn"] * 2
+    assert len(measured) == len(winners) == 6
+    image, pooled = 3 * 40 * 80, 64 * 10 * 20
+    assert measured[3:] == [
+        (2 * image, 2 * pooled, 0),
+        (2 * pooled, 2 * pooled, 0),
+        (2 * pooled, 2 * pooled, 2 * pooled),
+    ]
+    del measured[:]
+    assert choose(hopper, winners) == (names, winners)
+    assert choose(hopper, dict.fromkeys(winners, "cudnn"))[0] == ["cudnn"] * 8
+    assert not measured
+    assert choose(hopper, dict.fromkeys(winners, "gone")) == (names, winners)
+    assert len(measured) == 6
+    assert len(choose(Hopper(Recorder(), "second"), winners)[1]) == 12
+    assert choose(None)[0] == ["cudnn"] * 8
 
 
 @pytest.mark.parametrize("capability", ["8.0", "8.9", "10.0", "12.0"])

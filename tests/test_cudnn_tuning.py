@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from engine.backends import cudnn_tuning
 from engine.backends.cudnn_plans import Choice, CompiledPlan, ConvShape
-from engine.backends.cudnn_tuning import Machine, Tuned, cache_path, load_cache, save_cache, tune
+from engine.backends.cudnn_tuning import (
+    Machine,
+    Tuned,
+    cache_path,
+    load_cache,
+    load_winners,
+    save_cache,
+    save_winners,
+    tune,
+)
 from engine.int8_graph import Window
 from engine.protocol import EngineError
 
@@ -47,11 +56,11 @@ class MadeUp:
     def measure(self, shape, plans):
         return [self.times(shape, plan.choice) for plan in plans]
 
-    def tune(self, known=(), progress=None):
+    def tune(self, known=(), progress=None, keep=dict, batches=BATCHES):
         layers = [
-            {batch: replace(shape, batch=batch) for batch in BATCHES} for shape in (LARGE, SMALL)
+            {batch: replace(shape, batch=batch) for batch in batches} for shape in (LARGE, SMALL)
         ]
-        options = {"device": 0, "progress": progress}
+        options = {"device": 0, "progress": progress, "keep": keep}
         return tune(None, None, layers, dict(known), self.measure, **options)
 
 
@@ -100,6 +109,23 @@ def test_what_is_known_is_not_tried_again(kernels):
     assert not third.compiled
 
 
+@pytest.mark.parametrize(("largest", "searched"), [(8, False), (9, True)])
+def test_a_batch_twice_as_large_tries_what_won(kernels, largest, searched):
+    known = kernels(by_number).tune()
+    made = kernels(by_number)
+    tuned = made.tune(known, batches=(*BATCHES, largest))
+    tried = {choice for shape, choice in made.compiled if shape == replace(LARGE, batch=largest)}
+    assert (len(tried) == len(ADVISED + OTHERS)) == searched
+    assert tuned[replace(LARGE, batch=largest)].plan.choice == OTHERS[-1]
+
+
+def test_every_stage_is_kept_as_soon_as_it_is_there(kernels):
+    kept = []
+    tuned = kernels(by_number).tune(keep=kept.append)
+    assert [{shape.batch for shape in found} for found in kept] == [{4}, {1, 2}]
+    assert kept[0] | kept[1] == tuned
+
+
 def test_progress_counts_to_the_end(kernels):
     told = []
     kernels(by_number).tune(progress=lambda done, total: told.append((done, total)))
@@ -144,6 +170,17 @@ def test_the_cache_returns_what_was_put_in(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["cache.json"]
 
 
+def test_winners_lie_beside_the_plans(tmp_path):
+    path = tmp_path / "cache.json"
+    assert load_winners(path, MACHINE) == {}
+    save_winners(path, MACHINE, {"a": "first", "b": "second"})
+    save_cache(path, MACHINE, some_tuned())
+    save_winners(path, MACHINE, {"b": "first"})
+    assert load_winners(path, MACHINE) == {"a": "first", "b": "first"}
+    assert load_cache(path, MACHINE, some_tuned()) == some_tuned()
+    assert load_winners(path, replace(MACHINE, cudnn="other")) == {}
+
+
 @pytest.mark.parametrize("field", ["gpu", "cudnn", "frontend"])
 def test_the_cache_of_another_machine_is_none(tmp_path, field, monkeypatch):
     path = tmp_path / "cache.json"
@@ -164,6 +201,7 @@ def test_a_damaged_cache_is_as_good_as_none(tmp_path, data):
     path.unlink(missing_ok=True)
     tuned = some_tuned()
     save_cache(path, MACHINE, tuned)
+    save_winners(path, MACHINE, {"key": "name"})
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content) - 1)) :]
@@ -171,6 +209,7 @@ def test_a_damaged_cache_is_as_good_as_none(tmp_path, data):
         for _ in range(data.draw(st.integers(1, 4))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
+    assert all(isinstance(name, str) for name in load_winners(path, MACHINE).values())
     for one in load_cache(path, MACHINE, tuned).values():
         assert isinstance(one.plan.plan, bytes)
         assert one.ranking

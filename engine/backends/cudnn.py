@@ -27,7 +27,15 @@ from engine.backends.cudnn_layers import conv_shape, groups, padded
 from engine.backends.cudnn_measure import Chooser, measure_plans
 from engine.backends.cudnn_plans import CompiledPlan, ConvShape, import_cudnn, load_plan
 from engine.backends.cudnn_program import Kernels, Program, Run, make_program
-from engine.backends.cudnn_tuning import Machine, cache_path, load_cache, save_cache, tune
+from engine.backends.cudnn_tuning import (
+    Machine,
+    cache_path,
+    load_cache,
+    load_winners,
+    save_cache,
+    save_winners,
+    tune,
+)
 from engine.backends.onnxruntime_split import Split, UnsplitError, split
 from engine.backends.pipeline import Enqueue, PipelinedSession, Slot
 from engine.files import file_sha256
@@ -111,13 +119,17 @@ def load_batches(model: Path, batches: Sequence[int], *, device: str = "cuda") -
             cudnn.set_stream(handle, scratch.handle)
             plans = _plans(cudnn, handle, graph, batches, machine, stream=scratch, device=index)
             kernels = Kernels(handle, library, plans, _upload_constants(owner, graph))
-            choose = Chooser(kernels, hopper, graph, scratch)
+            path = cache_path(machine)
+            winners = load_winners(path, machine)
+            choose = Chooser(kernels, hopper, graph, scratch, winners)
             try:
                 programs = {
                     batch: make_program(graph, batch, partial(choose, batch)) for batch in batches
                 }
             except PluginError as error:
                 raise EngineError(f"{model}: {error}") from error
+            if choose.winners != winners:
+                save_winners(path, machine, choose.winners)
         image = graph.tensors[graph.image]
         spec = InputSpec(
             graph.image, (image.channels, image.height, image.width), "int8", image.scale
@@ -142,8 +154,8 @@ def load_batches(model: Path, batches: Sequence[int], *, device: str = "cuda") -
             "nms": library_path().name,
             "nms_sha256": file_sha256(library_path()),
             "libraries": {
-                path.name: file_sha256(path)
-                for path in (layers_library_path(), *([conv_library_path()] if hopper else []))
+                layers_library_path().name: file_sha256(layers_library_path()),
+                **({conv_library_path().name: hopper.sha256} if hopper else {}),
             },
             "kernels": {step.name: step.candidate.name for step in programs[batches[-1]].steps},
         }
@@ -344,8 +356,10 @@ def _plans(
         )
         with progress_bar("cuDNN kernels") as progress:
             time = partial(measure_plans, cudnn, handle, stream)
-            tuned = tune(cudnn, handle, layers, known, time, device=device, progress=progress)
-        save_cache(path, machine, {shape: tuned[shape] for shape in missing})
+            keep = partial(save_cache, path, machine)
+            tuned = tune(
+                cudnn, handle, layers, known, time, device=device, progress=progress, keep=keep
+            )
         for shape in missing:
             ready[shape] = tuned[shape].plan, load_plan(cudnn, handle, tuned[shape].plan)
     return ready

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cudnn_plans import BIAS, MULTIPLIER, WEIGHT
 from engine.backends.cudnn_program import Candidate, Places, Run
+from engine.files import file_sha256
 from engine.int8_graph import Convolution, Int8Graph, Layer, MaxPool, Window
 from plugin_cuda.errors import PluginError
 from plugin_cuda.int8_conv import (
@@ -19,6 +21,7 @@ from plugin_cuda.int8_conv import (
     STEM_CHANNELS,
     STEM_MULTIPLE,
     conv3x3,
+    conv_library_path,
     load_conv_library,
     stem,
     stem_weight,
@@ -34,12 +37,20 @@ _STEM = Window((7, 7), (2, 2), (1, 1), (3, 3, 3, 3))
 _POOL = Window((3, 3), (2, 2), (1, 1), (1, 1, 1, 1))
 
 
-def hopper_library(compute_capability: str) -> ctypes.CDLL | None:
+@dataclass(frozen=True)
+class Hopper:
+    """libint8_conv.so, and the SHA-256 of its file."""
+
+    library: ctypes.CDLL
+    sha256: str
+
+
+def hopper_library(compute_capability: str) -> Hopper | None:
     """Load libint8_conv.so where the GPU can run it; without it, say so and do without."""
     if compute_capability != COMPUTE_CAPABILITY:
         return None
     try:
-        return load_conv_library()
+        return Hopper(load_conv_library(), file_sha256(conv_library_path()))
     except PluginError as error:
         _LOG.warning("slower than it could be: %s", error)
         return None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream
-from engine.backends.cudnn_hopper import hopper_candidate
+from engine.backends.cudnn_hopper import Hopper, hopper_candidate
 from engine.backends.cudnn_layers import tensor_bytes
 from engine.backends.cudnn_plans import (
     BIAS,
@@ -101,26 +100,38 @@ def measure_plans(
 
 
 class Chooser:
-    """Chooses the fastest way to run a group of layers; layers of one shape are measured once."""
+    """Chooses the fastest way to run a group of layers; layers of one shape are measured once.
+
+    Attributes
+    ----------
+    winners
+        Names of the fastest candidates, by a key that changes with everything that they depend on.
+    """
 
     def __init__(
-        self, kernels: Kernels, hopper: ctypes.CDLL | None, graph: Int8Graph, stream: Stream
+        self,
+        kernels: Kernels,
+        hopper: Hopper | None,
+        graph: Int8Graph,
+        stream: Stream,
+        winners: Mapping[str, str],
     ) -> None:
         self._kernels = kernels
         self._hopper = hopper
         self._graph = graph
         self._stream = stream
-        self._fastest: dict[tuple[object, ...], str] = {}
+        self.winners = dict(winners)
 
     def __call__(self, batch: int, group: tuple[Layer, ...]) -> Candidate:
         """Choose for a batch size: cuDNN's fastest kernels, or libint8_conv.so's where it can."""
         graph, first = self._graph, group[0]
-        candidates = [self._kernels.candidate(graph, batch, group)]
+        cudnn = self._kernels.candidate(graph, batch, group)
+        if self._hopper is None:
+            return cudnn
         constants = self._kernels.constants.get(first.y, {})
-        if self._hopper is not None:
-            own = hopper_candidate(self._hopper, graph, batch, group, constants)
-            candidates += [own] if own else []
-        names = tuple(candidate.name for candidate in candidates)
+        own = hopper_candidate(self._hopper.library, graph, batch, group, constants)
+        if own is None:
+            return cudnn
         skipped = first.residual if isinstance(first, Convolution) else None
         source = graph.tensors[graph.image]
         image = source.channels * source.height * source.width
@@ -129,20 +140,21 @@ class Chooser:
             tensor_bytes(graph, group[-1].y, batch),
             0 if skipped is None else tensor_bytes(graph, skipped, batch),
         )
-        key = (names, sizes)
-        if len(candidates) > 1 and key not in self._fastest:
-            self._fastest[key] = names[self._measure(candidates, sizes)]
-        return candidates[names.index(self._fastest.get(key, names[0]))]
+        candidates = {one.name: one for one in (cudnn, own)}
+        key = f"{' or '.join(candidates)} of {self._hopper.sha256}, bytes {sizes}"
+        if self.winners.get(key) not in candidates:
+            self.winners[key] = self._measure(list(candidates.values()), sizes)
+        return candidates[self.winners[key]]
 
-    def _measure(self, candidates: Sequence[Candidate], sizes: tuple[int, int, int]) -> int:
-        """Index of the fastest; all that the stream owns is released."""
+    def _measure(self, candidates: Sequence[Candidate], sizes: tuple[int, int, int]) -> str:
+        """Name of the fastest; all that the stream owns is released."""
         stream = self._stream
         x, y, residual = (_random(stream, size, half=False) if size else None for size in sizes)
         workspace = stream.device(max(one.workspace_bytes for one in candidates) + 1)
         places = Places(x or 0, y or 0, residual, workspace)
         times = [measure(stream, candidate.bind(places)) for candidate in candidates]
         stream.free()
-        return times.index(min(times))
+        return candidates[times.index(min(times))].name
 
 
 def _tensors(stream: Stream, shape: ConvShape) -> dict[int, int]:

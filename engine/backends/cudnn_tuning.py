@@ -1,11 +1,13 @@
 """Which of cuDNN's kernels is fastest for every layer and batch size: found by trying, kept.
 
 A cache file for each GPU model and version of cuDNN and its frontend holds the fastest plan of
-every shape, serialised, so that the next load neither compiles nor measures.
+every shape, serialised, and what won where there was another way to run a layer, so that the next
+load neither compiles nor measures and runs the same kernels.
 
 At the largest batch everything is tried that cuDNN's heuristics advise and, for layers with a good
 share of the operations, every kernel of the engine that they advise first: on one H100 this halved
-the time of a convolution of 64 channels. Smaller batches try what won there and what is advised.
+the time of a convolution of 64 channels. Smaller batches try what won there and what is advised;
+so does a largest batch of which half or more is known already.
 """
 
 from __future__ import annotations
@@ -41,6 +43,11 @@ _KEPT = 4
 _ADVISED = 3
 """Kernels of the heuristics that a smaller batch tries."""
 
+_NEAR = 2
+"""How many times the images of a known batch a largest batch may have to try what won there."""
+
+_PARTS = ("plans", "winners")
+
 _DAMAGED = (AttributeError, KeyError, OverflowError, TypeError, ValueError, zlib.error)
 """What reading a damaged cache may raise."""
 
@@ -48,6 +55,9 @@ Measure = Callable[[ConvShape, Sequence[CompiledPlan]], list[float]]
 """Milliseconds of plans of one shape; infinite for one that does not run."""
 
 Progress = Callable[[int, int], None]
+
+Keep = Callable[[Mapping["ConvShape", "Tuned"]], None]
+"""Is given what was found, as soon as it is worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ def load_cache(path: Path, machine: Machine, shapes: Iterable[ConvShape]) -> dic
 
     A missing file, one of another machine and damaged entries are as good as none.
     """
-    plans = _read(path, machine)
+    plans = _read(path, machine)["plans"]
     found = {}
     for shape in shapes:
         try:
@@ -108,8 +118,30 @@ def save_cache(path: Path, machine: Machine, tuned: Mapping[ConvShape, Tuned]) -
     EngineError
         When the file cannot be written.
     """
-    plans = _read(path, machine) | {str(shape): _to_json(one) for shape, one in tuned.items()}
-    text = json.dumps({"machine": _machine(machine), "plans": plans}, indent=1) + "\n"
+    _save(path, machine, "plans", {str(shape): _to_json(one) for shape, one in tuned.items()})
+
+
+def load_winners(path: Path, machine: Machine) -> dict[str, str]:
+    """Read which candidate was the fastest, by the key of `cudnn_measure.Chooser`."""
+    winners = _read(path, machine)["winners"]
+    return {key: name for key, name in winners.items() if isinstance(name, str)}
+
+
+def save_winners(path: Path, machine: Machine, winners: Mapping[str, str]) -> None:
+    """Add to a cache which candidates were the fastest.
+
+    Raises
+    ------
+    EngineError
+        When the file cannot be written.
+    """
+    _save(path, machine, "winners", winners)
+
+
+def _save(path: Path, machine: Machine, part: str, entries: Mapping[str, object]) -> None:
+    parts = _read(path, machine)
+    parts[part] |= entries
+    text = json.dumps({"machine": _machine(machine), **parts}, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
@@ -126,6 +158,7 @@ def tune(
     *,
     device: int,
     progress: Progress | None,
+    keep: Keep,
 ) -> dict[ConvShape, Tuned]:
     """Find the fastest plan of every shape that is not known.
 
@@ -139,6 +172,8 @@ def tune(
         Number of the GPU.
     progress
         Is told how many kernels of how many are compiled.
+    keep
+        Is given what was found at the largest batch, then the rest.
 
     Raises
     ------
@@ -155,16 +190,29 @@ def tune(
                 shape = layer[batch]
                 if shape in tuned:
                     continue
-                if stage == batches[-1:]:
+                near = _near(layer, shape, tuned)
+                if near is None:
                     every = shape.operations >= HEAVY * total
                     tried = choices(cudnn, handle, shape, every=every)
                 else:
                     tried = choices(cudnn, handle, shape, every=False)[:_ADVISED]
-                    tried += tuned[layer[batches[-1]]].ranking
+                    tried += near.ranking
                 jobs |= dict.fromkeys((shape, choice) for choice in tried)
         if jobs:
-            tuned |= _search(list(jobs), measure, device, progress)
+            found = _search(list(jobs), measure, device, progress)
+            keep(found)
+            tuned |= found
     return tuned
+
+
+def _near(
+    layer: Mapping[int, ConvShape], shape: ConvShape, tuned: Mapping[ConvShape, Tuned]
+) -> Tuned | None:
+    """What won for a layer at the largest known batch, unless the shape has far more images."""
+    known = [batch for batch, other in layer.items() if other in tuned]
+    if not known or shape.batch > _NEAR * max(known):
+        return None
+    return tuned[layer[max(known)]]
 
 
 def _search(
@@ -193,13 +241,15 @@ def _search(
     return tuned
 
 
-def _read(path: Path, machine: Machine) -> dict[str, Any]:
-    """Entries of a cache of a machine; none where the file is missing, another's or damaged."""
+def _read(path: Path, machine: Machine) -> dict[str, dict[str, Any]]:
+    """Parts of a cache of a machine; empty where the file is missing, another's or damaged."""
     try:
         document = json.loads(path.read_bytes())
-        return dict(document["plans"]) if document["machine"] == _machine(machine) else {}
+        if document["machine"] == _machine(machine):
+            return {part: dict(document.get(part, {})) for part in _PARTS}
     except (OSError, *_DAMAGED):
-        return {}
+        pass
+    return {part: {} for part in _PARTS}
 
 
 def _machine(machine: Machine) -> list[str]:
