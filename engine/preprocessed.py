@@ -30,6 +30,9 @@ STD = (0.229, 0.224, 0.225)
 """RGB standard deviation that goes with `MEAN`."""
 INTERPOLATION = "bilinear on float32"
 
+_FORMATS = {"float32": "fp32", "int8": "int8_linear"}
+"""Names of the command line, by dtype."""
+
 
 @dataclass(frozen=True)
 class PreprocessedSet:
@@ -129,7 +132,7 @@ def load_preprocessed(directory: Path, spec: InputSpec) -> PreprocessedSet:
         if manifest.get(key) != value:
             raise EngineError(
                 f"{directory} was preprocessed with {key} {manifest.get(key)}, the engine takes "
-                f"{value}; run `harness preprocess` for this engine"
+                f"{value}; run `harness preprocess MODEL --formats {_FORMATS[spec.dtype]}`"
             )
     broken = [name for name in names if not has_npy_size(npy_path(directory, name), spec)]
     if broken:

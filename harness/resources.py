@@ -89,7 +89,7 @@ NEEDS = (
         "export-onnx at 1200x1200",
         "memory",
         round(1.4 * _GIBI),
-        "peak measured on two cores (README, Your own weights)",
+        "peak measured on two cores",
     ),
     Need(
         "engine calibrate at 1200x1200",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def write_images(directory: Path, images: np.ndarray) -> PreprocessedSet:
     names = tuple(f"{index:03}.jpg" for index in range(len(images)))
     for name, image in zip(names, images, strict=True):
         np.save(directory / f"{name}.npy", image)
-    return PreprocessedSet(directory, names, SPEC, {})
+    return PreprocessedSet(directory, names, replace(SPEC, shape=images.shape[1:]), {})
 
 
 def activations(model: onnx.ModelProto, feed: np.ndarray, *, optimise: bool = True) -> dict:

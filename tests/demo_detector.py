@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,17 +10,18 @@ from calibrated import SPEC, write_surgered
 from conftest import ROOT
 
 
-def demo_images(count):
-    """Images of the demo set, as the network takes them: float32 [count, 3, h, w]."""
+def demo_images(count, size=400):
+    """Images of the demo set, as a network takes them: float32 [count, 3, size, size]."""
     pytest.importorskip("cv2")
     from harness.transform import preprocess_image
 
     paths = sorted((ROOT / "demo" / "data" / "val").glob("*.jpg"))[:count]
     if len(paths) < count:
         pytest.skip("the demo images are not there")
-    images = np.empty((len(paths), *SPEC.shape), np.float32)
+    spec = replace(SPEC, shape=(3, size, size))
+    images = np.empty((len(paths), *spec.shape), np.float32)
     for path, image in zip(paths, images, strict=True):
-        preprocess_image(path, SPEC, image)
+        preprocess_image(path, spec, image)
     return images
 
 

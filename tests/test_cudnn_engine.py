@@ -99,7 +99,7 @@ def test_a_frontend_without_cudnn_is_told(monkeypatch):
         raise RuntimeError("Unable to find symbol cudnnGetVersion")
 
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=fail))
-    with pytest.raises(EngineError, match=r"needs cuDNN and its frontend: pip install .*cudnn"):
+    with pytest.raises(EngineError, match=r"an NVIDIA GPU, cuDNN and .*: pip install .*cudnn"):
         cudnn.import_cudnn()
 
 

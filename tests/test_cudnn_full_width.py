@@ -1,5 +1,5 @@
-"""The cuDNN engine on a network as wide as the benchmark's, 400x400, with random weights: every
-layer that libint8_conv.so can take over run by it, and every layer run by cuDNN.
+"""The cuDNN engine on a network as wide as the benchmark's, with random weights: every layer that
+libint8_conv.so can take over run by it, and every layer run by cuDNN.
 """
 
 from __future__ import annotations
@@ -35,13 +35,19 @@ pytestmark = [
 BATCHES = (1, 3)
 
 
-@pytest.fixture(scope="module")
-def images():
-    return demo_images(4)
+@pytest.fixture(scope="module", params=[400, 1200])
+def size(request):
+    """Side of the image; the benchmark's is 1200."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model(images, tmp_path_factory):
+def images(size):
+    return demo_images(4, size)
+
+
+@pytest.fixture(scope="module")
+def model(size, images, tmp_path_factory):
     """A detector of full width in INT8."""
     from random_model import random_model
     from safetensors.torch import save_file
@@ -49,7 +55,7 @@ def model(images, tmp_path_factory):
     from export.config import SSDConfig
 
     folder = tmp_path_factory.mktemp("wide")
-    network = random_model(SSDConfig(image_size=400))
+    network = random_model(SSDConfig(image_size=size))
     weights = folder / "wide.safetensors"
     save_file(network.state_dict(), weights, {"ssd_config": network.config.to_json()})
     surgered = write_detector(weights, folder)
@@ -75,10 +81,11 @@ def engine(model, request, tmp_path_factory):
     def choose(_self, candidates, _sizes):
         return candidates[-1 if request.param else 0].name
 
-    path = tmp_path_factory.mktemp("cache") / "cache.json"
+    path = tmp_path_factory.getbasetemp() / "cache.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cudnn_tuning, "HEAVY", 2.0)  # what cuDNN's heuristics advise will do
         patch.setattr(cudnn, "cache_path", lambda _: path)
+        patch.setattr(cudnn, "load_winners", lambda *_: {})
         patch.setattr(Chooser, "_measure", choose)
         engine = cudnn.load_batches(model, BATCHES)
     kernels = list(engine.manifest["kernels"].values())

@@ -126,7 +126,8 @@ def import_cudnn() -> Any:
         cudnn.backend_version()
     except (ImportError, OSError, RuntimeError) as error:
         raise EngineError(
-            "the engine 'cudnn' needs cuDNN and its frontend: pip install 'ssd-resnet34-trt[cudnn]'"
+            "the engine 'cudnn' needs an NVIDIA GPU, cuDNN and its frontend: "
+            "pip install 'ssd-resnet34-trt[cudnn]'"
         ) from error
     return cudnn
 
