@@ -26,6 +26,7 @@ from engine.backends.cudnn import CudnnEngine, load_batches
 from engine.backends.cudnn_measure import measure
 from engine.backends.pipeline import Slot
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
+from engine.preprocessed import load_preprocessed
 from engine.int8_graph import Convolution, Int8Graph, Layer
 from engine.protocol import DETECTION_FIELDS, EngineError
 from engine.report import write_json
@@ -87,6 +88,10 @@ def bench(
     model: Annotated[Path, typer.Argument(help="INT8 .onnx of 'engine quantize'.")],
     *,
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of INT8 images of 'harness preprocess'.", show_default="noise"),
+    ] = None,
     batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,4,8,16,32,64,128",
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each measurement.")] = 3.0,
     peer: Annotated[bool, typer.Option("--peer", help="Also PyTorch.")] = False,
@@ -109,6 +114,7 @@ def bench(
         "cpus": cpu_count(),
         "load_s": time.perf_counter() - start,
         "manifest": dict(engine.manifest),
+        "images": "noise" if data is None else str(data),
         "operations_per_image": operations(engine.graph, engine.graph.layers),
         "peak": asdict(peak) if peak else None,
         "batches": {},
@@ -118,9 +124,12 @@ def bench(
     free, _ = _free_and_total_bytes()
     document["session_bytes"] = before - free
     document["gpu_bytes_in_use"] = total - free  # everything on the GPU: weights, CUDA's own
-    rng = np.random.default_rng(0)
     images = engine.host_array((_POOL, *engine.input_spec.shape), np.int8)
-    images[:] = rng.integers(-60, 61, images.shape, np.int8)
+    if data is None:
+        images[:] = np.random.default_rng(0).integers(-60, 61, images.shape, np.int8)
+    else:
+        source = load_preprocessed(data, engine.input_spec)
+        source.read_into(images, [index % len(source.files) for index in range(_POOL)])
     for size in sizes:
         found: dict[str, float | None] = {}
         found |= _throughput(session, images, size, seconds)
@@ -138,11 +147,14 @@ def bench(
         document["batches"][str(size)]["layers"] = [asdict(layer) for layer in layers]
     _print_layers(layers)
     if peer:
-        from engine.bench_cudnn_peer import measure_peer
+        write_json(output, document | {"finished": now()})  # the peer takes minutes to compile
+        from engine.bench_cudnn_peer import measure_peer, peer_versions
 
-        document["peer"] = measure_peer(engine.graph, engine.parts, images, sizes, seconds)
-        for text, figures in document["peer"]["batches"].items():
-            typer.echo(f"PyTorch, batch {text}: {figures['images_per_s']:.1f} images/s")
+        document["peer"] = {**peer_versions(), "batches": {}}
+        for size in sizes:
+            figures = measure_peer(engine.graph, engine.parts, images, size, seconds)
+            document["peer"]["batches"][str(size)] = figures
+            typer.echo(f"PyTorch, batch {size}: {figures['images_per_s']:.1f} images/s")
     write_json(output, document | {"finished": now()})
 
 

@@ -7,7 +7,7 @@ torchvision's NMS image by image. The weights are those of the INT8 file, dequan
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,30 +22,8 @@ from plugin_cuda.bench.peers import torch_detections
 _WARM_UP = 3
 
 
-def measure_peer(
-    graph: Int8Graph,
-    parts: Split,
-    images: NDArray[np.int8],
-    sizes: Sequence[int],
-    seconds: float,
-) -> dict[str, Any]:
-    """Measure PyTorch from images in page-locked memory to rows on the host.
-
-    Parameters
-    ----------
-    graph, parts
-        The network and what follows it.
-    images
-        int8 [N, C, H, W].
-    sizes
-        Batch sizes; each is compiled for itself.
-    seconds
-        Of each measurement.
-
-    Returns
-    -------
-    dict
-        Versions, and for each batch size images_per_s and p50_ms.
+def peer_versions() -> dict[str, Any]:
+    """Versions of what the peer is made of.
 
     Raises
     ------
@@ -59,38 +37,62 @@ def measure_peer(
         raise EngineError("--peer needs PyTorch: pip install torch torchvision") from error
     if not torch.cuda.is_available():
         raise EngineError("--peer needs a PyTorch that finds the GPU")
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def measure_peer(
+    graph: Int8Graph, parts: Split, images: NDArray[np.int8], size: int, seconds: float
+) -> dict[str, float]:
+    """Measure PyTorch from images in page-locked memory to rows on the host.
+
+    Parameters
+    ----------
+    graph, parts
+        The network and what follows it.
+    images
+        int8 [N, C, H, W].
+    size
+        Batch size; the network is compiled for it.
+    seconds
+        Of the measurement.
+
+    Returns
+    -------
+    dict
+        images_per_s, p50_ms, and compile_s, the time until the warm-up ended.
+    """
+    import torch
+
     torch.backends.cudnn.benchmark = True
+    torch.compiler.reset()
+    network = torch.compile(network_of(graph), dynamic=False)
     source = torch.from_numpy(images)
+    batch = source.repeat(-(-size // len(source)), 1, 1, 1)[:size].pin_memory()
     priors = torch.tensor(parts.priors).cuda().view(2, -1)
     names = list(parts.heads)
-    found: dict[str, Any] = {}
-    for size in sizes:
-        torch.compiler.reset()
-        network = torch.compile(network_of(graph), dynamic=False)
-        batch = source.repeat(-(-size // len(source)), 1, 1, 1)[:size].pin_memory()
+    half = len(names) // 2
 
-        def detect(batch: Any = batch, network: Callable[..., Any] = network) -> None:
-            steps = batch.cuda(non_blocking=True)
-            heads = network(steps.half().to(memory_format=torch.channels_last))
-            ordered = [heads[name].contiguous() for name in names]
-            half = len(names) // 2
-            rows = torch_detections(HeadSet(ordered[:half], ordered[half:], None), priors)
-            torch.cat(rows).cpu()
+    def detect() -> None:
+        steps = batch.cuda(non_blocking=True)
+        heads = network(steps.half().to(memory_format=torch.channels_last))
+        ordered = [heads[name].contiguous() for name in names]
+        rows = torch_detections(HeadSet(ordered[:half], ordered[half:], None), priors)
+        torch.cat(rows).cpu()
 
-        with torch.inference_mode():
-            for _ in range(_WARM_UP):
-                detect()
-            turns: list[float] = []
-            while sum(turns) < seconds or len(turns) < _WARM_UP:
-                start = time.perf_counter()
-                detect()
-                turns.append(time.perf_counter() - start)
-        rate = size * len(turns) / sum(turns)
-        found[str(size)] = {"images_per_s": rate, "p50_ms": 1e3 * float(np.median(turns))}
+    with torch.inference_mode():
+        start = time.perf_counter()
+        for _ in range(_WARM_UP):
+            detect()
+        compiled = time.perf_counter() - start
+        turns: list[float] = []
+        while sum(turns) < seconds or len(turns) < _WARM_UP:
+            start = time.perf_counter()
+            detect()
+            turns.append(time.perf_counter() - start)
     return {
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "batches": found,
+        "images_per_s": size * len(turns) / sum(turns),
+        "p50_ms": 1e3 * float(np.median(turns)),
+        "compile_s": compiled,
     }
 
 

@@ -79,7 +79,7 @@ def pci_bus_id(device: int) -> str:
         When there is no such GPU.
     """
     text: bytes = check(runtime().cudaDeviceGetPCIBusId(32, device))
-    return text.rstrip(b"\0").decode().lower()
+    return text.split(b"\0")[0].decode().lower()  # what follows the end is not always zeros
 
 
 def use_gpu(device: int) -> Gpu:
