@@ -26,8 +26,8 @@ from engine.backends.cudnn import CudnnEngine, load_batches
 from engine.backends.cudnn_measure import measure
 from engine.backends.pipeline import Slot
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
-from engine.preprocessed import load_preprocessed
 from engine.int8_graph import Convolution, Int8Graph, Layer
+from engine.preprocessed import load_preprocessed
 from engine.protocol import DETECTION_FIELDS, EngineError
 from engine.report import write_json
 
