@@ -59,7 +59,7 @@ def test_shipped_files_are_understood(path):
     [  # NVIDIA's v2.0 configuration of an A100: 64 Offline, 8 Server
         ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb", "tensorrt", (64, 8)),
         ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb", "tensorrt", (64, 8)),
-        ("NVIDIA H100 80GB HBM3", "h100-sxm-80gb", "cudnn", (64, 64)),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm-80gb", "cudnn", (64, 48)),
     ],
 )
 def test_gpus_are_found_by_the_names_of_their_driver(monkeypatch, gpu, name, engine, batches):
