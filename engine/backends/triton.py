@@ -351,7 +351,8 @@ def _wait_ready(client: Any, url: str) -> None:
             if progress is not None:
                 progress(round(waited), round(START_UP_SECONDS))
             elif not said:
-                sys.stderr.write(f"waiting for the Triton server {url}: {why}\n")
+                most = f"{START_UP_SECONDS:.0f} s at most"
+                sys.stderr.write(f"waiting for the Triton server {url}, {most}: {why}\n")
                 said = True
             time.sleep(_POLL_SECONDS)
 
