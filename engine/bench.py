@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import typer
 from numpy.typing import NDArray
 
 from engine.calibration import calibrate
+from engine.command import run_command
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
 from engine.load import load_engine
 from engine.network import load_detector
@@ -142,11 +142,7 @@ def _calibrate(model: Path, source: PreprocessedSet, count: int) -> float:
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app()
-    except EngineError as error:
-        typer.echo(f"engine: error: {error}", err=True)
-        sys.exit(2)
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ detections are those of the CPU.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from engine.backends.onnxruntime import load_whole
 from engine.backends.onnxruntime_cuda import CUDA_OPTIONS, SplitSession, load_split
 from engine.backends.onnxruntime_split import UnsplitError
+from engine.command import run_command
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
 from engine.matching import match_detections
 from engine.preprocessed import load_preprocessed
@@ -186,11 +186,7 @@ def _matched(actual: Rows, expected: Rows) -> float | None:
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app()
-    except EngineError as error:
-        typer.echo(f"engine: error: {error}", err=True)
-        sys.exit(2)
+    run_command(app)
 
 
 if __name__ == "__main__":

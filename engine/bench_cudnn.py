@@ -10,7 +10,6 @@ torchvision's NMS for each image.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from engine.backends.cuda import Stream, check, runtime, use_gpu
 from engine.backends.cudnn import CudnnEngine, load_batches
 from engine.backends.cudnn_measure import measure
 from engine.backends.pipeline import Slot
+from engine.command import run_command
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
 from engine.int8_graph import Convolution, Int8Graph, Layer
 from engine.preprocessed import load_preprocessed
@@ -296,11 +296,7 @@ def _print_layers(layers: Sequence[LayerTime]) -> None:
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app()
-    except EngineError as error:
-        typer.echo(f"engine: error: {error}", err=True)
-        sys.exit(2)
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from engine.command import run_command
 from engine.protocol import EngineError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -84,11 +84,7 @@ def _draw_layers(axis: Any, batch: int, layers: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app()
-    except EngineError as error:
-        typer.echo(f"engine: error: {error}", err=True)
-        sys.exit(2)
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from engine.command import run_command
 from engine.progress import progress_bar
 from engine.protocol import EngineError, InputSpec
 
@@ -323,11 +324,7 @@ def inspect(
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app(prog_name="engine")
-    except EngineError as error:
-        typer.echo(f"engine: error: {error}", err=True)
-        sys.exit(2)
+    run_command(app, "engine")
 
 
 def _image_spec(model: Path) -> InputSpec:

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +28,13 @@ from numpy.typing import DTypeLike, NDArray
 from engine.backends.blocking import BlockingSession
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
 from engine.files import write_atomically
-from engine.leaving import leave_now
 from engine.load import load_engine
 from engine.preprocessed import MEAN, STD
-from engine.protocol import DETECTION_FIELDS, Engine, EngineError, InputSpec, Session
+from engine.protocol import DETECTION_FIELDS, Engine, InputSpec, Session
+from harness.command import run_command
 from harness.dataset import Dataset, known_dataset, load_map
 from harness.errors import HarnessError
-from harness.loadgen import USER_CONF, Outcome, RunFailedError, run_test
+from harness.loadgen import USER_CONF, Outcome, run_test
 from harness.loadgen_log import DetailLog, read_complete
 from harness.preprocess import preprocess
 from harness.qsl import SampleSource
@@ -356,14 +355,7 @@ def _plain_preprocess(image_dir: Path, names: tuple[str, ...], size: int) -> flo
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app()
-    except (HarnessError, EngineError) as error:
-        typer.echo(f"harness: error: {error}", err=True)
-        sys.exit(2)
-    except RunFailedError as error:
-        typer.echo(f"harness: error: {error}", err=True)
-        leave_now(error.exit_code)
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from engine.npy import npy_path, write_npy
 from engine.preprocessed import PreprocessedSet
 from engine.protocol import InputSpec
 from harness.bench import write_document
+from harness.command import run_command
 from harness.errors import HarnessError
 
 _TOGETHER = 64  # samples that LoadGen has loaded together
@@ -145,11 +145,7 @@ def _drop(paths: Sequence[Path]) -> None:
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app()
-    except HarnessError as error:
-        typer.echo(f"harness: error: {error}", err=True)
-        sys.exit(2)
+    run_command(app)
 
 
 if __name__ == "__main__":

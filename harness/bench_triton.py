@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -24,12 +23,10 @@ from numpy.typing import NDArray
 from engine.backends.triton import TritonEngine
 from engine.backends.triton import load as connect
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
-from engine.leaving import leave_now
 from engine.load import load_engine
-from engine.protocol import Engine, EngineError
+from engine.protocol import Engine
 from harness.bench import RandomImages, run_once, write_document
-from harness.errors import HarnessError
-from harness.loadgen import RunFailedError
+from harness.command import run_command
 from harness.settings import Offline, Server, Settings
 from harness.triton_repository import write_repository
 from harness.triton_server import find_server, running_server
@@ -175,14 +172,7 @@ def _offline_rate(engine: Engine, batch: int) -> float:
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app()
-    except (HarnessError, EngineError) as error:
-        typer.echo(f"harness: error: {error}", err=True)
-        sys.exit(2)
-    except RunFailedError as error:
-        typer.echo(f"harness: error: {error}", err=True)
-        leave_now(error.exit_code)
+    run_command(app)
 
 
 if __name__ == "__main__":

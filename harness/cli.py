@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import platform
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from engine.leaving import leave_in_order
-from engine.protocol import EngineError
 from harness.cli_doctor import doctor
 from harness.cli_download import download_app
 from harness.cli_preprocess import preprocess
 from harness.cli_route import register as register_route
 from harness.cli_submission import compliance, submission
 from harness.cli_triton import triton_repository
+from harness.command import run_command
 from harness.dataset import known_dataset, load_map, preprocessed_dir
 from harness.devices import load_engines, parse_devices, parse_urls
 from harness.errors import HarnessError
@@ -229,15 +228,7 @@ app.command()(doctor)
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app()
-    except (HarnessError, EngineError) as error:
-        _complain(error)
-        sys.exit(2)
-
-
-def _complain(error: Exception) -> None:
-    typer.echo(f"harness: error: {error}", err=True)
+    run_command(app)
 
 
 def _whole(value: float | None) -> float | int | None:

@@ -11,7 +11,8 @@ import typer
 
 from engine.leaving import leave_in_order
 from engine.load import BACKENDS
-from harness.errors import HarnessError
+from harness.command import leave
+from harness.errors import HarnessError, RunFailedError
 from harness.options import Backend, BuildDir
 from harness.settings import MODEL, MODES, SCENARIOS
 from harness.system_config import VERSIONS
@@ -137,9 +138,7 @@ def tune_command(
     """
     from engine.backends.cuda import gpu_index
     from harness.build_lock import locked
-    from harness.loadgen import RunFailedError
     from harness.route import DATASETS, route_of
-    from harness.run_all import leave
     from harness.run_args import choice
     from harness.tune import Tuning, config_path, config_text, tune, write_config
 

@@ -9,9 +9,10 @@ import typer
 
 from engine.progress import progress_bar
 from harness.audit import COMPLIANCE_TESTS
+from harness.command import leave
 from harness.dataset import known_dataset, preprocessed_dir
 from harness.devices import load_engines, parse_devices, parse_urls
-from harness.errors import HarnessError
+from harness.errors import HarnessError, RunFailedError
 from harness.options import Backend, BuildDir, Device, Devices, Url
 
 if TYPE_CHECKING:
@@ -63,10 +64,8 @@ def compliance(
     if name not in COMPLIANCE_TESTS:
         raise HarnessError(f"unknown test {test!r}; choose of: {', '.join(COMPLIANCE_TESTS)}")
     from harness.compliance import check_compliance, find_bases
-    from harness.loadgen import RunFailedError
     from harness.preprocess import open_current
     from harness.run import Benchmark
-    from harness.run_all import leave
 
     bases = find_bases([base])
     numbers = None if devices is None else parse_devices(devices)

@@ -14,7 +14,7 @@ from engine.numa import gpu_cpus, running_on
 from engine.progress import Progress
 from engine.protocol import Engine, EngineError
 from harness.audit import Audit
-from harness.errors import HarnessError
+from harness.errors import HarnessError, RunFailedError
 from harness.loadgen_log import DetailLog, read_complete
 from harness.qsl import SampleLibrary, SampleSource
 from harness.settings import (
@@ -34,23 +34,6 @@ AUDIT_CONFIG = "audit.config"
 _POLL_SECONDS = 0.2
 _POLLS_PER_REPORT = 5  # drawing takes the GIL for some milliseconds, which the latencies feel
 _GRACE_SECONDS = 2.0
-
-
-class RunFailedError(Exception):
-    """A run that started and did not come to a good end. One line.
-
-    LoadGen cannot be stopped, so its threads may still be there, and an ordinary interpreter exit
-    would abort in them: a program that does not go on must leave with ``os._exit(exit_code)``.
-
-    Attributes
-    ----------
-    exit_code
-        1, or 130 after Ctrl-C.
-    """
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)

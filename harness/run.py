@@ -16,8 +16,8 @@ from engine.protocol import Engine
 from harness.accuracy import evaluate, read_accuracy_log
 from harness.audit import Audit
 from harness.dataset import Dataset, category_names, load_map
-from harness.errors import HarnessError
-from harness.loadgen import Outcome, RunFailedError, run_test
+from harness.errors import HarnessError, RunFailedError
+from harness.loadgen import Outcome, run_test
 from harness.loadgen_log import ACCURACY
 from harness.pictures import draw_detections
 from harness.qsl import SampleSource

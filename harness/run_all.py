@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
-from typing import NoReturn
 
 import typer
 
-from engine.leaving import leave_now
 from engine.progress import progress_bar
-from harness.errors import HarnessError
-from harness.loadgen import RunFailedError
+from harness.command import leave
+from harness.errors import HarnessError, RunFailedError
 from harness.report import print_table
 from harness.result import RunResult
 from harness.run import Benchmark, run
@@ -65,12 +63,6 @@ def run_all(tests: Sequence[Test]) -> None:
             print_table(results)
         leave(error)
     print_table(results)
-
-
-def leave(error: RunFailedError) -> NoReturn:
-    """End the process after a test that failed, see `RunFailedError`."""
-    typer.echo(f"harness: error: {error}", err=True)
-    leave_now(error.exit_code)
 
 
 def _announcement(settings: Settings, mode: Mode, samples: int) -> str:

@@ -28,6 +28,7 @@ import typer
 from engine.backends.triton import START_UP_SECONDS
 from engine.leaving import on_leaving
 from engine.progress import progress_bar
+from harness.command import run_command
 from harness.errors import HarnessError
 from harness.triton_repository import Repository
 
@@ -234,11 +235,7 @@ def _run(*command: str | Path) -> None:
 
 def main() -> None:
     """Run the command; a user error is one line and exit code 2."""
-    try:
-        app()
-    except HarnessError as error:
-        typer.echo(f"harness: error: {error}", err=True)
-        sys.exit(2)
+    run_command(app)
 
 
 if __name__ == "__main__":

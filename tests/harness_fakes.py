@@ -144,7 +144,9 @@ class PipelinedSession:
     def _work(self):
         while (images := self._given.get()) is not None:
             time.sleep(self._engine.seconds)
-            self._done.put(detect(np.concatenate(images)))
+            whole = np.concatenate(images)
+            del images  # it is the caller's, who may want its memory back after the result
+            self._done.put(detect(whole))
 
     def _fail(self, where):
         fault, _, place = self._fault.partition(" in ")
@@ -198,8 +200,7 @@ class BrokenMemory(Memory):
 
 
 def main(fault, directory, *rest):
-    from harness.errors import HarnessError
-    from harness.loadgen import RunFailedError
+    from harness.errors import HarnessError, RunFailedError
     from harness.run import Benchmark, run
     from harness.settings import load_settings
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from harness_fakes import SHAPE, FakeEngine, Memory, detect
 
-from harness.errors import HarnessError
-from harness.loadgen import RunFailedError, run_test
+from harness.errors import HarnessError, RunFailedError
+from harness.loadgen import run_test
 from harness.loadgen_log import ACCURACY, DETAIL, SUMMARY, read_complete
 from harness.report import find_results
 from harness.result import read_result

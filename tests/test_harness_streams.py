@@ -12,8 +12,8 @@ import pytest
 from harness_fakes import SHAPE, FakeEngine, Memory, PipelinedEngine, detect
 
 from engine.protocol import InputSpec
-from harness.errors import HarnessError
-from harness.loadgen import RunFailedError, run_test
+from harness.errors import HarnessError, RunFailedError
+from harness.loadgen import run_test
 from harness.loadgen_log import ACCURACY
 from harness.run import Benchmark, run
 from harness.settings import SCENARIOS, load_settings

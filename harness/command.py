@@ -1,0 +1,33 @@
+"""How a command ends: an error of the user or of a run is one line, without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from engine.leaving import leave_now
+from engine.protocol import EngineError
+from harness.errors import HarnessError, RunFailedError
+
+
+def run_command(app: typer.Typer) -> None:
+    """Run a command; an error of the user is one line on stderr and exit code 2."""
+    try:
+        app()
+    except (HarnessError, EngineError) as error:
+        _complain(error)
+        sys.exit(2)
+    except RunFailedError as error:
+        leave(error)
+
+
+def leave(error: RunFailedError) -> NoReturn:
+    """End the process at once, see `RunFailedError`."""
+    _complain(error)
+    leave_now(error.exit_code)
+
+
+def _complain(error: Exception) -> None:
+    typer.echo(f"harness: error: {error}", err=True)
