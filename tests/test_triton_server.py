@@ -119,8 +119,9 @@ def test_results_come_in_the_order_of_the_batches(server, direct, exported, batc
     session.close()
 
 
-def test_requests_that_the_server_joins(server, direct, exported, batch):
+def test_requests_that_the_server_joins(start, direct, exported, batch):
     """Several sessions at once: Triton puts their images into one batch."""
+    server = start("--model-config-name=Offline")  # in which requests wait for others
     engine = load_engine("triton", exported, device=server.url)
     sessions = [engine.session() for _ in range(len(batch))]
 
