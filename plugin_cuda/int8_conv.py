@@ -1,6 +1,6 @@
 """INT8 convolutions from Python: libint8_conv.so, for GPUs of compute capability 9.0.
 
-    run = conv3x3(batch, height, width, 64, x=..., weight=..., multiplier=..., bias=..., y=...)
+    run = conv3x3(batch, height, width, 64, 64, x=..., weight=..., multiplier=..., bias=..., y=...)
     run(stream)
 
 Tensors are device addresses; the caller owns their memory. Meaning and layouts: int8_conv.h.
@@ -19,14 +19,14 @@ from plugin_cuda.errors import PluginError
 from plugin_cuda.library import int32, library_path
 from plugin_cuda.loader import load
 
-VERSION = 1
+VERSION = 2
 """INT8_CONV_VERSION of the header that this module was written for."""
 
 COMPUTE_CAPABILITY = "9.0"
 """Of the GPUs that the kernels are written for."""
 
-CONV3X3_CHANNELS = (64, 128)
-"""Of the input, and as many of the output."""
+CONV3X3_CHANNELS = {64: 64, 128: 128, 256: 64}
+"""Of the input, and of what the output's are a multiple."""
 
 STEM_CHANNELS = 64
 STEM_MULTIPLE = 4
@@ -82,7 +82,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.int8_conv_status_string.argtypes = (integer,)
     library.int8_conv_status_string.restype = ctypes.c_char_p
     tensors = (address, address, address, address)
-    library.int8_conv_3x3.argtypes = (*[integer] * 4, *tensors, address, real, address, address)
+    library.int8_conv_3x3.argtypes = (*[integer] * 5, *tensors, address, real, address, address)
     library.int8_conv_3x3.restype = integer
     library.int8_conv_stem.argtypes = (*[integer] * 3, *tensors, real, address, address)
     library.int8_conv_stem.restype = integer
@@ -92,7 +92,8 @@ def conv3x3(
     batch: int,
     height: int,
     width: int,
-    channels: int,
+    inputs: int,
+    outputs: int,
     *,
     x: int,
     weight: int,
@@ -107,8 +108,8 @@ def conv3x3(
 
     Parameters
     ----------
-    channels
-        One of `CONV3X3_CHANNELS`.
+    inputs, outputs
+        Channels: one of `CONV3X3_CHANNELS`, and a multiple of its value.
     x, weight, multiplier, bias, y, residual
         Device addresses.
     library
@@ -119,7 +120,7 @@ def conv3x3(
     PluginError
         When there is no library, or a size does not fit in 32 bits.
     """
-    sizes = _sizes(batch=batch, height=height, width=width, channels=channels)
+    sizes = _sizes(batch=batch, height=height, width=width, inputs=inputs, outputs=outputs)
     arguments = (*sizes, x, weight, multiplier, bias, residual, residual_multiplier, y)
     return Run(library or load_conv_library(), "int8_conv_3x3", arguments)
 

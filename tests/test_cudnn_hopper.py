@@ -84,8 +84,8 @@ def test_what_the_library_is_called_with():
     assert run(graph, first) == ("int8_conv_stem", [5, 40, 80, 16, 128, 96, 112, 2.0, 32, 7])
     library = Recorder()
     hopper_candidate(library, graph, 1, second, CONSTANTS).bind(none)(7)
-    assert library.called[1][:-1] == (1, 10, 20, 64, 16, 80, 96, 112, None, 0.0, 32)
-    expected = [5, 10, 20, 64, 16, 80, 96, 112, 48, 0.125, 32, 7]
+    assert library.called[1][:-1] == (1, 10, 20, 64, 64, 16, 80, 96, 112, None, 0.0, 32)
+    expected = [5, 10, 20, 64, 64, 16, 80, 96, 112, 48, 0.125, 32, 7]
     assert run(graph, third) == ("int8_conv_3x3", expected)
     assert run(graph, last) is None
 
@@ -111,6 +111,7 @@ def with_tensor(graph, name, tensor):
         ("conv1", {"window": replace(THREE, dilation=(2, 2))}),
         ("conv1", {"weight": np.ones((64, 32, 3, 3), np.int8)}),
         ("conv1", {"weight": np.ones((96, 96, 3, 3), np.int8)}),
+        ("conv1", {"weight": np.ones((96, 64, 3, 3), np.int8)}),
         ("conv0", {"relu": False}),
         ("conv0", {"window": replace(SEVEN, pads=(2, 2, 2, 2))}),
         ("conv0", {"weight": np.ones((16, 3, 7, 7), np.int8)}),
@@ -145,7 +146,7 @@ def test_what_was_fastest_is_measured_once_and_kept(monkeypatch):
     cudnn = Candidate("cudnn", 0, None)
     alone = SimpleNamespace(constants={}, candidate=lambda *_: cudnn)
 
-    def slowest_first(_self, candidates, sizes):
+    def slowest_first(_self, candidates, sizes, _settle_s):
         measured.append(sizes)
         return candidates[-1].name
 

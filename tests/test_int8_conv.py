@@ -50,12 +50,16 @@ def test_stem_weight_refuses(shape, dtype):
 @pytest.mark.parametrize(
     ("sizes", "pointers", "message"),
     [
-        ((0, 8, 8, 64), {}, "a shape that the kernel does not take"),
-        ((1, 8, 0, 64), {}, "a shape that the kernel does not take"),
-        ((1, 8, 8, 96), {}, "a shape that the kernel does not take"),
-        ((1, 8, 8, 128), {"x": 0}, "a pointer is null"),
-        ((1, 8, 8, 64), {"y": 24}, "a pointer is not aligned to 16 bytes"),
-        ((1, 8, 8, 64), {"residual": 8}, "a pointer is not aligned to 16 bytes"),
+        ((0, 8, 8, 64, 64), {}, "a shape that the kernel does not take"),
+        ((1, 8, 0, 64, 64), {}, "a shape that the kernel does not take"),
+        ((1, 8, 8, 96, 64), {}, "a shape that the kernel does not take"),
+        ((1, 8, 8, 64, 96), {}, "a shape that the kernel does not take"),
+        ((1, 8, 8, 128, 64), {}, "a shape that the kernel does not take"),
+        ((1, 8, 8, 256, 0), {}, "a shape that the kernel does not take"),
+        ((1, 8, 8, 256, 8192), {}, "a shape that the kernel does not take"),
+        ((1, 8, 8, 128, 128), {"x": 0}, "a pointer is null"),
+        ((1, 8, 8, 64, 64), {"y": 24}, "a pointer is not aligned to 16 bytes"),
+        ((1, 8, 8, 256, 64), {"residual": 8}, "a pointer is not aligned to 16 bytes"),
     ],
 )
 def test_conv3x3_refuses(library, sizes, pointers, message):
@@ -78,7 +82,7 @@ def test_stem_refuses(library, sizes, pointers, message):
 
 def test_a_size_that_c_would_cut_short(library):
     with pytest.raises(PluginError, match=r"batch=4294967297 does not fit in 32 bits"):
-        conv3x3(2**32 + 1, 8, 8, 64, **CONV, library=library)
+        conv3x3(2**32 + 1, 8, 8, 64, 64, **CONV, library=library)
 
 
 def test_library_that_is_not_there(tmp_path):

@@ -48,21 +48,28 @@ def launch(run):
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize(
+    "channels", [(64, 64), (64, 192), (128, 128), (128, 256), (256, 256), (256, 64)]
+)
 @pytest.mark.parametrize(
     ("batch", "height", "width"),
     [(1, 1, 1), (1, 30, 8), (2, 37, 21), (5, 75, 75), (1, 150, 150), (3, 300, 300)],
 )
 def test_conv3x3(batch, height, width, channels, residual):
-    rng = np.random.default_rng([batch, height, channels, residual])
-    shape = (batch, height, width, channels)
-    x = random_bytes(rng, *shape)
-    weight = random_bytes(rng, channels, 3, 3, channels)
-    multiplier, bias = multipliers(rng, channels, 9 * channels)
+    inputs, outputs = channels
+    rng = np.random.default_rng([batch, height, inputs, outputs, residual])
+    x = random_bytes(rng, batch, height, width, inputs)
+    weight = random_bytes(rng, outputs, 3, 3, inputs)
+    multiplier, bias = multipliers(rng, outputs, 9 * inputs)
+    shape = (batch, height, width, outputs)
     skip, step = random_bytes(rng, *shape), 0.37
     y = torch.full(shape, POISON, dtype=torch.int8, device="cuda")
     run = conv3x3(
-        *shape,
+        batch,
+        height,
+        width,
+        inputs,
+        outputs,
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         multiplier=multiplier.data_ptr(),
@@ -118,15 +125,17 @@ def test_stem(batch, height, width, pool_multiplier):
     assert (difference > 0).double().mean() < 1e-3
 
 
-def test_runs_are_the_same():
+@pytest.mark.parametrize("channels", [64, 128, 256])
+def test_runs_are_the_same(channels):
     """Ten runs of one input, over poisoned outputs: the same bits."""
     rng = np.random.default_rng(0)
-    shape = (4, 150, 150, 128)
-    x, weight = random_bytes(rng, *shape), random_bytes(rng, 128, 3, 3, 128)
-    multiplier, bias = multipliers(rng, 128, 9 * 128)
+    shape = (4, 150, 150, channels)
+    x, weight = random_bytes(rng, *shape), random_bytes(rng, channels, 3, 3, channels)
+    multiplier, bias = multipliers(rng, channels, 9 * channels)
     y = torch.empty(shape, dtype=torch.int8, device="cuda")
     run = conv3x3(
         *shape,
+        channels,
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         multiplier=multiplier.data_ptr(),

@@ -66,8 +66,8 @@ def is_conv3x3(graph: Int8Graph, group: Sequence[Layer]) -> bool:
         and layer.relu
         and layer.window == _CONV
         and graph.tensors[layer.y].scale is not None
-        and layer.weight.shape[0] == layer.weight.shape[1]
-        and layer.weight.shape[0] in CONV3X3_CHANNELS
+        and layer.weight.shape[1] in CONV3X3_CHANNELS
+        and layer.weight.shape[0] % CONV3X3_CHANNELS[layer.weight.shape[1]] == 0
     )
 
 
@@ -144,6 +144,7 @@ def hopper_candidate(
             source.height,
             source.width,
             source.channels,
+            target.channels,
             x=places.x,
             weight=constants[WEIGHT],
             multiplier=constants[MULTIPLIER],

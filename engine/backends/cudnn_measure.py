@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream
 from engine.backends.cudnn_hopper import Hopper, hopper_candidate
@@ -36,21 +36,35 @@ _MOST_REPEATS = 20
 _HOPELESS = 2.0
 """How much slower than the fastest a kernel may be in its first run and still be measured."""
 
+_SUSTAINED_BATCH = 16
+"""From this batch size on, libint8_conv.so and cuDNN are compared as they are at the GPU's limit of
+power, which a large batch runs into: in a burst, a kernel that takes more power looks better."""
+
+_SETTLE_S = 0.4
+"""Seconds of one kernel, after which the clock has found its frequency."""
+
 _BLOCK = 1 << 22
 """Bytes of random data, repeated in larger tensors."""
 
+_DEVIATION = 25
+"""Of the random data, in steps of its scale: power depends on what is multiplied."""
 
-def measure(stream: Stream, run: Run, fastest: float = float("inf")) -> float:
+
+def measure(
+    stream: Stream, run: Run, fastest: float = float("inf"), *, settle_s: float = 0.0
+) -> float:
     """Milliseconds of some work, replayed as a CUDA graph so that the host does not count.
 
     Parameters
     ----------
     fastest
         The best time so far; work that is hopelessly slower at first is not repeated.
+    settle_s
+        Seconds for which it is repeated before it is measured.
     """
     start, end = stream.event(timing=True), stream.event(timing=True)
 
-    def time(work: Callable[[], None]) -> float:
+    def timed(work: Callable[[], None]) -> float:
         stream.record(start)
         work()
         stream.record(end)
@@ -59,7 +73,7 @@ def measure(stream: Stream, run: Run, fastest: float = float("inf")) -> float:
 
     run(stream.handle)  # loads the kernel
     stream.synchronize()
-    once = time(stream.capture(lambda: run(stream.handle)))
+    once = timed(stream.capture(lambda: run(stream.handle)))
     if once > _HOPELESS * fastest:
         return once
     repeats = max(1, min(_MOST_REPEATS, int(_ROUND_MS / once)))
@@ -69,7 +83,10 @@ def measure(stream: Stream, run: Run, fastest: float = float("inf")) -> float:
             run(stream.handle)
 
     replay = stream.capture(work)
-    return min(time(replay) for _ in range(_ROUNDS)) / repeats
+    settled = time.monotonic() + settle_s
+    while time.monotonic() < settled:
+        timed(replay)
+    return min(timed(replay) for _ in range(_ROUNDS)) / repeats
 
 
 def measure_plans(
@@ -143,16 +160,19 @@ class Chooser:
         candidates = {one.name: one for one in (cudnn, own)}
         key = f"{' or '.join(candidates)} of {self._hopper.sha256}, bytes {sizes}"
         if self.winners.get(key) not in candidates:
-            self.winners[key] = self._measure(list(candidates.values()), sizes)
+            settle_s = _SETTLE_S if batch >= _SUSTAINED_BATCH else 0.0
+            self.winners[key] = self._measure(list(candidates.values()), sizes, settle_s)
         return candidates[self.winners[key]]
 
-    def _measure(self, candidates: Sequence[Candidate], sizes: tuple[int, int, int]) -> str:
+    def _measure(
+        self, candidates: Sequence[Candidate], sizes: tuple[int, int, int], settle_s: float
+    ) -> str:
         """Name of the fastest; all that the stream owns is released."""
         stream = self._stream
-        x, y, residual = (_random(stream, size, half=False) if size else None for size in sizes)
+        x, y, residual = (_random(stream, size) if size else None for size in sizes)
         workspace = stream.device(max(one.workspace_bytes for one in candidates) + 1)
         places = Places(x or 0, y or 0, residual, workspace)
-        times = [measure(stream, candidate.bind(places)) for candidate in candidates]
+        times = [measure(stream, one.bind(places), settle_s=settle_s) for one in candidates]
         stream.free()
         return candidates[times.index(min(times))].name
 
@@ -166,12 +186,12 @@ def _tensors(stream: Stream, shape: ConvShape) -> dict[int, int]:
     small = np.full(shape.filters, 1e-3, np.float32)
     found = {
         X: _random(stream, x << half, half=half),
-        WEIGHT: _random(stream, weight << half, half=half),
+        WEIGHT: _random(stream, weight << half, half=half, relu=False),
         Y: stream.device(y << (shape.target == "float16")),
     }
     numbers = [MULTIPLIER, BIAS]
     if shape.residual:
-        found[RESIDUAL] = _random(stream, y, half=False)
+        found[RESIDUAL] = _random(stream, y)
         numbers.append(RESIDUAL_MULTIPLIER)
     for number in numbers:
         found[number] = stream.device(small.nbytes)
@@ -179,12 +199,11 @@ def _tensors(stream: Stream, shape: ConvShape) -> dict[int, int]:
     return found
 
 
-def _random(stream: Stream, size: int, *, half: bool) -> int:
+def _random(stream: Stream, size: int, *, half: bool = False, relu: bool = True) -> int:
     """Allocate memory filled with random int8, or with float16 of the same values."""
-    block: NDArray[Any] = np.random.default_rng(0).integers(-128, 128, _BLOCK, np.int8)
-    if half:
-        block = block.astype(np.float16)
-    data = block.view(np.uint8)
+    block = np.random.default_rng(0).normal(0, _DEVIATION, _BLOCK)
+    block = np.rint(block.clip(0 if relu else -127, 127))
+    data = block.astype(np.float16 if half else np.int8).view(np.uint8)
     address = stream.device(size)
     for offset in range(0, size, data.nbytes):
         stream.upload(address + offset, data[: size - offset])

@@ -1,10 +1,14 @@
-// 3x3 convolution, stride 1, padding 1, of as many channels as it makes, INT8 NHWC.
+// 3x3 convolution, stride 1, padding 1, INT8 NHWC, of 64, 128 or 256 channels.
 //
 // The weights stay in registers as operand A of the warpgroup MMA: 64 output channels are its rows.
 // Operand B is a tile of pixels in shared memory, swizzled: a tap is the same tile read from
 // another start, so that nothing is loaded twice but the tile's border. One warpgroup loads, two
 // multiply, in turns: while one of them writes its results, the other has the tensor cores. Results
 // go through shared memory, over the residual where there is one, to full lines.
+//
+// Registers hold the weights of 64 output and 128 input channels for each of the two. With 64 input
+// channels they take every other tile; with 128, two blocks of output channels of the same tile;
+// with 256, the two halves of the input channels, whose sums the second one adds.
 #pragma once
 
 #include "finish.cuh"
@@ -13,64 +17,78 @@
 namespace int8_conv {
 
 struct Conv3x3 {
-  const int8_t* x;       // [batch, height, width, channels]
-  const int8_t* weight;  // [channels, 3, 3, channels]: output channel, row, column, input channel
-  const float* multiplier;  // [channels]
-  const float* bias;        // [channels]
+  const int8_t* x;       // [batch, height, width, inputs]
+  const int8_t* weight;  // [outputs, 3, 3, inputs]: output channel, row, column, input channel
+  const float* multiplier;  // [outputs]
+  const float* bias;        // [outputs]
   const int8_t* residual;   // as y
   float residual_multiplier;
-  int8_t* y;  // [batch, height, width, channels]
+  int8_t* y;  // [batch, height, width, outputs]
+  int outputs, slices;  // a slice is the output channels of a thread block
   int height, width;
   int tiles, tiles_x, tiles_y;
 };
 
-template <int kChannels_>
+template <int kInputs_>
 struct Conv3x3Shape {
-  static constexpr int kChannels = kChannels_;
-  static constexpr int kBlocks = kChannels / 64;           // of output channels
-  static constexpr int kRows = kChannels == 64 ? 30 : 14;  // of a tile of 8 columns
-  static constexpr int kPixels = 8 * kRows;                // columns of the MMA
-  static constexpr int kPitch = 10 * kChannels;            // a row of the tile, with borders
-  static constexpr int kTile = (kRows + 2) * kPitch;
+  static constexpr int kInputs = kInputs_;
+  static constexpr int kPart = kInputs < 128 ? kInputs : 128;  // input channels of a consumer
+  static constexpr int kParts = kInputs / kPart;
+  static constexpr int kBlocks = kInputs == 128 ? 2 : 1;  // of 64 output channels
+  static constexpr int kOutputs = 64 * kBlocks;           // of a thread block
+  static constexpr int kReaders = kParts * kBlocks;       // consumers that share a tile
+  static constexpr int kRows = kInputs == 64 ? 30 : 14;   // of a tile of 8 columns
+  static constexpr int kPixels = 8 * kRows;               // columns of the MMA
+  static constexpr int kPitch = 10 * kPart;               // a row of the tile, with borders
+  static constexpr int kTile = (kRows + 2) * kPitch;      // of one part
   static constexpr int kResults = kPixels * kPixelPitch;
-  static constexpr int kStage = (kTile + kBlocks * kResults + 1023) / 1024 * 1024;
-  static constexpr int kStages = 5;
-  static constexpr int kSteps = 9 * kChannels / 32;
-  static constexpr int kSharedBytes = kStages * kStage + 16 * kStages + 16;
+  static constexpr int kStage = (kParts * kTile + kBlocks * kResults + 1023) / 1024 * 1024;
+  static constexpr int kStages = kParts == 1 ? 5 : 4;
+  static constexpr int kSums = kParts == 1 ? 0 : 64 * kPixels * 4;  // handed to the other one
+  static constexpr int kSteps = 9 * kPart / 32;
+  // Registers of a loading and of a multiplying thread, as many as the multiprocessor has.
+  static constexpr int kLoading = kInputs == 64 ? 56 : kInputs == 128 ? 40 : 24;
+  static constexpr int kMultiplying = 252 - kLoading / 2;
+  static constexpr int kSharedBytes = kStages * kStage + kSums + 16 * kStages + 32;
+  static_assert(kTile % 1024 == 0 || kParts == 1);
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
 constexpr int kConvThreads = 3 * kWarpgroup;
 
-template <int kChannels, bool kResidual>
+template <int kInputs, bool kResidual>
 __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 p) {
-  using S = Conv3x3Shape<kChannels>;
+  using S = Conv3x3Shape<kInputs>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t stages = shared_address(shared);
-  const uint32_t full = stages + S::kStages * S::kStage, empty = full + 8 * S::kStages;
+  const uint32_t sums = stages + S::kStages * S::kStage;
+  const uint32_t full = sums + S::kSums, empty = full + 8 * S::kStages;
   const uint32_t turns = empty + 8 * S::kStages;  // of the consumers at the tensor cores
-  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+  const uint32_t sums_full = turns + 16, sums_empty = turns + 24;
+  const int warpgroup = uniform(threadIdx.x / kWarpgroup), thread = threadIdx.x % kWarpgroup;
+  const int slice = blockIdx.x % p.slices * S::kOutputs;
+  const int first_tile = blockIdx.x / p.slices, tile_step = gridDim.x / p.slices;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       barrier_init(full + 8 * i, kWarpgroup);
-      barrier_init(empty + 8 * i, kWarpgroup * S::kBlocks);
+      barrier_init(empty + 8 * i, kWarpgroup * S::kReaders);
     }
-    for (int i = 0; i < 2; ++i) barrier_init(turns + 8 * i, kWarpgroup);
+    for (int i = 0; i < 4; ++i) barrier_init(turns + 8 * i, kWarpgroup);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
 
   if (warpgroup == 0) {  // loads
-    fewer_registers<40>();
-    constexpr int kLag = 2;                    // tiles under way
-    constexpr int kPerPixel = kChannels / 16;  // chunks of 16 bytes
+    fewer_registers<S::kLoading>();
+    constexpr int kLag = 2;                  // tiles under way
+    constexpr int kPerPixel = kInputs / 16;  // chunks of 16 bytes
     const int chunk = thread % kPerPixel;
     int count = 0;
     const auto announce = [&](int stage) {
       fence_to_async();
       barrier_arrive(full + 8 * stage);
     };
-    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++count) {
+    for (int tile = first_tile; tile < p.tiles; tile += tile_step, ++count) {
       const int image = tile / (p.tiles_x * p.tiles_y);
       const int place = tile - image * p.tiles_x * p.tiles_y;
       const int top = place / p.tiles_x * S::kRows, left = place % p.tiles_x * 8;
@@ -78,6 +96,8 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
       barrier_wait(empty + 8 * stage, (count / S::kStages & 1) ^ 1);
       const uint32_t base = stages + stage * S::kStage;
       const int64_t image_start = static_cast<int64_t>(image) * p.height * p.width;
+      constexpr int kPartChunks = S::kPart / 16;
+      const uint32_t part = base + chunk / kPartChunks * S::kTile;
 #pragma unroll 5
       for (int i = thread / kPerPixel; i < (S::kRows + 2) * 10; i += kWarpgroup / kPerPixel) {
         const int row = i / 10, column = i - row * 10;
@@ -85,17 +105,20 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
         const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.height) &&
                             static_cast<unsigned>(x) < static_cast<unsigned>(p.width);
         const int64_t pixel = image_start + (inside ? y * p.width + x : 0);
-        copy_async(base + swizzle<kChannels>(i * kChannels + chunk * 16),
-                   p.x + pixel * kChannels + chunk * 16, inside);
+        copy_async(part + swizzle<S::kPart>(i * S::kPart + chunk % kPartChunks * 16),
+                   p.x + pixel * kInputs + chunk * 16, inside);
       }
       if (kResidual) {
+        constexpr int kOfResidual = S::kOutputs / 16;
+        const int piece = thread % kOfResidual;
+        const uint32_t results = base + S::kParts * S::kTile + piece / 4 * S::kResults;
 #pragma unroll 5
-        for (int i = thread / kPerPixel; i < S::kPixels; i += kWarpgroup / kPerPixel) {
+        for (int i = thread / kOfResidual; i < S::kPixels; i += kWarpgroup / kOfResidual) {
           const int y = top + i / 8, x = left + i % 8;
           const bool inside = y < p.height && x < p.width;
           const int64_t pixel = image_start + (inside ? y * p.width + x : 0);
-          copy_async(base + S::kTile + chunk / 4 * S::kResults + i * kPixelPitch + chunk % 4 * 16,
-                     p.residual + pixel * kChannels + chunk * 16, inside);
+          copy_async(results + i * kPixelPitch + piece % 4 * 16,
+                     p.residual + pixel * p.outputs + slice + piece * 16, inside);
         }
       }
       copies_commit();
@@ -107,29 +130,32 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
     copies_wait<0>();
     for (int i = count < kLag ? 0 : count - kLag; i < count; ++i) announce(i % S::kStages);
   } else {
-    more_registers<232>();
+    more_registers<S::kMultiplying>();
     const int consumer = warpgroup - 1;
     const int block = consumer % S::kBlocks;  // of output channels
+    const int part = consumer % S::kParts;    // of input channels
     const int warp = thread / 32, lane = thread % 32, group = lane / 4, quad = lane % 4;
     // Rows of the MMA that a thread holds, lane / 4 and + 8, are neighbouring channels.
-    const int channel = block * 64 + warp * 16 + 2 * group;
+    const int channel = slice + block * 64 + warp * 16 + 2 * group;
+    constexpr int kTapSteps = S::kPart / 32;
     uint32_t weight[S::kSteps * 4];
 #pragma unroll
     for (int step = 0; step < S::kSteps; ++step) {
-      const int8_t* k = p.weight + channel * 9 * kChannels + step * 32 + quad * 4;
+      const int8_t* k = p.weight + (channel * 9 + step / kTapSteps) * kInputs + part * S::kPart +
+                        step % kTapSteps * 32 + quad * 4;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         weight[step * 4 + i] =
-            *reinterpret_cast<const uint32_t*>(k + i % 2 * 9 * kChannels + i / 2 * 16);
+            *reinterpret_cast<const uint32_t*>(k + i % 2 * 9 * kInputs + i / 2 * 16);
       }
     }
     const Scales scales(p.multiplier, p.bias, p.residual_multiplier, channel);
 
-    constexpr int kStride = S::kBlocks == 1 ? 2 : 1;  // tiles alternate unless both take all
-    int count = S::kBlocks == 1 ? consumer : 0;
+    constexpr int kStride = S::kReaders == 1 ? 2 : 1;  // tiles alternate unless both take all
+    int count = S::kReaders == 1 ? consumer : 0;
     int turn = consumer == 0;  // the first one is the first consumer's
-    for (int tile = blockIdx.x + count * gridDim.x; tile < p.tiles;
-         tile += kStride * gridDim.x, count += kStride, turn ^= 1) {
+    for (int tile = first_tile + count * tile_step; tile < p.tiles;
+         tile += kStride * tile_step, count += kStride, turn ^= 1) {
       const int image = tile / (p.tiles_x * p.tiles_y);
       const int place = tile - image * p.tiles_x * p.tiles_y;
       const int top = place / p.tiles_x * S::kRows, left = place % p.tiles_x * 8;
@@ -138,22 +164,34 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
       const uint32_t base = stages + stage * S::kStage;
       barrier_wait(turns + 8 * consumer, turn);
       int32_t sum[S::kPixels / 2];
+      const uint64_t pixels = swizzled_descriptor<S::kPart>(base + part * S::kTile, S::kPitch);
       mma_fence();
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) {
-        const int tap = step / (kChannels / 32), part = step % (kChannels / 32);
-        const uint32_t start = base + (tap / 3 * 10 + tap % 3) * kChannels + part * 32;
-        Mma<S::kPixels>::run(sum, weight + step * 4,
-                             swizzled_descriptor<kChannels>(start, S::kPitch), step > 0);
+        const int tap = step / kTapSteps;
+        const int start = (tap / 3 * 10 + tap % 3) * S::kPart + step % kTapSteps * 32;
+        Mma<S::kPixels>::run(sum, weight + step * 4, advance(pixels, start), step > 0);
       }
       mma_commit();
       barrier_arrive(turns + 8 * (consumer ^ 1));
       mma_wait(sum);
 
-      const uint32_t results = base + S::kTile + block * S::kResults;
+      if constexpr (S::kParts > 1) {
+        if (consumer == 0) {
+          barrier_arrive(empty + 8 * stage);
+          barrier_wait(sums_empty, (count & 1) ^ 1);
+          store_sums(sums + thread * 16, sum);
+          barrier_arrive(sums_full);
+          continue;
+        }
+        barrier_wait(sums_full, count & 1);
+        add_sums(sums + thread * 16, sum);
+        barrier_arrive(sums_empty);
+      }
+      const uint32_t results = base + S::kParts * S::kTile + block * S::kResults;
       finish_tile<S::kRows, kResidual>(sum, scales, thread, consumer, results, shared,
-                                       p.y + block * 64, kChannels, image, top, left, p.height,
-                                       p.width);
+                                       p.y + slice + block * 64, p.outputs, image, top, left,
+                                       p.height, p.width);
       barrier_arrive(empty + 8 * stage);
     }
   }

@@ -34,6 +34,10 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// A value that all threads of a warp agree on. Taken from one of them, so that the compiler knows, and
+// keeps what depends on it in uniform registers, where the MMA takes its descriptors from.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFF, value, 0); }
+
 // Ordinary writes to shared memory become visible to the tensor cores.
 __device__ __forceinline__ void fence_to_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -83,10 +87,36 @@ __device__ __forceinline__ void store_pixels(uint32_t address, const uint32_t (&
                : "memory");
 }
 
+// Sums of a warpgroup, from one to another of its threads of the same number: four at a time, those
+// of all threads side by side.
+template <int kCount>
+__device__ __forceinline__ void store_sums(uint32_t address, const int32_t (&sum)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address + i * 4 * kWarpgroup),
+                 "r"(sum[i]), "r"(sum[i + 1]), "r"(sum[i + 2]), "r"(sum[i + 3])
+                 : "memory");
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void add_sums(uint32_t address, int32_t (&sum)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    int32_t other[4];
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(other[0]), "=r"(other[1]), "=r"(other[2]), "=r"(other[3])
+                 : "r"(address + i * 4 * kWarpgroup)
+                 : "memory");
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[i + j] += other[j];
+  }
+}
+
 // Operand B without swizzle: core matrices of 8 pixels x 16 bytes, the pixels 16 bytes apart;
 // `chunk` bytes to the next 16 bytes of K, `group` bytes to the next 8 pixels.
 __device__ __forceinline__ uint64_t pixels_descriptor(uint32_t address, int chunk, int group) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(chunk >> 4) << 16 |
+  return static_cast<uint64_t>(address >> 4) | static_cast<uint64_t>(chunk >> 4) << 16 |
          static_cast<uint64_t>(group >> 4) << 32;
 }
 
@@ -95,8 +125,15 @@ __device__ __forceinline__ uint64_t pixels_descriptor(uint32_t address, int chun
 template <int kRow>
 __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address, int group) {
   static_assert(kRow == 64 || kRow == 128);
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(1) << 16 |
+  return static_cast<uint64_t>(address >> 4) | static_cast<uint64_t>(1) << 16 |
          static_cast<uint64_t>(group >> 4) << 32 | static_cast<uint64_t>(kRow == 64 ? 2 : 1) << 62;
+}
+
+// The descriptor of an operand so many bytes further on. One addition: the MMA that waits for a chain
+// of them starts late.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + bytes / 16;
+  return descriptor >> 32 << 32 | low;
 }
 
 // Where the byte at `offset` from an address aligned to 1024 lies in that layout.

@@ -15,6 +15,7 @@ using namespace int8_conv;
 
 constexpr int kMaxSide = 1 << 14;
 constexpr int kMaxBatch = 1 << 16;
+constexpr int kMaxOutputs = 1 << 12;
 
 struct Device {
   int32_t status = INT8_CONV_OK;
@@ -59,17 +60,32 @@ int32_t launch(Kernel kernel, int blocks, int threads, int bytes, const Params& 
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-template <int kChannels>
+// Output channels come in multiples of this; 0: no kernel takes so many input channels.
+int outputs_multiple(int inputs) {
+  switch (inputs) {
+    case 64:
+      return Conv3x3Shape<64>::kOutputs;
+    case 128:
+      return Conv3x3Shape<128>::kOutputs;
+    case 256:
+      return Conv3x3Shape<256>::kOutputs;
+    default:
+      return 0;
+  }
+}
+
+template <int kInputs>
 int32_t run_conv3x3(Conv3x3 p, int batch, int multiprocessors, cudaStream_t stream) {
-  using S = Conv3x3Shape<kChannels>;
+  using S = Conv3x3Shape<kInputs>;
+  p.slices = p.outputs / S::kOutputs;
   p.tiles_x = ceil_div(p.width, 8);
   p.tiles_y = ceil_div(p.height, S::kRows);
   const int64_t tiles = static_cast<int64_t>(batch) * p.tiles_x * p.tiles_y;
   if (tiles > INT32_MAX / 4) return INT8_CONV_BAD_SHAPE;
   p.tiles = static_cast<int>(tiles);
-  const int blocks = std::min(p.tiles, multiprocessors);
-  const auto kernel =
-      p.residual ? conv3x3_kernel<kChannels, true> : conv3x3_kernel<kChannels, false>;
+  // Every slice has as many thread blocks, and they are at the same tile at about the same time.
+  const int blocks = p.slices * std::min(p.tiles, std::max(1, multiprocessors / p.slices));
+  const auto kernel = p.residual ? conv3x3_kernel<kInputs, true> : conv3x3_kernel<kInputs, false>;
   return launch(kernel, blocks, kConvThreads, S::kSharedBytes, p, stream);
 }
 
@@ -100,12 +116,14 @@ const char* int8_conv_status_string(int32_t status) {
   return "unknown status";
 }
 
-int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t channels,
-                      const int8_t* x, const int8_t* weight, const float* multiplier,
-                      const float* bias, const int8_t* residual, float residual_multiplier,
-                      int8_t* y, int8_conv_stream stream) {
+int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t inputs,
+                      int32_t outputs, const int8_t* x, const int8_t* weight,
+                      const float* multiplier, const float* bias, const int8_t* residual,
+                      float residual_multiplier, int8_t* y, int8_conv_stream stream) {
+  const int multiple = outputs_multiple(inputs);
   if (batch < 1 || batch > kMaxBatch || height < 1 || height > kMaxSide || width < 1 ||
-      width > kMaxSide || (channels != 64 && channels != 128)) {
+      width > kMaxSide || !multiple || outputs < 1 || outputs > kMaxOutputs ||
+      outputs % multiple) {
     return INT8_CONV_BAD_SHAPE;
   }
   if (int32_t status = check_pointers({x, weight, multiplier, bias, residual ? residual : x, y})) {
@@ -113,10 +131,18 @@ int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t chan
   }
   const Device gpu = device();
   if (gpu.status) return gpu.status;
-  const Conv3x3 p{x, weight, multiplier, bias, residual, residual_multiplier,
-                  y, height, width,      0,    0,        0};
-  return channels == 64 ? run_conv3x3<64>(p, batch, gpu.multiprocessors, stream)
-                        : run_conv3x3<128>(p, batch, gpu.multiprocessors, stream);
+  Conv3x3 p{};
+  p.x = x, p.weight = weight, p.multiplier = multiplier, p.bias = bias, p.y = y;
+  p.residual = residual, p.residual_multiplier = residual_multiplier;
+  p.outputs = outputs, p.height = height, p.width = width;
+  switch (inputs) {
+    case 64:
+      return run_conv3x3<64>(p, batch, gpu.multiprocessors, stream);
+    case 128:
+      return run_conv3x3<128>(p, batch, gpu.multiprocessors, stream);
+    default:
+      return run_conv3x3<256>(p, batch, gpu.multiprocessors, stream);
+  }
 }
 
 int32_t int8_conv_stem(int32_t batch, int32_t height, int32_t width, const int8_t* x,

@@ -61,8 +61,8 @@ __device__ __forceinline__ void start_row(int32_t (&sum)[64], const uint32_t (&w
 #pragma unroll
   for (int step = 0; step < 8; ++step) {
     // columns start one pixel late: the strip's first one is there for alignment
-    const uint32_t start = rows[step / 2] + (1 + step % 2 * 2) * 16;
-    Mma<128>::run(sum, weight + step * 4, pixels_descriptor(start, 16, 128), step > 0);
+    const uint64_t row = pixels_descriptor(rows[step / 2], 16, 128);
+    Mma<128>::run(sum, weight + step * 4, advance(row, (1 + step % 2 * 2) * 16), step > 0);
   }
   mma_commit();
 }
@@ -119,7 +119,7 @@ constexpr int kStemThreads = 3 * kWarpgroup;
 __global__ void __launch_bounds__(kStemThreads, 1) stem_kernel(const Stem p) {
   using S = StemShape;
   extern __shared__ __align__(1024) uint8_t shared[];
-  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+  const int warpgroup = uniform(threadIdx.x / kWarpgroup), thread = threadIdx.x % kWarpgroup;
   const uint32_t start = shared_address(shared);
   const uint32_t barriers = start + 2 * S::kConsumer;
   if (threadIdx.x == 0) {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kStemThreads, 1) stem_kernel(const Stem p) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  const int consumer = warpgroup == 0 ? thread / 64 : warpgroup - 1;
+  const int consumer = uniform(warpgroup == 0 ? thread / 64 : warpgroup - 1);
   const uint32_t ring = start + consumer * S::kConsumer;
   const uint32_t full = barriers + consumer * 16 * S::kStages, empty = full + 8;
   const int first_tile = blockIdx.x * 2 + consumer, tile_step = gridDim.x * 2;

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define INT8_CONV_VERSION 1 /* changes with any change to this header */
+#define INT8_CONV_VERSION 2 /* changes with any change to this header */
 
 typedef struct CUstream_st* int8_conv_stream; /* cudaStream_t */
 
@@ -44,18 +44,20 @@ INT8_CONV_API int32_t int8_conv_version(void);
 /* One English sentence for a status; never null, valid for the life of the process. */
 INT8_CONV_API const char* int8_conv_status_string(int32_t status);
 
-/* 3x3 convolution, stride 1, padding 1, of 64 to 64 or 128 to 128 channels.
+/* 3x3 convolution, stride 1, padding 1, of 64 or 256 channels to a multiple of 64, or of 128 to a
+ * multiple of 128, 4096 at most.
  *
- * x           int8 [batch, height, width, channels]
- * weight      int8 [channels, 3, 3, channels]: output channel, row, column, input channel
- * multiplier  float32 [channels]; bias as well
- * residual    null, or int8 [batch, height, width, channels]; may not be y
- * y           int8 [batch, height, width, channels]
+ * x           int8 [batch, height, width, inputs]
+ * weight      int8 [outputs, 3, 3, inputs]: output channel, row, column, input channel
+ * multiplier  float32 [outputs]; bias as well
+ * residual    null, or int8 [batch, height, width, outputs]; may not be y
+ * y           int8 [batch, height, width, outputs]
  */
-INT8_CONV_API int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t channels,
-                                    const int8_t* x, const int8_t* weight, const float* multiplier,
-                                    const float* bias, const int8_t* residual,
-                                    float residual_multiplier, int8_t* y, int8_conv_stream stream);
+INT8_CONV_API int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t inputs,
+                                    int32_t outputs, const int8_t* x, const int8_t* weight,
+                                    const float* multiplier, const float* bias,
+                                    const int8_t* residual, float residual_multiplier, int8_t* y,
+                                    int8_conv_stream stream);
 
 /* 7x7 convolution, stride 2, padding 3, of 3 to 64 channels as above, then 3x3 max pooling, stride
  * 2, padding 1, of its y, then a second rounding: min(max(round(y * pool_multiplier), 0), 127).
