@@ -8,7 +8,8 @@
 //
 // Registers hold the weights of 64 output and 128 input channels for each of the two. With 64 input
 // channels they take every other tile; with 128, two blocks of output channels of the same tile;
-// with 256, the two halves of the input channels, whose sums the second one adds.
+// with 256, the two halves of the input channels, whose sums the second one adds. (It was slower to
+// let each of them finish half of the rows.)
 #pragma once
 
 #include "finish.cuh"
@@ -68,6 +69,11 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
   const int warpgroup = uniform(threadIdx.x / kWarpgroup), thread = threadIdx.x % kWarpgroup;
   const int slice = blockIdx.x % p.slices * S::kOutputs;
   const int first_tile = blockIdx.x / p.slices, tile_step = gridDim.x / p.slices;
+  const auto tile_of = [&](int number) {
+    const int image = number / (p.tiles_x * p.tiles_y);
+    const int place = number - image * p.tiles_x * p.tiles_y;
+    return Tile{image, place / p.tiles_x * S::kRows, place % p.tiles_x * 8};
+  };
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       barrier_init(full + 8 * i, kWarpgroup);
@@ -88,20 +94,18 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
       fence_to_async();
       barrier_arrive(full + 8 * stage);
     };
-    for (int tile = first_tile; tile < p.tiles; tile += tile_step, ++count) {
-      const int image = tile / (p.tiles_x * p.tiles_y);
-      const int place = tile - image * p.tiles_x * p.tiles_y;
-      const int top = place / p.tiles_x * S::kRows, left = place % p.tiles_x * 8;
+    for (int number = first_tile; number < p.tiles; number += tile_step, ++count) {
+      const Tile tile = tile_of(number);
       const int stage = count % S::kStages;
       barrier_wait(empty + 8 * stage, (count / S::kStages & 1) ^ 1);
       const uint32_t base = stages + stage * S::kStage;
-      const int64_t image_start = static_cast<int64_t>(image) * p.height * p.width;
+      const int64_t image_start = static_cast<int64_t>(tile.image) * p.height * p.width;
       constexpr int kPartChunks = S::kPart / 16;
       const uint32_t part = base + chunk / kPartChunks * S::kTile;
 #pragma unroll 5
       for (int i = thread / kPerPixel; i < (S::kRows + 2) * 10; i += kWarpgroup / kPerPixel) {
         const int row = i / 10, column = i - row * 10;
-        const int y = top + row - 1, x = left + column - 1;
+        const int y = tile.top + row - 1, x = tile.left + column - 1;
         const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.height) &&
                             static_cast<unsigned>(x) < static_cast<unsigned>(p.width);
         const int64_t pixel = image_start + (inside ? y * p.width + x : 0);
@@ -114,7 +118,7 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
         const uint32_t results = base + S::kParts * S::kTile + piece / 4 * S::kResults;
 #pragma unroll 5
         for (int i = thread / kOfResidual; i < S::kPixels; i += kWarpgroup / kOfResidual) {
-          const int y = top + i / 8, x = left + i % 8;
+          const int y = tile.top + i / 8, x = tile.left + i % 8;
           const bool inside = y < p.height && x < p.width;
           const int64_t pixel = image_start + (inside ? y * p.width + x : 0);
           copy_async(results + i * kPixelPitch + piece % 4 * 16,
@@ -154,17 +158,14 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
     constexpr int kStride = S::kReaders == 1 ? 2 : 1;  // tiles alternate unless both take all
     int count = S::kReaders == 1 ? consumer : 0;
     int turn = consumer == 0;  // the first one is the first consumer's
-    for (int tile = first_tile + count * tile_step; tile < p.tiles;
-         tile += kStride * tile_step, count += kStride, turn ^= 1) {
-      const int image = tile / (p.tiles_x * p.tiles_y);
-      const int place = tile - image * p.tiles_x * p.tiles_y;
-      const int top = place / p.tiles_x * S::kRows, left = place % p.tiles_x * 8;
+    for (int number = first_tile + count * tile_step; number < p.tiles;
+         number += kStride * tile_step, count += kStride, turn ^= 1) {
       const int stage = count % S::kStages;
       barrier_wait(full + 8 * stage, count / S::kStages & 1);
-      const uint32_t base = stages + stage * S::kStage;
+      const uint64_t pixels = swizzled_descriptor<S::kPart>(
+          stages + stage * S::kStage + part * S::kTile, S::kPitch);
       barrier_wait(turns + 8 * consumer, turn);
       int32_t sum[S::kPixels / 2];
-      const uint64_t pixels = swizzled_descriptor<S::kPart>(base + part * S::kTile, S::kPitch);
       mma_fence();
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) {
@@ -174,6 +175,7 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
       }
       mma_commit();
       barrier_arrive(turns + 8 * (consumer ^ 1));
+      const Tile tile = tile_of(number);
       mma_wait(sum);
 
       if constexpr (S::kParts > 1) {
@@ -188,10 +190,11 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
         add_sums(sums + thread * 16, sum);
         barrier_arrive(sums_empty);
       }
-      const uint32_t results = base + S::kParts * S::kTile + block * S::kResults;
-      finish_tile<S::kRows, kResidual>(sum, scales, thread, consumer, results, shared,
-                                       p.y + slice + block * 64, p.outputs, image, top, left,
-                                       p.height, p.width);
+      const uint32_t results =
+          stages + stage * S::kStage + S::kParts * S::kTile + block * S::kResults;
+      finish_tile<S::kRows, kResidual>(sum, scales, thread, consumer, results,
+                                       p.y + slice + block * 64, p.outputs, tile, p.height,
+                                       p.width);
       barrier_arrive(empty + 8 * stage);
     }
   }

@@ -19,19 +19,24 @@ struct Scales {
         residual(residual_multiplier / 127) {}
 };
 
-// Finish a tile of 8 columns and kRows rows at (top, left) of an image. `sum` is what Mma leaves,
-// its rows lane / 4 and + 8 neighbouring channels; at `results` there is room for the tile, with
-// the residual in it if there is one. `y` is the first of the 64 channels of the first image.
+// Where a tile lies.
+struct Tile {
+  int image, top, left;
+};
+
+// Finish a tile of 8 columns and kRows rows. `sum` is what Mma leaves, its rows lane / 4 and + 8
+// neighbouring channels; at `results` there is room for the tile, with the residual in it if there
+// is one. `y` is the first of the 64 channels of the first image.
 template <int kRows, bool kResidual>
 __device__ __forceinline__ void finish_tile(const int32_t (&sum)[4 * kRows], const Scales& scales,
-                                            int thread, int warpgroup, uint32_t results,
-                                            const uint8_t* shared, int8_t* y, int channels,
-                                            int image, int top, int left, int height, int width) {
+                                            int thread, int warpgroup, uint32_t results, int8_t* y,
+                                            int channels, const Tile& tile, int height,
+                                            int width) {
   const int warp = thread / 32, lane = thread % 32;
   const uint32_t mine = results + lane % 16 * kPixelPitch + warp * 16;
 #pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) {
-    const uint32_t address = mine + i * 16 * kPixelPitch;
+  for (int pair = 0; pair < kRows / 2; ++pair) {
+    const uint32_t address = mine + pair * 16 * kPixelPitch;
     uint32_t packed[2];
     if (kResidual) load_pixels(address, packed);
 #pragma unroll
@@ -40,7 +45,7 @@ __device__ __forceinline__ void finish_tile(const int32_t (&sum)[4 * kRows], con
       float out[4];
 #pragma unroll
       for (int b = 0; b < 4; ++b) {  // byte: pixel b / 2, channel b % 2
-        float value = fmaf(static_cast<float>(sum[i * 8 + half * 4 + b % 2 * 2 + b / 2]),
+        float value = fmaf(static_cast<float>(sum[pair * 8 + half * 4 + b % 2 * 2 + b / 2]),
                            scales.multiplier[b % 2], scales.bias[b % 2]);
         if (kResidual) {
           // 0x4B000000 is 2^23, whose last bit is worth 1: with a byte there it is 2^23 + byte
@@ -55,14 +60,23 @@ __device__ __forceinline__ void finish_tile(const int32_t (&sum)[4 * kRows], con
     store_pixels(address, packed);
   }
   warpgroup_sync(warpgroup);
-  const uint8_t* source = shared + (results - shared_address(shared));
+  // A thread has 16 channels of one column in every fourth row.
+  constexpr int kChunks = (kRows + 3) / 4;
+  const int column = lane / 4, chunk = lane % 4;
+  uint4 values[kChunks];
 #pragma unroll
-  for (int i = thread; i < kRows * 32; i += kWarpgroup) {
-    const int pixel = i / 4, row = top + pixel / 8, column = left + pixel % 8;
-    if (row < height && column < width) {
-      *reinterpret_cast<uint4*>(
-          y + ((static_cast<int64_t>(image) * height + row) * width + column) * channels +
-          i % 4 * 16) = *reinterpret_cast<const uint4*>(source + pixel * kPixelPitch + i % 4 * 16);
+  for (int i = 0; i < kChunks; ++i) {
+    if (4 * i + warp < kRows) {
+      values[i] = load_shared(results + ((4 * i + warp) * 8 + column) * kPixelPitch + chunk * 16);
+    }
+  }
+  const int64_t row_of_all = static_cast<int64_t>(tile.image) * height + tile.top + warp;
+  y += (row_of_all * width + tile.left + column) * channels + chunk * 16;
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const int row = 4 * i + warp;
+    if (row < kRows && tile.top + row < height && tile.left + column < width) {
+      *reinterpret_cast<uint4*>(y + static_cast<int64_t>(4 * i) * width * channels) = values[i];
     }
   }
 }

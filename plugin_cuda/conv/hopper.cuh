@@ -34,8 +34,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-// A value that all threads of a warp agree on. Taken from one of them, so that the compiler knows, and
-// keeps what depends on it in uniform registers, where the MMA takes its descriptors from.
+// A value that all threads of a warp agree on. Taken from one of them, so that the compiler knows,
+// and keeps what depends on it in uniform registers, where the MMA takes its descriptors from.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFF, value, 0); }
 
 // Ordinary writes to shared memory become visible to the tensor cores.
@@ -87,13 +87,24 @@ __device__ __forceinline__ void store_pixels(uint32_t address, const uint32_t (&
                : "memory");
 }
 
-// Sums of a warpgroup, from one to another of its threads of the same number: four at a time, those
-// of all threads side by side.
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+// Sums that a warpgroup leaves for another one, for its thread of the same number: four of a
+// thread, then those of the next thread.
+constexpr int kSumsPitch = 4 * kWarpgroup;  // bytes of one sum of all threads
+
 template <int kCount>
 __device__ __forceinline__ void store_sums(uint32_t address, const int32_t (&sum)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address + i * 4 * kWarpgroup),
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address + i * kSumsPitch),
                  "r"(sum[i]), "r"(sum[i + 1]), "r"(sum[i + 2]), "r"(sum[i + 3])
                  : "memory");
   }
@@ -103,13 +114,8 @@ template <int kCount>
 __device__ __forceinline__ void add_sums(uint32_t address, int32_t (&sum)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
-    int32_t other[4];
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(other[0]), "=r"(other[1]), "=r"(other[2]), "=r"(other[3])
-                 : "r"(address + i * 4 * kWarpgroup)
-                 : "memory");
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum[i + j] += other[j];
+    const uint4 other = load_shared(address + i * kSumsPitch);
+    sum[i] += other.x, sum[i + 1] += other.y, sum[i + 2] += other.z, sum[i + 3] += other.w;
   }
 }
 
@@ -129,8 +135,8 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address, int gr
          static_cast<uint64_t>(group >> 4) << 32 | static_cast<uint64_t>(kRow == 64 ? 2 : 1) << 62;
 }
 
-// The descriptor of an operand so many bytes further on. One addition: the MMA that waits for a chain
-// of them starts late.
+// The descriptor of an operand so many bytes further on. One addition: an MMA that waits for a
+// chain of operations starts late.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
   const uint32_t low = static_cast<uint32_t>(descriptor) + bytes / 16;
   return descriptor >> 32 << 32 | low;
