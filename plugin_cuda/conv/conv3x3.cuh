@@ -2,10 +2,9 @@
 //
 // The weights stay in registers as operand A of the warpgroup MMA: 64 output channels are its rows.
 // Operand B is a tile of pixels in shared memory, swizzled: a tap is the same tile read from
-// another start, so that nothing is loaded twice but the tile's border. One thread has the tiles
-// loaded, two warpgroups multiply, in turns: while one of them writes its results, the other has
-// the tensor cores. Results go through shared memory, over the residual where there is one, to full
-// lines.
+// another start, so that nothing is loaded twice but the tile's border. One warpgroup loads, two
+// multiply, in turns: while one of them writes its results, the other has the tensor cores. Results
+// go through shared memory, over the residual where there is one, to full lines.
 //
 // Registers hold the weights of 64 output and 128 input channels for each of the two. With 64 input
 // channels they take every other tile; with 128, two blocks of output channels of the same tile;
@@ -19,11 +18,11 @@
 namespace int8_conv {
 
 struct Conv3x3 {
-  CUtensorMap x;         // [batch, height, width, inputs]: boxes of Conv3x3Shape
-  CUtensorMap residual;  // as y, if there is one
+  const int8_t* x;       // [batch, height, width, inputs]
   const int8_t* weight;  // [outputs, 3, 3, inputs]: output channel, row, column, input channel
   const float* multiplier;  // [outputs]
   const float* bias;        // [outputs]
+  const int8_t* residual;   // as y
   float residual_multiplier;
   int8_t* y;  // [batch, height, width, outputs]
   int outputs, slices;  // a slice is the output channels of a thread block
@@ -43,11 +42,14 @@ struct Conv3x3Shape {
   static constexpr int kPixels = 8 * kRows;               // columns of the MMA
   static constexpr int kPitch = 10 * kPart;               // a row of the tile, with borders
   static constexpr int kTile = (kRows + 2) * kPitch;      // of one part
-  static constexpr int kResults = kPixels * 64;
+  static constexpr int kResults = kPixels * kPixelPitch;
   static constexpr int kStage = (kParts * kTile + kBlocks * kResults + 1023) / 1024 * 1024;
-  static constexpr int kStages = kParts == 1 ? 6 : 4;
+  static constexpr int kStages = kParts == 1 ? 5 : 4;
   static constexpr int kSums = kParts == 1 ? 0 : 64 * kPixels * 4;  // handed to the other one
   static constexpr int kSteps = 9 * kPart / 32;
+  // Registers of a loading and of a multiplying thread, as many as the multiprocessor has.
+  static constexpr int kLoading = kInputs == 64 ? 56 : kInputs == 128 ? 40 : 24;
+  static constexpr int kMultiplying = 252 - kLoading / 2;
   static constexpr int kSharedBytes = kStages * kStage + kSums + 16 * kStages + 32;
   static_assert(kTile % 1024 == 0 || kParts == 1);
   static_assert(kSharedBytes <= 227 * 1024);
@@ -56,8 +58,7 @@ struct Conv3x3Shape {
 constexpr int kConvThreads = 3 * kWarpgroup;
 
 template <int kInputs, bool kResidual>
-__global__ void __launch_bounds__(kConvThreads, 1)
-    conv3x3_kernel(const __grid_constant__ Conv3x3 p) {
+__global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 p) {
   using S = Conv3x3Shape<kInputs>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t stages = shared_address(shared);
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kConvThreads, 1)
   };
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      barrier_init(full + 8 * i, 1);
+      barrier_init(full + 8 * i, kWarpgroup);
       barrier_init(empty + 8 * i, kWarpgroup * S::kReaders);
     }
     for (int i = 0; i < 4; ++i) barrier_init(turns + 8 * i, kWarpgroup);
@@ -84,30 +85,56 @@ __global__ void __launch_bounds__(kConvThreads, 1)
   __syncthreads();
 
   if (warpgroup == 0) {  // loads
-    fewer_registers<24>();
-    if (thread > 0) return;
+    fewer_registers<S::kLoading>();
+    constexpr int kLag = 2;                  // tiles under way
+    constexpr int kPerPixel = kInputs / 16;  // chunks of 16 bytes
+    const int chunk = thread % kPerPixel;
     int count = 0;
+    const auto announce = [&](int stage) {
+      fence_to_async();
+      barrier_arrive(full + 8 * stage);
+    };
     for (int number = first_tile; number < p.tiles; number += tile_step, ++count) {
       const Tile tile = tile_of(number);
       const int stage = count % S::kStages;
-      const uint32_t base = stages + stage * S::kStage, results = base + S::kParts * S::kTile;
-      const uint32_t loaded = full + 8 * stage;
       barrier_wait(empty + 8 * stage, (count / S::kStages & 1) ^ 1);
-      barrier_arrive_and_expect(
-          loaded, S::kParts * S::kTile + (kResidual ? S::kBlocks * S::kResults : 0));
-      for (int part = 0; part < S::kParts; ++part) {
-        load_box(base + part * S::kTile, p.x, loaded, part * S::kPart, tile.left - 1, tile.top - 1,
-                 tile.image);
+      const uint32_t base = stages + stage * S::kStage;
+      const int64_t image_start = static_cast<int64_t>(tile.image) * p.height * p.width;
+      constexpr int kPartChunks = S::kPart / 16;
+      const uint32_t part = base + chunk / kPartChunks * S::kTile;
+#pragma unroll 5
+      for (int i = thread / kPerPixel; i < (S::kRows + 2) * 10; i += kWarpgroup / kPerPixel) {
+        const int row = i / 10, column = i - row * 10;
+        const int y = tile.top + row - 1, x = tile.left + column - 1;
+        const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.height) &&
+                            static_cast<unsigned>(x) < static_cast<unsigned>(p.width);
+        const int64_t pixel = image_start + (inside ? y * p.width + x : 0);
+        copy_async(part + swizzle<S::kPart>(i * S::kPart + chunk % kPartChunks * 16),
+                   p.x + pixel * kInputs + chunk * 16, inside);
       }
       if (kResidual) {
-        for (int block = 0; block < S::kBlocks; ++block) {
-          load_box(results + block * S::kResults, p.residual, loaded, slice + block * 64, tile.left,
-                   tile.top, tile.image);
+        constexpr int kOfResidual = S::kOutputs / 16;
+        const int piece = thread % kOfResidual;
+        const uint32_t results = base + S::kParts * S::kTile + piece / 4 * S::kResults;
+#pragma unroll 5
+        for (int i = thread / kOfResidual; i < S::kPixels; i += kWarpgroup / kOfResidual) {
+          const int y = tile.top + i / 8, x = tile.left + i % 8;
+          const bool inside = y < p.height && x < p.width;
+          const int64_t pixel = image_start + (inside ? y * p.width + x : 0);
+          copy_async(results + i * kPixelPitch + piece % 4 * 16,
+                     p.residual + pixel * p.outputs + slice + piece * 16, inside);
         }
       }
+      copies_commit();
+      if (count >= kLag) {
+        copies_wait<kLag>();
+        announce((count - kLag) % S::kStages);
+      }
     }
+    copies_wait<0>();
+    for (int i = count < kLag ? 0 : count - kLag; i < count; ++i) announce(i % S::kStages);
   } else {
-    more_registers<240>();
+    more_registers<S::kMultiplying>();
     const int consumer = warpgroup - 1;
     const int block = consumer % S::kBlocks;  // of output channels
     const int part = consumer % S::kParts;    // of input channels
@@ -168,7 +195,6 @@ __global__ void __launch_bounds__(kConvThreads, 1)
       finish_tile<S::kRows, kResidual>(sum, scales, thread, consumer, results,
                                        p.y + slice + block * 64, p.outputs, tile, p.height,
                                        p.width);
-      if (kResidual) fence_to_async();  // the next residual is loaded over what was written
       barrier_arrive(empty + 8 * stage);
     }
   }

@@ -5,6 +5,8 @@
 
 namespace int8_conv {
 
+constexpr int kPixelPitch = 80;  // of 64 results in shared memory: rows of 16 bytes meet all banks
+
 // What becomes of a thread's two channels. Results lie in [0, 127] / 127, so that the saturation of
 // the FMA is ReLU and clipping.
 struct Scales {
@@ -17,29 +19,24 @@ struct Scales {
         residual(residual_multiplier / 127) {}
 };
 
-// Where the 16 bytes of a chunk lie among the 64 of a pixel, as the hardware swizzles such rows.
-__device__ __forceinline__ int swizzled_chunk(int chunk, int pixel) {
-  return (chunk ^ (pixel >> 1 & 3)) * 16;
-}
-
 // Where a tile lies.
 struct Tile {
   int image, top, left;
 };
 
 // Finish a tile of 8 columns and kRows rows. `sum` is what Mma leaves, its rows lane / 4 and + 8
-// neighbouring channels; at `results` there is room for the tile, 64 bytes a pixel, swizzled, with
-// the residual in it if there is one. `y` is the first of the 64 channels of the first image.
+// neighbouring channels; at `results` there is room for the tile, with the residual in it if there
+// is one. `y` is the first of the 64 channels of the first image.
 template <int kRows, bool kResidual>
 __device__ __forceinline__ void finish_tile(const int32_t (&sum)[4 * kRows], const Scales& scales,
                                             int thread, int warpgroup, uint32_t results, int8_t* y,
                                             int channels, const Tile& tile, int height,
                                             int width) {
   const int warp = thread / 32, lane = thread % 32;
-  const uint32_t mine = results + lane % 16 * 64 + swizzled_chunk(warp, lane % 16);
+  const uint32_t mine = results + lane % 16 * kPixelPitch + warp * 16;
 #pragma unroll
   for (int pair = 0; pair < kRows / 2; ++pair) {
-    const uint32_t address = mine + pair * 16 * 64;
+    const uint32_t address = mine + pair * 16 * kPixelPitch;
     uint32_t packed[2];
     if (kResidual) load_pixels(address, packed);
 #pragma unroll
@@ -70,8 +67,7 @@ __device__ __forceinline__ void finish_tile(const int32_t (&sum)[4 * kRows], con
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     if (4 * i + warp < kRows) {
-      values[i] = load_shared(results + ((4 * i + warp) * 8 + column) * 64 +
-                              swizzled_chunk(chunk, column));
+      values[i] = load_shared(results + ((4 * i + warp) * 8 + column) * kPixelPitch + chunk * 16);
     }
   }
   const int64_t row_of_all = static_cast<int64_t>(tile.image) * height + tile.top + warp;

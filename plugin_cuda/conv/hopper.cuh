@@ -1,8 +1,6 @@
 // What the convolution kernels need of sm_90a: barriers, asynchronous copies, warpgroup MMA.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
 
 namespace int8_conv {
@@ -19,12 +17,6 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrive, and let the phase last until so many bytes of tensors were loaded, too.
-__device__ __forceinline__ void barrier_arrive_and_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
 }
 
 // Wait for the end of the phase of this parity.
@@ -65,15 +57,20 @@ __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Load a box of a tensor [image, row, column, channel]; zeros where it lies outside.
-__device__ __forceinline__ void load_box(uint32_t target, const CUtensorMap& tensor,
-                                         uint32_t barrier, int channel, int column, int row,
-                                         int image) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(target),
-      "l"(&tensor), "r"(channel), "r"(column), "r"(row), "r"(image), "r"(barrier)
-      : "memory");
+// 16 bytes; zeros where not `valid`.
+__device__ __forceinline__ void copy_async(uint32_t target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Two 8x8 matrices of pairs of channels, turned: a row in shared memory is a pixel's 16 bytes.
@@ -143,6 +140,12 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address, int gr
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
   const uint32_t low = static_cast<uint32_t>(descriptor) + bytes / 16;
   return descriptor >> 32 << 32 | low;
+}
+
+// Where the byte at `offset` from an address aligned to 1024 lies in that layout.
+template <int kRow>
+__device__ __forceinline__ uint32_t swizzle(uint32_t offset) {
+  return offset ^ (offset >> 7 & (kRow / 16 - 1)) << 4;
 }
 
 __device__ __forceinline__ void mma_fence() {

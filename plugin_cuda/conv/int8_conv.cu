@@ -74,35 +74,8 @@ int outputs_multiple(int inputs) {
   }
 }
 
-// A tensor [batch, height, width, channels], loaded in boxes of [1, rows, columns, box_channels],
-// which lie in shared memory swizzled by rows of box_channels: 64 or 128.
-int32_t describe(const int8_t* tensor, int batch, const Conv3x3& p, int channels, int box_channels,
-                 int columns, int rows, CUtensorMap* map) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
-  if (error) return INT8_CONV_CUDA_ERROR + error;
-  if (!function) return INT8_CONV_CUDA_ERROR + cudaErrorSymbolNotFound;
-  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  const cuuint64_t column = channels, row = column * p.width, image = row * p.height;
-  const cuuint64_t sizes[] = {column, static_cast<cuuint64_t>(p.width),
-                              static_cast<cuuint64_t>(p.height), static_cast<cuuint64_t>(batch)};
-  const cuuint64_t strides[] = {column, row, image};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_channels),
-                            static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(rows), 1};
-  const cuuint32_t steps[] = {1, 1, 1, 1};
-  const CUresult result = encode(
-      map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<int8_t*>(tensor), sizes, strides, box,
-      steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box_channels == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result ? INT8_CONV_CUDA_ERROR + cudaErrorInvalidValue : INT8_CONV_OK;
-}
-
 template <int kInputs>
-int32_t run_conv3x3(Conv3x3 p, const int8_t* x, const int8_t* residual, int batch,
-                    int multiprocessors, cudaStream_t stream) {
+int32_t run_conv3x3(Conv3x3 p, int batch, int multiprocessors, cudaStream_t stream) {
   using S = Conv3x3Shape<kInputs>;
   p.slices = p.outputs / S::kOutputs;
   p.tiles_x = ceil_div(p.width, 8);
@@ -112,12 +85,7 @@ int32_t run_conv3x3(Conv3x3 p, const int8_t* x, const int8_t* residual, int batc
   p.tiles = static_cast<int>(tiles);
   // Every slice has as many thread blocks, and they are at the same tile at about the same time.
   const int blocks = p.slices * std::min(p.tiles, std::max(1, multiprocessors / p.slices));
-  int32_t status = describe(x, batch, p, kInputs, S::kPart, 10, S::kRows + 2, &p.x);
-  if (!status && residual) {
-    status = describe(residual, batch, p, p.outputs, 64, 8, S::kRows, &p.residual);
-  }
-  if (status) return status;
-  const auto kernel = residual ? conv3x3_kernel<kInputs, true> : conv3x3_kernel<kInputs, false>;
+  const auto kernel = p.residual ? conv3x3_kernel<kInputs, true> : conv3x3_kernel<kInputs, false>;
   return launch(kernel, blocks, kConvThreads, S::kSharedBytes, p, stream);
 }
 
@@ -164,16 +132,16 @@ int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t inpu
   const Device gpu = device();
   if (gpu.status) return gpu.status;
   Conv3x3 p{};
-  p.weight = weight, p.multiplier = multiplier, p.bias = bias, p.y = y;
-  p.residual_multiplier = residual_multiplier;
+  p.x = x, p.weight = weight, p.multiplier = multiplier, p.bias = bias, p.y = y;
+  p.residual = residual, p.residual_multiplier = residual_multiplier;
   p.outputs = outputs, p.height = height, p.width = width;
   switch (inputs) {
     case 64:
-      return run_conv3x3<64>(p, x, residual, batch, gpu.multiprocessors, stream);
+      return run_conv3x3<64>(p, batch, gpu.multiprocessors, stream);
     case 128:
-      return run_conv3x3<128>(p, x, residual, batch, gpu.multiprocessors, stream);
+      return run_conv3x3<128>(p, batch, gpu.multiprocessors, stream);
     default:
-      return run_conv3x3<256>(p, x, residual, batch, gpu.multiprocessors, stream);
+      return run_conv3x3<256>(p, batch, gpu.multiprocessors, stream);
   }
 }
 

@@ -28,8 +28,6 @@ struct Stem {
   int tiles, strips, segments, segment_rows;
 };
 
-constexpr int kPixelPitch = 80;  // of 64 results in shared memory: rows of 16 bytes meet all banks
-
 struct StemShape {
   static constexpr int kColumns = 60;        // pooled, of a strip
   static constexpr int kConvColumns = 128;   // 121 of them count
