@@ -177,6 +177,22 @@ def test_what_was_fastest_is_measured_once_and_kept(monkeypatch):
     assert choose(None)[0] == ["cudnn"] * 8
 
 
+def test_large_batches_are_compared_at_the_limit_of_power(monkeypatch):
+    alone = SimpleNamespace(constants={}, candidate=lambda *_: Candidate("cudnn", 0, None))
+    settled = {}
+
+    def keep(_self, candidates, sizes, settle_s):
+        settled[sizes[0] // (3 * 40 * 80)] = settle_s
+        return candidates[0].name
+
+    monkeypatch.setattr(Chooser, "_measure", keep)
+    chooser = Chooser(alone, Hopper(Recorder(), ""), network(), None, {})
+    for batch in (1, 15, 16, 64):
+        chooser(batch, groups(network())[0])
+    assert settled[1] == settled[15] == 0
+    assert settled[16] == settled[64] > 0
+
+
 @pytest.mark.parametrize("capability", ["8.0", "8.9", "10.0", "12.0"])
 def test_other_gpus_are_left_to_cudnn(capability):
     assert hopper_library(capability) is None

@@ -60,6 +60,7 @@ def test_shipped_files_are_understood(path):
         ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb", "tensorrt", (64, 8)),
         ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb", "tensorrt", (64, 8)),
         ("NVIDIA H100 80GB HBM3", "h100-sxm-80gb", "cudnn", (64, 48)),
+        ("NVIDIA H200", "h200-sxm-141gb", "cudnn", (64, 48)),
     ],
 )
 def test_gpus_are_found_by_the_names_of_their_driver(monkeypatch, gpu, name, engine, batches):
