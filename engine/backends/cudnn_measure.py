@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream
 from engine.backends.cudnn_hopper import Hopper, hopper_candidate
@@ -201,10 +203,16 @@ def _tensors(stream: Stream, shape: ConvShape) -> dict[int, int]:
 
 def _random(stream: Stream, size: int, *, half: bool = False, relu: bool = True) -> int:
     """Allocate memory filled with random int8, or with float16 of the same values."""
-    block = np.random.default_rng(0).normal(0, _DEVIATION, _BLOCK)
-    block = np.rint(block.clip(0 if relu else -127, 127))
-    data = block.astype(np.float16 if half else np.int8).view(np.uint8)
+    block = _block(relu=relu)
+    data = (block.astype(np.float16) if half else block).view(np.uint8)
     address = stream.device(size)
     for offset in range(0, size, data.nbytes):
         stream.upload(address + offset, data[: size - offset])
     return address
+
+
+@cache
+def _block(*, relu: bool) -> NDArray[np.int8]:
+    """Draw int8 [_BLOCK] like activations, or like weights."""
+    block = np.random.default_rng(0).normal(0, _DEVIATION, _BLOCK)
+    return np.rint(block.clip(0 if relu else -127, 127)).astype(np.int8)
