@@ -214,5 +214,6 @@ def _random(stream: Stream, size: int, *, half: bool = False, relu: bool = True)
 @cache
 def _block(*, relu: bool) -> NDArray[np.int8]:
     """Draw int8 [_BLOCK] like activations, or like weights."""
-    block = np.random.default_rng(0).normal(0, _DEVIATION, _BLOCK)
-    return np.rint(block.clip(0 if relu else -127, 127)).astype(np.int8)
+    normal = np.random.default_rng(0).normal(0, _DEVIATION, _BLOCK)
+    block: NDArray[np.int8] = np.rint(normal.clip(0 if relu else -127, 127)).astype(np.int8)
+    return block
