@@ -90,6 +90,20 @@ def test_what_the_library_is_called_with():
     assert run(graph, last) is None
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "taken"),
+    [(64, 192, True), (128, 256, True), (128, 64, False), (256, 256, True), (256, 64, True)],
+)
+def test_channels(inputs, outputs, taken):
+    graph = network()
+    for name, channels in (("pooled", inputs), ("inner", outputs)):
+        graph = with_tensor(graph, name, replace(graph.tensors[name], channels=channels))
+    graph = changed(graph, "conv1", weight=np.ones((outputs, inputs, 3, 3), np.int8))
+    _, second, *_ = groups(graph)
+    expected = [5, 10, 20, inputs, outputs, 16, 80, 96, 112, 48, 0.0, 32, 7]
+    assert run(graph, second) == (("int8_conv_3x3", expected) if taken else None)
+
+
 def changed(graph, name, **changes):
     """The graph with another layer of this name."""
     layers = tuple(
@@ -175,6 +189,32 @@ def test_what_was_fastest_is_measured_once_and_kept(monkeypatch):
     assert len(measured) == 6
     assert len(choose(Hopper(Recorder(), "second"), winners)[1]) == 12
     assert choose(None)[0] == ["cudnn"] * 8
+
+
+def test_layers_of_as_many_bytes_are_measured_each(monkeypatch):
+    graph = network()
+    tensors = {
+        **graph.tensors,
+        "deep": Tensor(256, 5, 10, 0.5),
+        "deeper": Tensor(256, 5, 10, 0.5),
+    }
+    deep = convolution("deep", "deep", "deeper", (256, 256, 3, 3), THREE)
+    graph = replace(graph, tensors=tensors, layers=(*graph.layers, deep))
+    alone = SimpleNamespace(constants={}, candidate=lambda *_: Candidate("cudnn", 0, None))
+    measured = []
+
+    def keep(_self, candidates, sizes, _settle_s):
+        measured.append(sizes)
+        return candidates[len(measured) % 2].name
+
+    monkeypatch.setattr(Chooser, "_measure", keep)
+    chooser = Chooser(alone, Hopper(Recorder(), ""), graph, None, {})
+    _, wide, *_ = groups(graph)
+    names = [chooser(batch, group).name for batch, group in ((4, wide), (4, (deep,)))]
+    assert measured == [(4 * 64 * 10 * 20,) * 2 + (0,)] * 2
+    assert names == ["int8_conv_3x3", "cudnn"]
+    chooser(16, wide)
+    assert len(measured) == 3
 
 
 def test_large_batches_are_compared_at_the_limit_of_power(monkeypatch):

@@ -132,6 +132,7 @@ def test_runs_are_the_same(channels):
     shape = (4, 150, 150, channels)
     x, weight = random_bytes(rng, *shape), random_bytes(rng, channels, 3, 3, channels)
     multiplier, bias = multipliers(rng, channels, 9 * channels)
+    skip = random_bytes(rng, *shape)
     y = torch.empty(shape, dtype=torch.int8, device="cuda")
     run = conv3x3(
         *shape,
@@ -141,6 +142,8 @@ def test_runs_are_the_same(channels):
         multiplier=multiplier.data_ptr(),
         bias=bias.data_ptr(),
         y=y.data_ptr(),
+        residual=skip.data_ptr(),
+        residual_multiplier=0.5,
     )
     results = []
     for _ in range(10):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream
 from engine.backends.cudnn_hopper import Hopper, hopper_candidate
-from engine.backends.cudnn_layers import tensor_bytes
+from engine.backends.cudnn_layers import conv_shape, tensor_bytes
 from engine.backends.cudnn_plans import (
     BIAS,
     MULTIPLIER,
@@ -145,23 +145,23 @@ class Chooser:
         """Choose for a batch size: cuDNN's fastest kernels, or libint8_conv.so's where it can."""
         graph, first = self._graph, group[0]
         cudnn = self._kernels.candidate(graph, batch, group)
-        if self._hopper is None:
+        if self._hopper is None or not isinstance(first, Convolution):
             return cudnn
         constants = self._kernels.constants.get(first.y, {})
         own = hopper_candidate(self._hopper.library, graph, batch, group, constants)
         if own is None:
             return cudnn
-        skipped = first.residual if isinstance(first, Convolution) else None
-        source = graph.tensors[graph.image]
-        image = source.channels * source.height * source.width
-        sizes = (
-            batch * image if first.x == graph.image else tensor_bytes(graph, first.x, batch),
-            tensor_bytes(graph, group[-1].y, batch),
-            0 if skipped is None else tensor_bytes(graph, skipped, batch),
-        )
         candidates = {one.name: one for one in (cudnn, own)}
-        key = f"{' or '.join(candidates)} of {self._hopper.sha256}, bytes {sizes}"
+        shape = conv_shape(graph, first, batch)
+        key = f"{' or '.join(candidates)} of {self._hopper.sha256}, {shape}"
         if self.winners.get(key) not in candidates:
+            source = graph.tensors[graph.image]
+            image = source.channels * source.height * source.width
+            sizes = (
+                batch * image if first.x == graph.image else tensor_bytes(graph, first.x, batch),
+                tensor_bytes(graph, group[-1].y, batch),
+                0 if first.residual is None else tensor_bytes(graph, first.residual, batch),
+            )
             settle_s = _SETTLE_S if batch >= _SUSTAINED_BATCH else 0.0
             self.winners[key] = self._measure(list(candidates.values()), sizes, settle_s)
         return candidates[self.winners[key]]
@@ -202,7 +202,7 @@ def _tensors(stream: Stream, shape: ConvShape) -> dict[int, int]:
 
 
 def _random(stream: Stream, size: int, *, half: bool = False, relu: bool = True) -> int:
-    """Allocate memory filled with random int8, or with float16 of the same values."""
+    """Allocate memory filled with random int8, as behind a ReLU or as before it, or such float16."""
     block = _block(relu=relu)
     data = (block.astype(np.float16) if half else block).view(np.uint8)
     address = stream.device(size)

@@ -1,4 +1,4 @@
-// 3x3 convolution, stride 1, padding 1, INT8 NHWC, of 64, 128 or 256 channels.
+// 3x3 convolution, stride 1, padding 1, INT8 NHWC, of 64, 128 or 256 input channels.
 //
 // The weights stay in registers as operand A of the warpgroup MMA: 64 output channels are its rows.
 // Operand B is a tile of pixels in shared memory, swizzled: a tap is the same tile read from
@@ -47,9 +47,10 @@ struct Conv3x3Shape {
   static constexpr int kStages = kParts == 1 ? 5 : 4;
   static constexpr int kSums = kParts == 1 ? 0 : 64 * kPixels * 4;  // handed to the other one
   static constexpr int kSteps = 9 * kPart / 32;
-  // Registers of a loading and of a multiplying thread, as many as the multiprocessor has.
+  // Registers of a loading thread, and of a multiplying one: what the loading warpgroup gives up of
+  // the 168 that each thread starts with, the two others share.
   static constexpr int kLoading = kInputs == 64 ? 56 : kInputs == 128 ? 40 : 24;
-  static constexpr int kMultiplying = 252 - kLoading / 2;
+  static constexpr int kMultiplying = 168 + (168 - kLoading) / 2;
   static constexpr int kSharedBytes = kStages * kStage + kSums + 16 * kStages + 32;
   static_assert(kTile % 1024 == 0 || kParts == 1);
   static_assert(kSharedBytes <= 227 * 1024);

@@ -15,7 +15,7 @@ using namespace int8_conv;
 
 constexpr int kMaxSide = 1 << 14;
 constexpr int kMaxBatch = 1 << 16;
-constexpr int kMaxOutputs = 1 << 12;
+constexpr int kMaxOutputs = 1 << 16;
 
 struct Device {
   int32_t status = INT8_CONV_OK;
@@ -59,20 +59,6 @@ int32_t launch(Kernel kernel, int blocks, int threads, int bytes, const Params& 
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// Output channels come in multiples of this; 0: no kernel takes so many input channels.
-int outputs_multiple(int inputs) {
-  switch (inputs) {
-    case 64:
-      return Conv3x3Shape<64>::kOutputs;
-    case 128:
-      return Conv3x3Shape<128>::kOutputs;
-    case 256:
-      return Conv3x3Shape<256>::kOutputs;
-    default:
-      return 0;
-  }
-}
 
 template <int kInputs>
 int32_t run_conv3x3(Conv3x3 p, int batch, int multiprocessors, cudaStream_t stream) {
@@ -120,10 +106,9 @@ int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t inpu
                       int32_t outputs, const int8_t* x, const int8_t* weight,
                       const float* multiplier, const float* bias, const int8_t* residual,
                       float residual_multiplier, int8_t* y, int8_conv_stream stream) {
-  const int multiple = outputs_multiple(inputs);
   if (batch < 1 || batch > kMaxBatch || height < 1 || height > kMaxSide || width < 1 ||
-      width > kMaxSide || !multiple || outputs < 1 || outputs > kMaxOutputs ||
-      outputs % multiple) {
+      width > kMaxSide || (inputs != 64 && inputs != 128 && inputs != 256) || outputs < 1 ||
+      outputs > kMaxOutputs || outputs % (inputs == 128 ? 128 : 64)) {
     return INT8_CONV_BAD_SHAPE;
   }
   if (int32_t status = check_pointers({x, weight, multiplier, bias, residual ? residual : x, y})) {
@@ -135,14 +120,10 @@ int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t inpu
   p.x = x, p.weight = weight, p.multiplier = multiplier, p.bias = bias, p.y = y;
   p.residual = residual, p.residual_multiplier = residual_multiplier;
   p.outputs = outputs, p.height = height, p.width = width;
-  switch (inputs) {
-    case 64:
-      return run_conv3x3<64>(p, batch, gpu.multiprocessors, stream);
-    case 128:
-      return run_conv3x3<128>(p, batch, gpu.multiprocessors, stream);
-    default:
-      return run_conv3x3<256>(p, batch, gpu.multiprocessors, stream);
-  }
+  const auto run = inputs == 64    ? run_conv3x3<64>
+                   : inputs == 128 ? run_conv3x3<128>
+                                   : run_conv3x3<256>;
+  return run(p, batch, gpu.multiprocessors, stream);
 }
 
 int32_t int8_conv_stem(int32_t batch, int32_t height, int32_t width, const int8_t* x,

@@ -45,7 +45,7 @@ INT8_CONV_API int32_t int8_conv_version(void);
 INT8_CONV_API const char* int8_conv_status_string(int32_t status);
 
 /* 3x3 convolution, stride 1, padding 1, of 64 or 256 channels to a multiple of 64, or of 128 to a
- * multiple of 128, 4096 at most.
+ * multiple of 128, 65536 at most.
  *
  * x           int8 [batch, height, width, inputs]
  * weight      int8 [outputs, 3, 3, inputs]: output channel, row, column, input channel
