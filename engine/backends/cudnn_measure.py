@@ -202,7 +202,7 @@ def _tensors(stream: Stream, shape: ConvShape) -> dict[int, int]:
 
 
 def _random(stream: Stream, size: int, *, half: bool = False, relu: bool = True) -> int:
-    """Allocate memory filled with random int8, as behind a ReLU or as before it, or such float16."""
+    """Allocate memory filled with random int8, as behind a ReLU or before it, or such float16."""
     block = _block(relu=relu)
     data = (block.astype(np.float16) if half else block).view(np.uint8)
     address = stream.device(size)
