@@ -121,7 +121,12 @@ def tune_command(
     engine: Backend = BACKENDS[0],
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     max_batch: _Batches = 64,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of one trial run.")] = 10.0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.1, help="Least length of a trial; one of Server has 1,000 queries, too."
+        ),
+    ] = 10.0,
     output: Annotated[
         Path | None,
         typer.Option(

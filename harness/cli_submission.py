@@ -122,7 +122,7 @@ def submission(
     ] = None,
     system: Annotated[
         Path | None,
-        typer.Option(help="TOML file with what cannot be read from the runs; see the README."),
+        typer.Option(help="TOML file with what cannot be read from the runs; see docs/mlperf.md."),
     ] = None,
     check: Annotated[
         Path | None, typer.Option(help="Check the submission tree in this folder instead.")
