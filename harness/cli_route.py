@@ -124,7 +124,7 @@ def tune_command(
     seconds: Annotated[
         float,
         typer.Option(
-            min=0.1, help="Least length of a trial; one of Server has 1,000 queries, too."
+            min=0.1, help="Least length of a trial; Server's have 1,000 queries at least, too."
         ),
     ] = 10.0,
     output: Annotated[

@@ -20,6 +20,7 @@ from engine.backends.cudnn_program import Candidate, Places
 from engine.int8_graph import Convolution, Int8Graph, MaxPool, Tensor, Window
 
 PLACES = Places(x=16, y=32, residual=48, workspace=64)
+CUDNN = SimpleNamespace(constants={}, candidate=lambda *_: Candidate("cudnn", 0, None))
 CONSTANTS = {WEIGHT: 80, MULTIPLIER: 96, BIAS: 112, STEM_WEIGHT: 128}
 THREE = Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
 SEVEN = Window((7, 7), (2, 2), (1, 1), (3, 3, 3, 3))
@@ -157,8 +158,6 @@ def test_constants_of_the_stem():
 
 def test_what_was_fastest_is_measured_once_and_kept(monkeypatch):
     graph, measured = network(), []
-    cudnn = Candidate("cudnn", 0, None)
-    alone = SimpleNamespace(constants={}, candidate=lambda *_: cudnn)
 
     def slowest_first(_self, candidates, sizes, _settle_s):
         measured.append(sizes)
@@ -167,7 +166,7 @@ def test_what_was_fastest_is_measured_once_and_kept(monkeypatch):
     monkeypatch.setattr(Chooser, "_measure", slowest_first)
 
     def choose(hopper, winners=()):
-        chooser = Chooser(alone, hopper, graph, None, dict(winners))
+        chooser = Chooser(CUDNN, hopper, graph, None, dict(winners))
         names = [chooser(batch, group).name for batch in (1, 2) for group in groups(graph)]
         return names, chooser.winners
 
@@ -192,15 +191,14 @@ def test_what_was_fastest_is_measured_once_and_kept(monkeypatch):
 
 
 def test_layers_of_as_many_bytes_are_measured_each(monkeypatch):
-    graph = network()
-    tensors = {
-        **graph.tensors,
-        "deep": Tensor(256, 5, 10, 0.5),
-        "deeper": Tensor(256, 5, 10, 0.5),
-    }
-    deep = convolution("deep", "deep", "deeper", (256, 256, 3, 3), THREE)
-    graph = replace(graph, tensors=tensors, layers=(*graph.layers, deep))
-    alone = SimpleNamespace(constants={}, candidate=lambda *_: Candidate("cudnn", 0, None))
+    """64 channels at 10x20, 256 at 5x10, and at four times the batch 64 at 5x10."""
+    tensors = {"image": Tensor(3, 40, 80, 0.5), "wide": Tensor(64, 10, 20, 0.5)}
+    tensors |= {"deep": Tensor(256, 5, 10, 0.5), "small": Tensor(64, 5, 10, 0.5)}
+    wide, deep, small = (
+        convolution(name, name, name, (tensors[name].channels,) * 2 + (3, 3), THREE)
+        for name in ("wide", "deep", "small")
+    )
+    graph = Int8Graph("image", tensors, (wide, deep, small), {})
     measured = []
 
     def keep(_self, candidates, sizes, _settle_s):
@@ -208,17 +206,14 @@ def test_layers_of_as_many_bytes_are_measured_each(monkeypatch):
         return candidates[len(measured) % 2].name
 
     monkeypatch.setattr(Chooser, "_measure", keep)
-    chooser = Chooser(alone, Hopper(Recorder(), ""), graph, None, {})
-    _, wide, *_ = groups(graph)
-    names = [chooser(batch, group).name for batch, group in ((4, wide), (4, (deep,)))]
-    assert measured == [(4 * 64 * 10 * 20,) * 2 + (0,)] * 2
-    assert names == ["int8_conv_3x3", "cudnn"]
-    chooser(16, wide)
-    assert len(measured) == 3
+    chooser = Chooser(CUDNN, Hopper(Recorder(), ""), graph, None, {})
+    runs = ((4, wide), (4, deep), (16, small))
+    names = [chooser(batch, (layer,)).name for batch, layer in runs]
+    assert measured == [(4 * 64 * 10 * 20,) * 2 + (0,)] * 3
+    assert names == ["int8_conv_3x3", "cudnn", "int8_conv_3x3"]
 
 
 def test_large_batches_are_compared_at_the_limit_of_power(monkeypatch):
-    alone = SimpleNamespace(constants={}, candidate=lambda *_: Candidate("cudnn", 0, None))
     settled = {}
 
     def keep(_self, candidates, sizes, settle_s):
@@ -226,7 +221,7 @@ def test_large_batches_are_compared_at_the_limit_of_power(monkeypatch):
         return candidates[0].name
 
     monkeypatch.setattr(Chooser, "_measure", keep)
-    chooser = Chooser(alone, Hopper(Recorder(), ""), network(), None, {})
+    chooser = Chooser(CUDNN, Hopper(Recorder(), ""), network(), None, {})
     for batch in (1, 15, 16, 64):
         chooser(batch, groups(network())[0])
     assert settled[1] == settled[15] == 0

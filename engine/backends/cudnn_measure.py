@@ -40,7 +40,7 @@ _HOPELESS = 2.0
 
 _SUSTAINED_BATCH = 16
 """From this batch size on, libint8_conv.so and cuDNN are compared as they are at the GPU's limit of
-power, which a large batch runs into: in a burst, a kernel that takes more power looks better."""
+power, which a large batch runs into: in a burst, one that takes more energy looks better."""
 
 _SETTLE_S = 0.4
 """Seconds of one kernel, after which the clock has found its frequency."""
