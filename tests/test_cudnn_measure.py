@@ -51,18 +51,24 @@ def ticks(monkeypatch):
 
 def test_the_fastest_round_counts(ticks):
     runs = []
-    stream = Clocked([1.0, 6.0, 4.0, 5.0])
+    stream = Clocked([9.0, 1.0, 6.0, 4.0, 5.0])  # the first launch of a CUDA graph takes longer
     assert measure(stream, runs.append) == 2.0  # a round of 2 ms has two runs of 1 ms
     assert len(runs) == 1 + 1 + 2
 
 
 def test_a_burst_is_not_what_is_measured_after_settling(ticks):
-    stream = Clocked([1.0, 2.0, 2.0, 6.0, 8.0, 6.0])
+    stream = Clocked([1.0, 1.0, 2.0, 2.0, 6.0, 8.0, 6.0])
     assert measure(stream, lambda _: None, settle_s=3.0) == 3.0
 
 
 def test_what_is_hopeless_runs_once(ticks):
-    assert measure(Clocked([9.0]), lambda _: None, 4.0, settle_s=3.0) == 9.0
+    assert measure(Clocked([9.5, 9.0]), lambda _: None, 4.0, settle_s=3.0) == 9.0
+
+
+def test_a_short_kernel_is_measured_without_its_launch(ticks):
+    """One run of 4 us takes 60 with the launch, more than twice of what another takes without."""
+    stream = Clocked([0.3, 0.06, *[0.056 + 20 * 0.004] * 3])
+    assert measure(stream, lambda _: None, 0.02) == pytest.approx(0.004, abs=0.003)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -34,8 +34,8 @@ from engine.protocol import EngineError
 HEAVY = 0.003
 """Share of a network's operations from which on a layer is worth every kernel."""
 
-SEARCH = 1
-"""Changes with what is tried: a cache of another search is no use."""
+SEARCH = 2
+"""Changes with what is tried and how it is measured: a cache of another search is no use."""
 
 _KEPT = 4
 """Winners that are remembered, for smaller batches to try."""
