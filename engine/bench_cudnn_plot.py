@@ -78,8 +78,9 @@ def _draw_layers(axis: Any, batch: int, layers: list[dict[str, Any]]) -> None:
         if layer["floor_ms"] is not None:
             axis.hlines(layer["floor_ms"], position - 0.4, position + 0.4, color="black")
     axis.hlines([], 0, 0, color="black", label="floor: operations at peak, or bytes once")
-    axis.set(xlabel="layer", ylabel=f"milliseconds for {batch} images")
-    axis.legend(frameon=False)
+    top = 1.15 * max(layer["ms"] for layer in layers)
+    axis.set(xlabel="layer", ylabel=f"milliseconds for {batch} images", ylim=(0, top))
+    axis.legend(frameon=False, loc="upper center", ncols=4)
 
 
 def main() -> None:
