@@ -36,11 +36,15 @@ def npy_path(directory: Path, name: str) -> Path:
     return directory / f"{name}.npy"
 
 
+def npy_bytes(spec: InputSpec) -> int:
+    """Size of the file of an image of this spec."""
+    return len(_header(spec)) + int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
+
+
 def has_npy_size(path: Path, spec: InputSpec) -> bool:
     """Tell whether a file exists and is as long as an image of this spec; a quick check."""
-    size = len(_header(spec)) + int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
     try:
-        return path.stat().st_size == size
+        return path.stat().st_size == npy_bytes(spec)
     except OSError:
         return False
 

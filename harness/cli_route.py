@@ -124,7 +124,9 @@ def tune_command(
     seconds: Annotated[
         float,
         typer.Option(
-            min=0.1, help="Least length of a trial; Server's have 1,000 queries at least, too."
+            min=0.1,
+            help="Least length of a trial; Server's have 1,000 queries, too, but no rate is tried "
+            "that would take longer than 120 s for them.",
         ),
     ] = 10.0,
     output: Annotated[

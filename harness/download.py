@@ -19,7 +19,8 @@ from engine.progress import Progress, progress_bar
 from harness.dataset import Dataset, known_dataset, load_map
 from harness.download_record import RECORD, load_record, save_record, sole_download
 from harness.errors import HarnessError
-from harness.transfer import Notify, StatusError, arrived, fetch, require_space
+from harness.resources import require_space
+from harness.transfer import Notify, StatusError, arrived, fetch
 from harness.unpack import unpack
 
 # images.cocodataset.org has no certificate of its own name, hence http

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.files import file_sha256, write_atomically
-from engine.npy import is_npy, npy_path
+from engine.npy import is_npy, npy_bytes, npy_path
 from engine.preprocessed import (
     JOURNAL,
     MANIFEST,
@@ -30,6 +30,7 @@ from harness.build_lock import locked
 from harness.dataset import Dataset, load_map
 from harness.errors import HarnessError
 from harness.preprocess_pool import Job, run
+from harness.resources import require_space
 from harness.transform import Source
 
 BAD_IMAGES = "bad_images.txt"
@@ -76,7 +77,8 @@ def preprocess(
     ------
     HarnessError
         Bad images (after all others are done; counted, and listed in ``bad_images.txt``), no
-        image folder, a full disk, a worker that died.
+        image folder, a disk without room for all (nothing is written then) or full, a worker
+        that died.
     EngineError
         An unusable spec.
     """
@@ -130,11 +132,13 @@ def _preprocess(
         }
         bad: dict[str, str] = {}
         if len(finished) < len(files):
+            todo = [name for name in files if name not in finished]
+            absent = sum(not npy_path(out_dir, name).exists() for name in todo)
+            require_space(out_dir, absent * npy_bytes(spec))
             # the manifest goes first: without it the folder never passes for a complete set
             _write_text(out_dir / JOURNAL, _lines([settings, *_entries(finished)]))
             (out_dir / MANIFEST).unlink(missing_ok=True)
             job = Job(dataset.image_dir, out_dir, spec)
-            todo = [name for name in files if name not in finished]
             with (out_dir / JOURNAL).open("a", encoding="utf-8") as journal:
                 for results in run(job, todo, workers=workers, progress=progress):
                     good = {name: r for name, r in results.items() if isinstance(r, Source)}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from harness.errors import HarnessError
+
 _MEGA, _GIGA, _GIBI = 10**6, 10**9, 2**30
 
 _FP32_IMAGE = 3 * 1200 * 1200 * 4
@@ -181,6 +183,16 @@ def find_resources(build_dir: Path) -> Resources:
     return Resources(str(folder), writable, free, total, available, tuple(balance))
 
 
+def require_space(folder: Path, needed: int) -> None:
+    """Raise HarnessError unless so many bytes are free on the disk of an existing folder."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise HarnessError(
+            f"{folder}: {_megabytes(needed)} needed, {_megabytes(free)} free on this disk; make "
+            "room or move the build folder with BUILD_DIR"
+        )
+
+
 def _memory() -> tuple[int | None, int | None]:
     """Total and available bytes, the smaller of the machine's and the container's."""
     total, available = _meminfo("MemTotal"), _meminfo("MemAvailable")
@@ -216,3 +228,7 @@ def _file_size(path: Path) -> int:
     except OSError:
         return 0
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

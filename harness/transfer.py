@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import ssl
 import threading
 import urllib.error
@@ -25,6 +24,7 @@ from typing import Any
 from engine.files import file_sha256, write_atomically
 from engine.progress import Progress
 from harness.errors import HarnessError
+from harness.resources import require_space
 
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
@@ -204,16 +204,6 @@ def arrived(target: Path) -> int:
     return target.stat().st_size if target.exists() else _Part(target).size
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Raise HarnessError unless so many bytes are free on the disk of an existing folder."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise HarnessError(
-            f"{folder}: {_megabytes(needed)} needed, {_megabytes(free)} free on this disk; make "
-            "room or move the build folder with BUILD_DIR"
-        )
-
-
 def _receive(
     url: str,
     part: _Part,
@@ -341,7 +331,3 @@ def _range_start(headers: Message[str, str]) -> int | None:
 def _retry_after(headers: Any) -> float:
     seconds = str(headers["Retry-After"] or "")  # the form with a date is left to WAITS
     return float(seconds) if seconds.isdecimal() else 0.0
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"

@@ -32,6 +32,7 @@ MOST_STREAMS = 4
 """Streams on a device at most: what has not filled a GPU by then will not."""
 
 _LOWEST = 1 / 32  # of the throughput; a lower arrival rate is not looked for
+_LONGEST_S = 120.0  # nor one at which a trial of `SERVER_QUERIES` takes longer
 _WORSE_IN_A_ROW = 2  # larger batches without a gain, after which no larger one is tried
 
 
@@ -176,11 +177,14 @@ def search(
         )
         return bool(detail.valid)
 
-    server_qps = None
-    if seconds[1] < bound:
-        server_qps = highest_valid(valid, by_batch[server_batch] * gain)
+    ceiling = by_batch[server_batch] * gain
+    floor = max(_LOWEST * ceiling, SERVER_QUERIES / _LONGEST_S)
+    server_qps = highest_valid(valid, floor, ceiling) if seconds[1] < bound else None
     if server_qps is None:
-        say(f"Server: no arrival rate was valid within {1000 * bound:g} ms")
+        say(
+            f"Server: no arrival rate was valid within {1000 * bound:g} ms; none below "
+            f"{floor:.2f} queries/s was tried"
+        )
         return Tuned(best, streams, batch, offline_qps, None, None)
     return Tuned(best, streams, batch, offline_qps, server_batch, server_qps)
 
@@ -222,22 +226,29 @@ def climb(
     return found
 
 
-def highest_valid(valid: Callable[[float], bool], ceiling: float) -> float | None:
-    """Find the highest value below a ceiling that is valid, by bisection to `PRECISION`.
+def highest_valid(valid: Callable[[float], bool], floor: float, ceiling: float) -> float | None:
+    """Find the highest value between two others that is valid, by bisection to `PRECISION`.
+
+    Parameters
+    ----------
+    valid
+        Tries a value.
+    floor, ceiling
+        Neither is tried; the floor is above 0.
 
     Returns
     -------
     float or None
-        A value that was found valid; None when even 1/32 of the ceiling is not.
+        A value that was found valid; None when there was none.
     """
-    low, high = 0.0, ceiling
-    while high - low > PRECISION * high and high > _LOWEST * ceiling:
+    low, high, found = floor, ceiling, None
+    while high - low > PRECISION * high:
         middle = (low + high) / 2
         if valid(middle):
-            low = middle
+            low = found = middle
         else:
             high = middle
-    return low or None
+    return found
 
 
 def config_path(benchmark: str, device: str) -> Path:

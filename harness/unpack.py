@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.files import write_atomically
 from engine.progress import Progress
 from harness.errors import HarnessError
-from harness.transfer import require_space
+from harness.resources import require_space
 
 
 def unpack(

@@ -592,6 +592,27 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl", "lock"}
 
 
+def test_a_disk_too_small_is_noticed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(tmp_path, {f"{n}.png": photo(40, 50, n) for n in range(3)})
+    out = tmp_path / "out"
+    image = 3 * 96 * 128 * 4 + 128  # with the header
+
+    class Usage:
+        free = 3 * image - 1
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(HarnessError, match="0 MB needed, 0 MB free on this disk; make room"):
+        run(dataset, out)
+    assert {path.name for path in out.iterdir()} == {"lock"}
+    Usage.free += 1
+    assert len(run(dataset, out).files) == 3
+    (out / "1.png.npy").unlink()
+    Usage.free = image  # what is there needs no room
+    assert len(run(dataset, out).files) == 3
+
+
 def test_a_set_in_the_making_is_left_alone(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, {"a.jpg": photo(40, 50, 1)})
     with locked(tmp_path / "out"), pytest.raises(HarnessError, match="is in use by process"):

@@ -26,23 +26,24 @@ from harness.tune import (
 )
 
 
-@given(st.floats(0, 2000), st.floats(1e-3, 2000))
-def test_bisection_ends_just_below_the_limit(limit, ceiling):
-    asked = []
+@given(st.floats(0, 2000), st.floats(1 / 32, 1.5), st.floats(1e-3, 2000))
+def test_bisection_ends_just_below_the_limit(limit, share, ceiling):
+    asked, floor = [], share * ceiling
 
     def valid(value):
         asked.append(value)
         return value <= limit
 
-    found = highest_valid(valid, ceiling)
+    found = highest_valid(valid, floor, ceiling)
     assert len(asked) <= 12
-    assert all(0 < value < ceiling for value in asked)
+    assert all(floor < value < ceiling for value in asked)
+    near = PRECISION / (1 - PRECISION)
     if found is None:
-        assert limit < ceiling / 16
+        assert min(limit, ceiling) - floor <= near * floor
     else:
         assert found in asked
         assert found <= limit
-        assert min(limit, ceiling) - found <= PRECISION * min(limit, ceiling) / (1 - PRECISION)
+        assert min(limit, ceiling) - found <= near * min(limit, ceiling)
 
 
 @given(st.integers(0, 6), st.integers(1, 200))
@@ -89,7 +90,7 @@ def test_search_finds_the_best_batch_threads_and_a_valid_rate(monkeypatch):
 
 def test_search_finds_the_streams_that_hide_the_copies(monkeypatch):
     monkeypatch.setattr("harness.tune.SERVER_QUERIES", 100)
-    monkeypatch.setattr("harness.tune.highest_valid", lambda valid, qps: valid(qps / 2) or qps / 2)
+    monkeypatch.setattr("harness.tune.highest_valid", lambda valid, floor, qps: valid(qps / 2) or qps / 2)
     said = []
     tuning = Tuning("fake", "cuda", 8, 0.2)
     found = search(lambda *_: Device(threads=2), Memory(100), tuning, None, said.append)
@@ -107,7 +108,9 @@ def test_an_engine_slower_than_the_bound_gets_no_rate():
         lambda *_: engine, Memory(100), Tuning("fake", "cuda", 1, 0.3), None, said.append
     )
     assert (found.server_batch, found.server_qps, found.threads) == (None, None, None)
-    assert said[-1] == "Server: no arrival rate was valid within 100 ms"
+    assert said[-1] == (
+        "Server: no arrival rate was valid within 100 ms; none below 8.33 queries/s was tried"
+    )
 
 
 @pytest.mark.parametrize(
