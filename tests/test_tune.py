@@ -90,7 +90,9 @@ def test_search_finds_the_best_batch_threads_and_a_valid_rate(monkeypatch):
 
 def test_search_finds_the_streams_that_hide_the_copies(monkeypatch):
     monkeypatch.setattr("harness.tune.SERVER_QUERIES", 100)
-    monkeypatch.setattr("harness.tune.highest_valid", lambda valid, floor, qps: valid(qps / 2) or qps / 2)
+    monkeypatch.setattr(
+        "harness.tune.highest_valid", lambda valid, _, qps: valid(qps / 2) or qps / 2
+    )
     said = []
     tuning = Tuning("fake", "cuda", 8, 0.2)
     found = search(lambda *_: Device(threads=2), Memory(100), tuning, None, said.append)
