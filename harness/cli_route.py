@@ -125,8 +125,8 @@ def tune_command(
         float,
         typer.Option(
             min=0.1,
-            help="Least length of a trial; Server's have 1,000 queries, too, but no rate is tried "
-            "that would take longer than 120 s for them.",
+            help="Least length of a trial. Server's have 1,000 queries at least; a rate that needs "
+            "over 120 s for them is not tried.",
         ),
     ] = 10.0,
     output: Annotated[

@@ -133,7 +133,10 @@ def _preprocess(
         bad: dict[str, str] = {}
         if len(finished) < len(files):
             todo = [name for name in files if name not in finished]
-            absent = sum(not npy_path(out_dir, name).exists() for name in todo)
+            absent = sum(
+                not npy_path(out_dir, name).exists() and (dataset.image_dir / name).exists()
+                for name in todo
+            )
             require_space(out_dir, absent * npy_bytes(spec))
             # the manifest goes first: without it the folder never passes for a complete set
             _write_text(out_dir / JOURNAL, _lines([settings, *_entries(finished)]))

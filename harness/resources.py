@@ -189,7 +189,7 @@ def require_space(folder: Path, needed: int) -> None:
     if needed > free:
         raise HarnessError(
             f"{folder}: {_megabytes(needed)} needed, {_megabytes(free)} free on this disk; make "
-            "room or move the build folder with BUILD_DIR"
+            "room or take another folder, as with BUILD_DIR"
         )
 
 

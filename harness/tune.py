@@ -177,14 +177,14 @@ def search(
         )
         return bool(detail.valid)
 
+    if seconds[1] >= bound:
+        say(f"Server: one image takes longer than {1000 * bound:g} ms")
+        return Tuned(best, streams, batch, offline_qps, None, None)
     ceiling = by_batch[server_batch] * gain
     floor = max(_LOWEST * ceiling, SERVER_QUERIES / _LONGEST_S)
-    server_qps = highest_valid(valid, floor, ceiling) if seconds[1] < bound else None
+    server_qps = highest_valid(valid, floor, ceiling)
     if server_qps is None:
-        say(
-            f"Server: no arrival rate was valid within {1000 * bound:g} ms; none below "
-            f"{floor:.2f} queries/s was tried"
-        )
+        say(f"Server: no rate of {floor:.2f} to {ceiling:.2f} queries/s was valid")
         return Tuned(best, streams, batch, offline_qps, None, None)
     return Tuned(best, streams, batch, offline_qps, server_batch, server_qps)
 

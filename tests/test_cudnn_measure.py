@@ -61,14 +61,15 @@ def test_a_burst_is_not_what_is_measured_after_settling(ticks):
     assert measure(stream, lambda _: None, settle_s=3.0) == 3.0
 
 
-def test_what_is_hopeless_runs_once(ticks):
+def test_what_is_hopeless_is_not_repeated(ticks):
     assert measure(Clocked([9.5, 9.0]), lambda _: None, 4.0, settle_s=3.0) == 9.0
 
 
-def test_a_short_kernel_is_measured_without_its_launch(ticks):
-    """One run of 4 us takes 60 with the launch, more than twice of what another takes without."""
+def test_the_launch_of_a_short_kernel_hardly_counts(ticks):
+    """With its launch, a run of 4 us takes 60, more than twice of what another takes without."""
+    fastest = 0.009
     stream = Clocked([0.3, 0.06, *[0.056 + 20 * 0.004] * 3])
-    assert measure(stream, lambda _: None, 0.02) == pytest.approx(0.004, abs=0.003)
+    assert measure(stream, lambda _: None, fastest) < fastest
 
 
 @pytest.mark.parametrize("half", [False, True])

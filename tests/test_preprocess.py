@@ -608,9 +608,13 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(
     assert {path.name for path in out.iterdir()} == {"lock"}
     Usage.free += 1
     assert len(run(dataset, out).files) == 3
+    Usage.free = 0  # what is there needs no room of its own
+    assert len(run(dataset, out, overwrite=True).files) == 3
     (out / "1.png.npy").unlink()
-    Usage.free = image  # what is there needs no room
-    assert len(run(dataset, out).files) == 3
+    with pytest.raises(HarnessError, match="needed"):
+        run(dataset, out)
+    (dataset.image_dir / "1.png").unlink()  # nor does what cannot be made
+    assert len(run(dataset, out, skip_bad=True).files) == 2
 
 
 def test_a_set_in_the_making_is_left_alone(tmp_path: Path) -> None:

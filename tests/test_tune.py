@@ -110,9 +110,28 @@ def test_an_engine_slower_than_the_bound_gets_no_rate():
         lambda *_: engine, Memory(100), Tuning("fake", "cuda", 1, 0.3), None, said.append
     )
     assert (found.server_batch, found.server_qps, found.threads) == (None, None, None)
-    assert said[-1] == (
-        "Server: no arrival rate was valid within 100 ms; none below 8.33 queries/s was tried"
+    assert said[-1] == "Server: one image takes longer than 100 ms"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lowest"), [(0.06, 1000 / 120), (0.001, None)], ids=["slow", "fast"]
+)
+def test_rates_that_are_too_slow_to_try(monkeypatch, seconds, lowest):
+    """Never under 1/32 of the throughput, nor where 1,000 queries take over 120 s."""
+    asked = []
+
+    def never(valid, floor, ceiling):
+        asked.append((floor, ceiling))
+
+    monkeypatch.setattr("harness.tune.highest_valid", never)
+    engine = FakeEngine(seconds=seconds)
+    found = search(
+        lambda *_: engine, Memory(100), Tuning("fake", "cuda", 1, 0.3), None, lambda _: None
     )
+    ((floor, ceiling),) = asked
+    assert floor == pytest.approx(ceiling / 32 if lowest is None else lowest)
+    assert ceiling == pytest.approx(found.offline_qps)
+    assert found.server_qps is None
 
 
 @pytest.mark.parametrize(

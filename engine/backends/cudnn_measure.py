@@ -36,8 +36,8 @@ _MOST_REPEATS = 20
 """A measurement repeats a kernel for so long, but so often at most; the fastest round counts."""
 
 _HOPELESS = 2.0
-"""How much slower than the fastest a kernel may be in its first runs and still be measured, unless
-it is shorter than a round: of one run of such a kernel the launch may be the larger part."""
+"""A kernel is not measured further when its first runs take so many times the fastest, and longer
+than a round: one run of a shorter one may be mostly launch."""
 
 _SUSTAINED_BATCH = 16
 """From this batch size on, libint8_conv.so and cuDNN are compared as they are at the GPU's limit of
@@ -61,7 +61,7 @@ def measure(
     Parameters
     ----------
     fastest
-        The best time so far; longer work that is hopelessly slower at first is not repeated.
+        The best time so far; work longer than a round that is hopelessly slower is not repeated.
     settle_s
         Seconds for which it is repeated before it is measured.
     """
