@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from engine.backends.onnxruntime import refusal
 from engine.placement import Placement
 from engine.preprocessed import PreprocessedSet
 from engine.protocol import EngineError, one_line
@@ -92,7 +93,7 @@ def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # ORT's exceptions share no base class but Exception
-        raise EngineError(f"ONNX Runtime cannot load it: {one_line(error)}") from error
+        raise EngineError(refusal(error)) from error
 
 
 def run(
