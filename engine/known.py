@@ -12,6 +12,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -173,20 +174,19 @@ def find_known(engine: Engine, progress: Progress | None = None) -> KnownAnswers
     spec = engine.input_spec
     seeds: list[int] = []
     answers: list[NDArray[np.float32]] = []
-    session = engine.session()
-    for seed in range(_TRIES):
-        detections, counts = session.infer(draw(seed, spec)[None])
-        answer = detections[0, : min(counts[0], _ROWS)].copy()
-        if answer[:, 5].sum() < _MIN_SCORE:
-            continue
-        if all(agreement(answer, other) < _ALIKE for other in answers):
-            seeds.append(seed)
-            answers.append(answer)
-            if progress is not None:
-                progress(len(seeds), COUNT)
-        if len(seeds) == COUNT:
-            break
-    session.close()
+    with closing(engine.session()) as session:
+        for seed in range(_TRIES):
+            detections, counts = session.infer(draw(seed, spec)[None])
+            answer = detections[0, : min(counts[0], _ROWS)].copy()
+            if answer[:, 5].sum() < _MIN_SCORE:
+                continue
+            if all(agreement(answer, other) < _ALIKE for other in answers):
+                seeds.append(seed)
+                answers.append(answer)
+                if progress is not None:
+                    progress(len(seeds), COUNT)
+            if len(seeds) == COUNT:
+                break
     if len(seeds) < LEAST:
         raise EngineError(
             f"only {len(seeds)} of {_TRIES} generated pictures have detections that tell them "
@@ -236,8 +236,7 @@ def check_answers(engine: Engine, known: KnownAnswers, max_batch: int, name: str
             f"{name}: the pictures of its known answers are drawn otherwise here; write the model "
             "repository anew with 'harness triton-repository'"
         )
-    session = engine.session()
-    try:
+    with closing(engine.session()) as session:
         traffic = _Traffic(session, pictures, known, name)
         begin = time.monotonic()
         singles = [*[0] * 4, *[1] * 4, *[2] * 4, *[0] * 4]
@@ -247,9 +246,9 @@ def check_answers(engine: Engine, known: KnownAnswers, max_batch: int, name: str
         batch = max(1, min(max_batch, fit))
         traffic.run(_full_batches(len(known.seeds), batch, session.depth))
         traffic.run(_any_batches(len(known.seeds), batch, begin + _LOAD_SECONDS))
-    finally:
-        session.close()
-    return Asked(traffic.pictures, traffic.requests, batch)
+        asked = Asked(traffic.pictures, traffic.requests, batch)
+        del pictures, traffic  # a server lets go of memory that is free when a session is closed
+    return asked
 
 
 class _Traffic:

@@ -20,8 +20,6 @@ from engine.probes import Gpu
 from harness.errors import HarnessError
 from harness.packages import PROJECT, Package, declared_packages, installed_version
 from harness.resources import Resources, find_resources
-from harness.triton_repository import SERVER_BACKENDS
-from harness.triton_server import find_server, server_backends
 
 _TIMEOUT_S = 60.0
 """For one probe; each takes a few seconds where nothing hangs."""
@@ -198,6 +196,11 @@ def _abilities(answers: dict[str, dict[str, Any]], gpu: bool) -> tuple[Ability, 
 def _triton_server(build_dir: Path) -> Ability:
     """Look for a Triton server on this machine; others are reached by their address."""
     title = "Triton server"
+    try:  # they need ONNX and more, which this report does not
+        from harness.triton_repository import SERVER_BACKENDS
+        from harness.triton_server import find_server, server_backends
+    except ImportError as error:
+        return Ability(title, "no", str(error), _INSTALL)
     try:
         command = find_server(build_dir)
         backends = server_backends(command)

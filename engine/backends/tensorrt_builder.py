@@ -101,18 +101,18 @@ def _parse(
     trt: Any, backend: str, path: Path, errors: ErrorLog
 ) -> tuple[tensorrt.Builder, tensorrt.INetworkDefinition, tensorrt.OnnxParser]:
     from polygraphy.backend.trt import CreateNetwork, get_trt_logger
+    from polygraphy.backend.trt.util import check_onnx_parser_errors
     from polygraphy.exception import PolygraphyException
 
     # the parser reads external weights itself, from beside the path
     content = plugin_only(onnx.load(path, load_external_data=False)).SerializeToString()
     try:
         builder, network = CreateNetwork(strongly_typed=True)()
+        trt.init_libnvinfer_plugins(get_trt_logger(), "")
+        parser: tensorrt.OnnxParser = trt.OnnxParser(network, get_trt_logger())
+        check_onnx_parser_errors(parser, parser.parse(content, str(path)))
     except (PolygraphyException, TypeError) as error:  # TypeError: no builder without a GPU
-        raise EngineError(f"{backend} cannot build here: {errors.last(error)}") from error
-    trt.init_libnvinfer_plugins(get_trt_logger(), "")
-    parser: tensorrt.OnnxParser = trt.OnnxParser(network, get_trt_logger())
-    if not parser.parse(content, str(path)):
-        raise EngineError(f"{path}: {backend} cannot parse it: {errors.last('it gave no cause')}")
+        raise EngineError(f"{path}: {backend} cannot parse it: {errors.last(error)}") from error
     return builder, network, parser
 
 

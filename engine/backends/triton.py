@@ -316,6 +316,11 @@ class TritonSession(Session):
         self._in_flight.popleft()
         self._free.append(request.place)
         detections = answer.as_numpy(DETECTIONS).copy()
+        if len(detections) != request.images:
+            raise EngineError(
+                f"the Triton server {self._url} answered {len(detections)} images for "
+                f"{request.images}"
+            )
         # a server that joins requests numbers the images of all of them
         detections[..., 0] = np.arange(request.images)[:, None]
         return detections, answer.as_numpy(NUM_DETECTIONS).reshape(request.images)
