@@ -71,9 +71,7 @@ def serve(repository, tmp_path):
         ("before, at every twelfth request", "before if self.calls % 12 == 0 else found"),
     ],
 )
-def test_a_server_with_stale_answers(  # noqa: PLR0917
-    serve, exported, monkeypatch, when, answer
-):
+def test_a_server_with_stale_answers(serve, exported, monkeypatch, when, answer):
     monkeypatch.setattr("engine.known._LOAD_SECONDS", 2.0)
     code = STALE.format(when=when, answer=answer)
     server = serve(lambda model: (model / "1" / "model.py").write_text(code))
