@@ -110,8 +110,8 @@ def substitute(command):
 def place(tmp_path_factory):
     """A folder like the project's, with the stand-ins."""
     place = tmp_path_factory.mktemp("readme")
-    tracked = ("Makefile", "README.md", "configs", "constraints.txt", "demo", "engine", "export")
-    for name in (*tracked, "graph_surgery", "harness", "plugin_cuda", "pyproject.toml"):
+    tracked = ("Makefile", "README.md", "configs", "constraints.txt", "demo", "docs", "engine")
+    for name in (*tracked, "export", "graph_surgery", "harness", "plugin_cuda", "pyproject.toml"):
         if (ROOT / name).exists():
             (place / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "data_maps", place / "data_maps")
