@@ -38,7 +38,6 @@ IMAGES = {"val": 12, "cal": 8}
 SUBSTITUTIONS = {
     # the demo model takes 400x400 images
     r"1200x1200": "400x400",
-    r"\[1,3,1200,1200\]": "[1,3,400,400]",
     # less work
     r"--random 4": "--random 1",
     r"--images 100": "--images 8",
