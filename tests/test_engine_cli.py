@@ -258,10 +258,10 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
     code, out = engine(
         *command,
         *("--min-batch", 2, "--opt-batch", 4, "--max-batch", 8, "--memory-pool", "workspace=512"),
-        *("--optimization-level", 5, "--tf32", "--strip-plan", "--refit", "--weight-streaming"),
         *("--plugin", "a.so", "--plugin", "b.so", "--compute-capability", "8.9"),
         *("--verbosity", "info", "--layer-info", "l.json", "--timing-cache", "t.cache"),
         *("--version-compatible", "--hardware-compatible"),
+        *("--optimization-level", 5, "--tf32", "--strip-plan", "--refit"),
     )
     assert code == 0 and "5 bytes" in out
     from engine.build import BuildOptions
@@ -279,7 +279,6 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
         hardware_compatible=True,
         strip_plan=True,
         refit=True,
-        weight_streaming=True,
         verbosity="info",
         layer_info=Path("l.json"),
         plugins=(Path("a.so"), Path("b.so")),
