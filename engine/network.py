@@ -13,7 +13,6 @@ import onnx
 from numpy.typing import NDArray
 
 from engine.placement import Placement
-from engine.preprocessed import PreprocessedSet
 from engine.protocol import EngineError, one_line
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
@@ -99,10 +98,10 @@ def run(
     session: onnxruntime.InferenceSession,
     outputs: Sequence[str],
     image: str,
-    images: PreprocessedSet,
-    indices: Sequence[int],
+    batch: NDArray[np.generic],
+    where: str,
 ) -> list[NDArray[np.float32]]:
-    """Run a session on some images.
+    """Run a session on a batch.
 
     Parameters
     ----------
@@ -110,17 +109,18 @@ def run(
         Names of the tensors to return.
     image
         Name of the input.
+    batch
+        What it takes.
+    where
+        The first image of the batch, for a message.
 
     Raises
     ------
     EngineError
-        When an image cannot be read or ONNX Runtime fails; names the first image.
+        When ONNX Runtime fails.
     """
     try:
-        found: list[NDArray[np.float32]] = session.run(list(outputs), {image: images.load(indices)})
-    except EngineError:
-        raise
+        found: list[NDArray[np.float32]] = session.run(list(outputs), {image: batch})
     except Exception as error:  # ORT's exceptions share no base class but Exception
-        text = one_line(error)
-        raise EngineError(f"ONNX Runtime failed on {images.files[indices[0]]}: {text}") from error
+        raise EngineError(f"ONNX Runtime failed on {where}: {one_line(error)}") from error
     return found
