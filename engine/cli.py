@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from engine.command import run_command
 from engine.progress import progress_bar
 from engine.protocol import EngineError, InputSpec
-
-if TYPE_CHECKING:
-    from engine.calibration_cache import Calibration
 
 app = typer.Typer(
     help="Calibrate, quantise, build and compare detectors.",
@@ -75,7 +72,7 @@ def calibrate(
     from engine.calibration_cache import Calibration
     from engine.files import write_atomically
     from engine.preprocessed import load_preprocessed
-    from engine.report import calibration_report
+    from engine.report import calibration_report, warn
 
     _check_folder(output)
     source = load_preprocessed(data, _image_spec(model))
@@ -97,7 +94,7 @@ def calibrate(
             raise EngineError(f"{text}: cannot write it: {error.strerror}") from error
         typer.echo(f"TensorRT's format in {text}")
     Console().print(calibration_report(cache))
-    _warn(cache)
+    warn(cache)
 
 
 @app.command()
@@ -135,11 +132,12 @@ def quantize(
     from engine.network import load_detector
     from engine.preprocessed import load_preprocessed
     from engine.quantize import quantize as quantize_model
+    from engine.report import agreement_lines, warn
 
     _check_folder(output)
     images = None if check is None else load_preprocessed(check, _image_spec(model))
     calibration = Calibration.load(cache)
-    _warn(calibration)
+    warn(calibration)
     quantized = quantize_model(
         load_detector(model), calibration, float_type=float_type, keep_float=keep_float or ()
     )
@@ -156,7 +154,6 @@ def quantize(
         from rich.console import Console
 
         from engine.agreement import find_agreement
-        from engine.report import agreement_lines
 
         found = find_agreement(model, output, images)
         Console().print(agreement_lines(found, calibration))
@@ -372,11 +369,6 @@ def _image_spec(model: Path) -> InputSpec:
 
     placement = find_placement(load_detector(model))
     return InputSpec(placement.image, placement.shape, "float32")
-
-
-def _warn(calibration: Calibration) -> None:
-    for warning in calibration.warnings:
-        typer.secho(f"WARNING: {warning}", err=True, bold=True)
 
 
 def _check_folder(output: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -63,14 +63,13 @@ def comparison_tables(found: Comparison) -> Group:
 
 def calibration_report(cache: Calibration) -> Group:
     """What a calibration took, and its worst tensors, those of the lowest SNR."""
-    parts: list[Table | str] = [
-        f"{len(cache.scales)} scales from {cache.images} images: the image's by pixel arithmetic, "
-        f"the others by {cache.method}"
+    parts = [
+        f"{len(cache.scales)} scales from {cache.images} images by {cache.method}, that of the "
+        "image from its pixels"
     ]
     if cache.method == METHODS[0]:
-        parts[0] = f"{parts[0]}, {'but for these ' if cache.narrowed else ''}to the largest value"
-    if cache.narrowed:
-        parts.append(f"narrowed, for the others' sake: {', '.join(cache.narrowed)}")
+        narrowed = escape(", ".join(cache.narrowed)) or "none"
+        parts.append(f"narrowed, as their largest values would cost the others a bit: {narrowed}")
     return Group(*parts, worst_tensors(cache))
 
 
@@ -98,6 +97,12 @@ def agreement_lines(found: Agreement, cache: Calibration) -> Group:
     if found.passed:
         return Group(line)
     return Group(f"FAILED: {line}; look at these tensors", worst_tensors(cache))
+
+
+def warn(cache: Calibration) -> None:
+    """Say on stderr what speaks against the use of a calibration."""
+    for warning in cache.warnings:
+        Console(stderr=True).print(f"WARNING: {escape(warning)}", style="bold")
 
 
 def sensitivity_table(found: Sensitivity) -> Table:

@@ -88,7 +88,7 @@ def route_steps(place: Path, monkeypatch) -> dict[str, str]:
     monkeypatch.chdir(place)
     lines: list[str] = []
     route = route_of(BENCHMARK, None, Path("build"), lines.append)
-    images = val_images(route, build_int8(route))
+    images = val_images(route, build_int8(route).path)
     assert len(images.files) >= VAL - 1
     said = dict(line.split(": ", 1) for line in lines)
     assert tuple(said) == STEPS
