@@ -21,6 +21,12 @@ app = typer.Typer(
 def nms(
     model: Annotated[Path, typer.Argument(metavar="IN.onnx", help="Detector to read")],
     output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="File to write")],
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class names, one a line [default: the model's own, COCO's for 80 classes]"
+        ),
+    ] = None,
 ) -> None:
     """Make everything behind the head convolutions one NMS_OPT_TRT node.
 
@@ -32,11 +38,13 @@ def nms(
     if not output.parent.is_dir():
         raise SurgeryError(f"{output.parent}: no such folder to write {output.name} to")
     from graph_surgery.files import load, save
+    from graph_surgery.names import add_names
     from graph_surgery.replace import insert_nms
 
     result = insert_nms(load(model))
+    named = add_names(result.model, names)
     save(result.model, output)
-    for change in result.changes:
+    for change in (*result.changes, named):
         typer.echo(change)
     typer.echo(f"{'wrote' if result.modified else 'copied to'} {output}")
 
