@@ -81,18 +81,16 @@ def observe(
     def add(name: str, values: NDArray[np.float32]) -> None:
         if name in histograms:
             histograms[name].add(values)
-        found = histograms[name].largest if name in histograms else magnitude(values)
+        top = histograms[name].largest if name in histograms else magnitude(values)
         if name in largest:
-            largest[name] = max(largest[name], found)
+            largest[name] = max(largest[name], top)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for start in range(0, count, batch):
             files = images.files[start : min(start + batch, count)]
             pixels = images.load(range(start, start + len(files))).astype(np.float32, copy=False)
-            values = dict(
-                zip(names, run(session, names, placement.image, pixels, files[0]), strict=True)
-            )
-            values[placement.image] = pixels
+            found = run(session, names, placement.image, pixels, files[0])
+            values = {placement.image: pixels, **dict(zip(names, found, strict=True))}
             tasks = {name: pool.submit(add, name, value) for name, value in values.items()}
             for name, task in tasks.items():
                 try:
@@ -104,7 +102,7 @@ def observe(
                 hash_image(digest, name, pixels[index])
                 heads = [values[head][index] for head in placement.heads]
                 empty += is_flat(pixels[index]) or not _finds(heads, nms)
-            del values, tasks  # or they would stay until the next batch has run
+            del found, values, tasks  # or they would stay until the next batch has run
             if progress is not None:
                 progress(start + len(files), count)
     return Observations(count, digest.hexdigest(), empty, histograms, largest)

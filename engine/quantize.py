@@ -28,8 +28,11 @@ FloatType = Literal["fp32", "fp16"]
 FLOAT_TYPES: tuple[FloatType, ...] = ("fp32", "fp16")
 
 _FP16_LARGEST = float(np.finfo(np.float16).max)
-_BIAS_STEPS = 2**30
-"""Most steps of a bias: int32 has 2^31, of which the sums of a convolution take 127² a product."""
+_BIAS_STEPS = {"fp32": 2**30, "fp16": 2**15}
+"""Most steps of a bias. int32 has 2^31, of which the sums of a convolution take 127² a product; in
+a float16 graph, ONNX Runtime divides the bias by its step in float16, which ends at 65,504."""
+_LEAST_STEP = {"fp32": float(np.finfo(np.float32).tiny), "fp16": 2.0**-24}
+"""Least step of a bias, which is a divisor: normal in float32, not 0 in float16."""
 
 _FP16_OPSET = 19
 """First opset whose QuantizeLinear and DequantizeLinear take float16 (ONNX operator changelog)."""
@@ -79,7 +82,7 @@ def quantize(
     if float_type == "fp16":
         model = _with_opset(model, _FP16_OPSET)
         placement = find_placement(model)
-    new = insert_qdq(model, placement, calibration.scales, layers)
+    new = insert_qdq(model, placement, calibration.scales, layers, float_type)
     image_scale = _int8_input(new, placement)
     if float_type == "fp16":
         _to_fp16(new, placement)
@@ -112,6 +115,7 @@ def insert_qdq(
     placement: Placement,
     scales: Mapping[str, float],
     layers: Iterable[int],
+    float_type: FloatType = "fp32",
 ) -> onnx.ModelProto:
     """Copy a model with Q/DQ pairs at some layers; its inputs and outputs stay as they are.
 
@@ -121,6 +125,8 @@ def insert_qdq(
         Of every tensor that these layers read.
     layers
         Indices into ``placement.layers``.
+    float_type
+        Type that what is not INT8 will have; here it stays float32.
     """
     chosen = set(layers)
     new = onnx.ModelProto()
@@ -141,7 +147,7 @@ def insert_qdq(
     for index in sorted(chosen):
         layer = placement.layers[index]
         value = numpy_helper.to_array(weights[layer.weight])
-        scale = weight_scales(value, layer.bias, read[layer.node])
+        scale = weight_scales(value, layer.bias, read[layer.node], float_type)
         pair = _pair(graph, layer.weight, scale, axis=0)
         before.setdefault(layer.node, []).extend(pair)
         graph.node[layer.node].input[1] = pair[1].output[0]
@@ -172,12 +178,13 @@ def weight_scales(
     weight: NDArray[np.float32],
     bias: NDArray[np.float32] | None = None,
     input_scale: float | np.float32 = 1.0,
+    float_type: FloatType = "fp32",
 ) -> NDArray[np.float32]:
     """Scale of every output channel, float32 [M]: the largest magnitude is the last step.
 
-    Engines hold a bias in int32 steps of input scale x weight scale. Where weights are so small, or
-    all 0, that it would take more than `_BIAS_STEPS`, their scale is what it takes to hold it: next
-    to that bias they are nothing. A channel without any weight and bias has the scale 1.
+    Engines may hold a bias in int32 steps of input scale x weight scale. Where weights are so
+    small, or all 0, that this takes more steps than there are, their scale is what the bias needs:
+    next to it they are nothing. A channel without weights and bias has the scale 1.
 
     Parameters
     ----------
@@ -187,14 +194,15 @@ def weight_scales(
         float32 [M]; None: there is none.
     input_scale
         Scale of what the convolution reads.
+    float_type
+        Type of what is not INT8.
     """
     largest = np.abs(weight).reshape(len(weight), -1).max(axis=1).astype(np.float64)
-    least = 0 if bias is None else np.abs(bias).astype(np.float64) / input_scale / _BIAS_STEPS
-    scales = np.maximum(largest / STEPS, least)
+    size = np.zeros(len(weight)) if bias is None else np.abs(bias.astype(np.float64))
+    scales = np.maximum(largest / STEPS, size / _BIAS_STEPS[float_type] / input_scale)
     scales[scales == 0] = 1
-    # neither the scale nor its product with the input's may be denormal: they are divisors
-    smallest = np.finfo(np.float32).tiny / min(1.0, float(input_scale))
-    scaled: NDArray[np.float32] = np.maximum(scales, smallest).astype(np.float32)
+    least = _LEAST_STEP[float_type] / min(1.0, float(input_scale))
+    scaled: NDArray[np.float32] = np.maximum(scales, least).astype(np.float32)
     return scaled
 
 
