@@ -90,21 +90,15 @@ class Calibration:
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What speaks against the use of these scales, a sentence each."""
-        found = []
-        if self.empty_images == self.images:
-            found.append(
-                f"none of the {self.images} calibration images shows anything: they are one "
-                "colour, or the FP32 detector finds nothing in them. Such scales ruin a model: "
-                "calibrate with pictures of what it is to find"
-            )
-        elif self.empty_images > self.images / 2:
-            found.append(
-                f"{self.empty_images} of {self.images} calibration images show nothing: they are "
-                "one colour, or the FP32 detector finds nothing in them"
-            )
-        return tuple(found)
+    def warning(self) -> str | None:
+        """What speaks against the use of these scales."""
+        if self.empty_images <= self.images / 2:
+            return None
+        return (
+            f"{self.empty_images} of {self.images} calibration images show nothing: they are one "
+            "colour, or the FP32 detector finds nothing in them. Scales from such images ruin a "
+            "model; calibrate with pictures of what it is to find"
+        )
 
     def save(self, path: Path) -> None:
         """Write the JSON cache.

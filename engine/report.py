@@ -101,8 +101,8 @@ def agreement_lines(found: Agreement, cache: Calibration) -> Group:
 
 def warn(cache: Calibration) -> None:
     """Say on stderr what speaks against the use of a calibration."""
-    for warning in cache.warnings:
-        Console(stderr=True).print(f"WARNING: {escape(warning)}", style="bold")
+    if cache.warning is not None:
+        Console(stderr=True).print(f"WARNING: {escape(cache.warning)}", style="bold")
 
 
 def sensitivity_table(found: Sensitivity) -> Table:

@@ -437,7 +437,8 @@ def test_every_bias_fits_in_its_steps(largest, bias, input_scale, float_type) ->
     assert float_type == "fp32" or (steps < 65504).all()
     # weights whose own steps do are rounded as finely as without a bias
     own = weight_scales(weight)
-    fits = (np.abs(bias) / own / input_scale < 2**15) & (own * np.float32(input_scale) > 1e-7)
+    fits = (np.abs(bias) < own * np.float64(input_scale) * 2**15) & (largest > 0)
+    fits &= own * np.float64(input_scale) > 1e-7
     assert (scales[fits] == own[fits]).all()
 
 
