@@ -20,7 +20,7 @@ from engine.protocol import EngineError
 
 _FORMAT = 2
 _TRT_NAMES = {
-    "auto": "EntropyCalibration2",  # which TensorRT has no name for, and reads under any
+    "auto": "MinMaxCalibration",  # which it is but for outliers
     "entropy": "EntropyCalibration2",
     "percentile": "LegacyCalibration",
     "minmax": "MinMaxCalibration",

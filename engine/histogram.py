@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 BINS = 2048
 """Bins of a histogram; between half of them and all lie below the largest magnitude."""
 
-_CHUNK = 1 << 15  # values worked on at a time: their copies stay in the CPU's cache
+NO_NUMBER = "a value is NaN or infinite"
+
+_CHUNK = 1 << 17  # values worked on at a time: their copies stay in the CPU's cache
 _LEAST_LIMIT = 2.0**-100  # so that float32 holds bins per unit
 
 
@@ -41,28 +44,29 @@ class Histogram:
         Raises
         ------
         ValueError
-            When one is NaN or infinite; nothing is counted then.
+            When one is NaN or infinite; those before it may be counted.
         """
         flat = values.reshape(-1)
-        if not flat.size:
-            return
-        largest = magnitude(flat)
-        if largest >= self.limit:
-            self._widen(largest)
-        self.largest = max(self.largest, largest)
-        if self.limit == 0:
-            self.counts[0] += flat.size
-            return
-        per_unit = np.float32(BINS / self.limit)
         scaled = np.empty(min(_CHUNK, flat.size), np.float32)
-        bins = np.empty(scaled.size, np.intp)
+        bins = np.empty(scaled.size, np.uint16)
         for start in range(0, flat.size, _CHUNK):
             chunk = flat[start : start + _CHUNK]
             part, index = scaled[: chunk.size], bins[: chunk.size]
             np.abs(chunk, out=part)
-            np.multiply(part, per_unit, out=part)
+            largest = float(part.max())
+            if not math.isfinite(largest):
+                raise ValueError(NO_NUMBER)
+            if largest >= self.limit:
+                self._widen(largest)
+            self.largest = max(self.largest, largest)
+            if self.limit == 0:
+                self.counts[0] += chunk.size
+                continue
+            np.multiply(part, np.float32(BINS / self.limit), out=part)
             np.copyto(index, part, casting="unsafe")
-            self.counts += np.bincount(index, minlength=BINS)
+            # faster than anything of NumPy's; its float32 counts are exact up to 2^24
+            counts = cv2.calcHist([index[None]], [0], None, [BINS], [0, BINS])
+            self.counts += counts.ravel().astype(np.int64)
 
     def _widen(self, largest: float) -> None:
         if largest == 0:
@@ -85,5 +89,5 @@ def magnitude(values: NDArray[np.float32]) -> float:
     """
     largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
     if not math.isfinite(largest):
-        raise ValueError("a value is NaN or infinite")
+        raise ValueError(NO_NUMBER)
     return largest

@@ -70,8 +70,15 @@ def heads_model(
     return part
 
 
-def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """Run a model in ONNX Runtime on all CPUs of this process.
+def open_session(
+    model: onnx.ModelProto, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Run a model in ONNX Runtime.
+
+    Parameters
+    ----------
+    threads
+        Threads of one run; None: one for each CPU of this process.
 
     Raises
     ------
@@ -81,7 +88,7 @@ def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
     # large outputs that live longer than a run fragment an arena, which never gives back
     options.enable_cpu_mem_arena = False

@@ -8,10 +8,12 @@ takes what it needs here, not by a pass of its own.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,15 @@ from numpy.typing import NDArray
 from engine.histogram import Histogram, magnitude
 from engine.network import heads_model, open_session, run
 from engine.placement import Placement
-from engine.preprocessed import PreprocessedSet, hash_image, is_flat
+from engine.preprocessed import PreprocessedSet, hash_images, is_flat
 from engine.protocol import EngineError
 from graph_surgery.nms_function import DOMAIN
 
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
+
+_AT_ONCE = 2
+"""Batches that are looked at side by side; memory holds the activations of as many."""
 
 
 @dataclass(frozen=True)
@@ -70,42 +75,67 @@ def observe(
     EngineError
         When an image cannot be read, a value is NaN or infinite, or ONNX Runtime fails.
     """
-    histograms = {name: Histogram() for name in placement.tensors if name != placement.image}
-    names = list(dict.fromkeys([*histograms, *placement.floats]))
-    largest = dict.fromkeys(placement.floats, 0.0)
-    (node,) = (node for node in network.graph.node if node.domain == DOMAIN)
-    nms = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    pass_ = _Pass(network, placement)
     digest, empty = sha256(), 0
-    session = open_session(heads_model(network, placement, names))
-
-    def add(name: str, values: NDArray[np.float32]) -> None:
-        if name in histograms:
-            histograms[name].add(values)
-        top = histograms[name].largest if name in histograms else magnitude(values)
-        if name in largest:
-            largest[name] = max(largest[name], top)
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    waiting: deque[tuple[int, Future[int]]] = deque()
+    with ThreadPoolExecutor(_AT_ONCE) as pool, pass_.counting:
         for start in range(0, count, batch):
             files = images.files[start : min(start + batch, count)]
             pixels = images.load(range(start, start + len(files))).astype(np.float32, copy=False)
-            found = run(session, names, placement.image, pixels, files[0])
-            values = {placement.image: pixels, **dict(zip(names, found, strict=True))}
-            tasks = {name: pool.submit(add, name, value) for name, value in values.items()}
-            for name, task in tasks.items():
-                try:
-                    task.result()
-                except ValueError as error:
-                    where = f"for {', '.join(files)}"
-                    raise EngineError(f"tensor {name!r}: {error}, {where}") from error
-            for index, name in enumerate(files):
-                hash_image(digest, name, pixels[index])
-                heads = [values[head][index] for head in placement.heads]
-                empty += is_flat(pixels[index]) or not _finds(heads, nms)
-            del found, values, tasks  # or they would stay until the next batch has run
-            if progress is not None:
-                progress(start + len(files), count)
-    return Observations(count, digest.hexdigest(), empty, histograms, largest)
+            hash_images(digest, files, pixels)
+            waiting.append((start + len(files), pool.submit(pass_.look, files, pixels)))
+            while len(waiting) > (_AT_ONCE if start + len(files) < count else 0):
+                done, task = waiting.popleft()
+                empty += task.result()
+                if progress is not None:
+                    progress(done, count)
+    return Observations(count, digest.hexdigest(), empty, pass_.histograms, pass_.largest)
+
+
+class _Pass:
+    """What batches are looked at with, `_AT_ONCE` of them in threads of their own.
+
+    While one waits for its values to be counted, another runs: ONNX Runtime keeps no CPU from
+    counting, and counting none from it.
+    """
+
+    def __init__(self, network: onnx.ModelProto, placement: Placement) -> None:
+        cpus = len(os.sched_getaffinity(0))
+        tensors = [name for name in placement.tensors if name != placement.image]
+        self.histograms = {name: Histogram() for name in tensors}
+        self.largest = dict.fromkeys(placement.floats, 0.0)
+        self.counting = ThreadPoolExecutor(cpus)
+        self._names = list(dict.fromkeys([*tensors, *placement.floats]))
+        self._locks = {name: Lock() for name in (placement.image, *self._names)}
+        model = heads_model(network, placement, self._names)
+        self._session = open_session(model, max(1, cpus // _AT_ONCE))
+        (node,) = (node for node in network.graph.node if node.domain == DOMAIN)
+        self._nms = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        self._image, self._heads = placement.image, placement.heads
+
+    def look(self, files: Sequence[str], pixels: NDArray[np.float32]) -> int:
+        """Count the values of a batch; how many of its images show nothing."""
+        found = run(self._session, self._names, self._image, pixels, files[0])
+        values = {self._image: pixels, **dict(zip(self._names, found, strict=True))}
+        tasks = {name: self.counting.submit(self._add, name, v) for name, v in values.items()}
+        for name, task in tasks.items():
+            try:
+                task.result()
+            except ValueError as error:
+                raise EngineError(f"tensor {name!r}: {error}, for {', '.join(files)}") from error
+        return sum(
+            is_flat(image) or not _finds([values[head][index] for head in self._heads], self._nms)
+            for index, image in enumerate(pixels)
+        )
+
+    def _add(self, name: str, values: NDArray[np.float32]) -> None:
+        with self._locks[name]:
+            histogram = self.histograms.get(name)
+            if histogram is not None:
+                histogram.add(values)
+            top = magnitude(values) if histogram is None else histogram.largest
+            if name in self.largest:
+                self.largest[name] = max(self.largest[name], top)
 
 
 def _finds(heads: Sequence[NDArray[np.float32]], nms: Mapping[str, Any]) -> bool:

@@ -185,14 +185,15 @@ def images_sha256(images: PreprocessedSet, count: int) -> str:
     """Hash of the names and the values of the first `count` images, in their order."""
     digest = sha256()
     for index, name in enumerate(images.files[:count]):
-        hash_image(digest, name, images.load([index])[0])
+        hash_images(digest, [name], images.load([index]))
     return digest.hexdigest()
 
 
-def hash_image(digest: Hash, name: str, image: NDArray[np.generic]) -> None:
-    """Add an image, C-contiguous, to the hash of a set; see `images_sha256`."""
-    digest.update(f"{name}\n".encode())
-    digest.update(image.data.cast("B"))
+def hash_images(digest: Hash, names: Sequence[str], images: NDArray[np.generic]) -> None:
+    """Add images, C-contiguous, to the hash of a set; see `images_sha256`."""
+    for name, image in zip(names, images, strict=True):
+        digest.update(f"{name}\n".encode())
+        digest.update(image.data.cast("B"))
 
 
 def is_flat(image: NDArray[np.float32]) -> bool:

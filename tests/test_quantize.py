@@ -479,7 +479,7 @@ def test_weight_channels_of_zeros() -> None:
 
 
 def test_int8_keeps_the_accuracy_of_the_demo_model(tmp_path) -> None:
-    """FP32 and INT8, entropy, through export, calibration, LoadGen and COCO mAP."""
+    """FP32 and INT8, by default, through export, calibration, LoadGen and COCO mAP."""
     weights = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
     if not weights.exists() or not (ROOT / "demo" / "data" / "val").is_dir():
         pytest.skip("the demo checkpoint or the demo images are not there")
