@@ -7,6 +7,7 @@ takes what it needs here, not by a pass of its own.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,8 @@ from graph_surgery.nms_function import DOMAIN
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
 
-_AT_ONCE = 2
-"""Batches that are looked at side by side; memory holds the activations of as many."""
+_SMALL = 640 * 640
+"""Up to so many pixels two batches are looked at side by side; memory holds what both activate."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,17 @@ def observe(
     EngineError
         When an image cannot be read, a value is NaN or infinite, or ONNX Runtime fails.
     """
-    pass_ = _Pass(network, placement)
+    at_once = 2 if batch * math.prod(placement.shape[1:]) <= _SMALL else 1
+    pass_ = _Pass(network, placement, at_once)
     digest, empty = sha256(), 0
     waiting: deque[tuple[int, Future[int]]] = deque()
-    with ThreadPoolExecutor(_AT_ONCE) as pool, pass_.counting:
+    with ThreadPoolExecutor(at_once) as pool, pass_.counting:
         for start in range(0, count, batch):
             files = images.files[start : min(start + batch, count)]
             pixels = images.load(range(start, start + len(files))).astype(np.float32, copy=False)
             hash_images(digest, files, pixels)
             waiting.append((start + len(files), pool.submit(pass_.look, files, pixels)))
-            while len(waiting) > (_AT_ONCE if start + len(files) < count else 0):
+            while len(waiting) > (at_once if start + len(files) < count else 0):
                 done, task = waiting.popleft()
                 empty += task.result()
                 if progress is not None:
@@ -93,13 +95,13 @@ def observe(
 
 
 class _Pass:
-    """What batches are looked at with, `_AT_ONCE` of them in threads of their own.
+    """What batches are looked at with, `at_once` of them in threads of their own.
 
-    While one waits for its values to be counted, another runs: ONNX Runtime keeps no CPU from
-    counting, and counting none from it.
+    While one waits for its values to be counted, another runs, so that no CPU waits; ONNX Runtime's
+    threads would wait by spinning, at the cost of those that count.
     """
 
-    def __init__(self, network: onnx.ModelProto, placement: Placement) -> None:
+    def __init__(self, network: onnx.ModelProto, placement: Placement, at_once: int) -> None:
         cpus = len(os.sched_getaffinity(0))
         tensors = [name for name in placement.tensors if name != placement.image]
         self.histograms = {name: Histogram() for name in tensors}
@@ -108,7 +110,7 @@ class _Pass:
         self._names = list(dict.fromkeys([*tensors, *placement.floats]))
         self._locks = {name: Lock() for name in (placement.image, *self._names)}
         model = heads_model(network, placement, self._names)
-        self._session = open_session(model, max(1, cpus // _AT_ONCE))
+        self._session = open_session(model, max(1, cpus // at_once))
         (node,) = (node for node in network.graph.node if node.domain == DOMAIN)
         self._nms = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         self._image, self._heads = placement.image, placement.heads
