@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from engine.load import load_engine
 from engine.matching import match_detections
-from engine.preprocessed import PreprocessedSet
+from engine.preprocessed import PreprocessedSet, quantize_images
 from engine.protocol import EngineError, InputSpec, Session
-from engine.runners import quantize_images
 
 IMAGES = 16
 """Images that `find_agreement` looks at."""

@@ -25,11 +25,10 @@ from engine.command import run_command
 from engine.environment import command_line, commit, cpu_count, cpu_name, now
 from engine.load import load_engine
 from engine.network import load_detector
-from engine.preprocessed import PreprocessedSet, load_preprocessed
+from engine.preprocessed import PreprocessedSet, load_preprocessed, quantize_images
 from engine.protocol import EngineError, Session
 from engine.quantize import quantize
 from engine.report import write_json
-from engine.runners import quantize_images
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -25,11 +25,16 @@ from engine.compare import Truth, load_truth
 from engine.environment import command_line, commit, cpu_name, now
 from engine.load import load_engine
 from engine.network import load_detector
-from engine.preprocessed import MEAN, STD, PreprocessedSet, load_preprocessed
+from engine.preprocessed import (
+    MEAN,
+    STD,
+    PreprocessedSet,
+    load_preprocessed,
+    quantize_images,
+)
 from engine.protocol import InputSpec
 from engine.quantize import quantize
 from engine.report import write_json
-from engine.runners import quantize_images
 from engine.thresholds import METHODS
 
 Images = NDArray[np.float32]

@@ -14,11 +14,16 @@ import onnx
 from engine.backends.onnxruntime import INPUT_SCALE_KEY
 from engine.backends.tensorrt_builder import PlanRequest, build_plan
 from engine.backends.tensorrt_log import Verbosity
-from engine.backends.tensorrt_module import BACKENDS, RTX, import_tensorrt
+from engine.backends.tensorrt_module import (
+    BACKENDS,
+    RTX,
+    import_tensorrt,
+    require_lean_runtime,
+)
 from engine.files import file_sha256
 from engine.manifest import Manifest, plugin_library, save_engine
 from engine.network import load_detector
-from engine.plugins import is_registered, load_plugins
+from engine.plugins import headers_version, is_registered, load_plugins
 from engine.protocol import EngineError, InputSpec
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
@@ -41,15 +46,13 @@ class BuildOptions:
     tf32
         Allow TF32 for what is float32 in the graph.
     version_compatible
-        Also run on later releases of the same major version. TensorRT only.
+        Also run on later releases of the same major version. TensorRT only, with its lean runtime.
     hardware_compatible
         Run on every GPU from Ampere on. TensorRT only.
     strip_plan
         Leave the weights out of the plan; it must be refitted before it runs. Needs a GPU.
     refit
         Keep the plan refittable. Needs a GPU.
-    weight_streaming
-        Allow the weights to stay in host memory.
     verbosity
         Least severe messages to show.
     layer_info
@@ -79,7 +82,6 @@ class BuildOptions:
     hardware_compatible: bool = False
     strip_plan: bool = False
     refit: bool = False
-    weight_streaming: bool = False
     verbosity: Verbosity = "warning"
     layer_info: Path | None = None
     plugins: tuple[Path, ...] = ()
@@ -89,13 +91,13 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.min_batch <= self.best_batch <= self.max_batch:
             raise EngineError(
-                f"batch sizes min {self.min_batch}, opt {self.best_batch}, max {self.max_batch}: "
-                "1 <= min <= opt <= max expected"
+                f"--min-batch {self.min_batch}, --opt-batch {self.best_batch}, --max-batch "
+                f"{self.max_batch}: 1 <= min <= opt <= max expected"
             )
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise EngineError(f"optimization level {self.optimization_level}: 0 to 5 expected")
+            raise EngineError(f"--optimization-level {self.optimization_level}: 0 to 5 expected")
         if self.device is not None and self.compute_capabilities:
-            raise EngineError("build for a device or for compute capabilities, not for both")
+            raise EngineError("give --device or --compute-capability, not both")
 
     @property
     def best_batch(self) -> int:
@@ -130,8 +132,7 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
         ONNX detector with an NMS_OPT_TRT node; strongly typed, with its Q/DQ nodes.
     backend
         ``tensorrt`` or ``tensorrt-rtx``. TensorRT builds on the GPU it builds for, TensorRT-RTX
-        also without one. A real ``tensorrt`` build is unverified: its path was run with
-        TensorRT-RTX in its place.
+        also without one.
     output
         Engine file to write.
     options
@@ -165,8 +166,10 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
             raise EngineError(
                 f"{options.timing_cache.parent}: cannot make the folder ({error.strerror})"
             ) from error
+    if options.version_compatible:
+        require_lean_runtime(trt)
     load_plugins(trt, options.plugins)
-    plugin_layers = _plugin_layers(trt, backend, model, detector)
+    _require_plugin(trt, model, detector)
     request = PlanRequest(
         model=model,
         input_name=detector.spec.name,
@@ -175,7 +178,6 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
         memory_pools=options.memory_pools,
         tf32=options.tf32,
         timing_cache=options.timing_cache,
-        plugin_layers=plugin_layers,
         verbosity=options.verbosity,
     )
     start = time.monotonic()
@@ -192,7 +194,9 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
         compute_capabilities=(gpu.compute_capability,) if gpu else options.compute_capabilities,
         model=model.name,
         onnx_sha256=file_sha256(model),
-        plugins=tuple(plugin_library(output, library) for library in options.plugins),
+        plugins=tuple(
+            plugin_library(output, library, headers_version(library)) for library in options.plugins
+        ),
         metadata=detector.metadata,
         engine_sha256=hashlib.sha256(plan).hexdigest(),
         engine_bytes=len(plan),
@@ -304,30 +308,29 @@ def _check_options(backend: str, options: BuildOptions) -> None:
     for name, owner in _ONLY.items():
         if getattr(options, name) and backend != owner:
             instead = {
-                "hardware_compatible": "; name compute capabilities instead",
+                "hardware_compatible": "; give --compute-capability instead",
                 "compute_capabilities": "; it builds for the GPU it runs on",
             }.get(name, "")
-            raise EngineError(f"{backend} has no option {name.replace('_', '-')}{instead}")
+            raise EngineError(f"{backend} has no option {_typed(name)}{instead}")
     if backend == RTX and options.device is None:
         for name in _NEED_GPU:
             if getattr(options, name):
                 raise EngineError(
-                    f"{backend} needs a GPU for the option {name.replace('_', '-')}; name its "
-                    "device"
+                    f"{backend} needs a GPU for the option {_typed(name)}; name it with --device"
                 )
 
 
-def _plugin_layers(trt: Any, backend: str, model: Path, detector: Detector) -> int:
-    """Return how many plugin layers the network will have: 0 when TensorRT builds the body."""
-    if is_registered(trt, OP_TYPE, detector.plugin_version, detector.plugin_namespace):
-        return 1
-    if backend == RTX:
+def _typed(name: str) -> str:
+    """Return an option as the user types it."""
+    return "--" + name.replace("_", "-").replace("capabilities", "capability")
+
+
+def _require_plugin(trt: Any, model: Path, detector: Detector) -> None:
+    if not is_registered(trt, OP_TYPE, detector.plugin_version, detector.plugin_namespace):
         raise EngineError(
-            f"{model}: the plugin {OP_TYPE} (version {detector.plugin_version}) is not registered, "
-            "and TensorRT-RTX cannot build NonMaxSuppression, which its definition in the file "
-            "needs; give the plugin library that 'build-plugin' makes"
+            f"{model}: the plugin {OP_TYPE} (version {detector.plugin_version}) is not registered; "
+            "give the library that 'build-plugin' makes: --plugin libnmsoptplugin.so"
         )
-    return 0
 
 
 def _shapes(
@@ -345,7 +348,6 @@ def _config(trt: Any, backend: str, options: BuildOptions) -> dict[str, Any]:
     config: dict[str, Any] = {
         "refittable": options.refit,
         "strip_plan": options.strip_plan,
-        "weight_streaming": options.weight_streaming,
         "builder_optimization_level": options.optimization_level,
     }
     if backend == RTX:

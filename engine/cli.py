@@ -197,7 +197,6 @@ def build(
     ] = False,
     strip_plan: Annotated[bool, typer.Option(help="Leave the weights out.")] = False,
     refit: Annotated[bool, typer.Option(help="Keep the plan refittable.")] = False,
-    weight_streaming: Annotated[bool, typer.Option(help="Let weights stay on the host.")] = False,
     verbosity: Annotated[
         Literal["error", "warning", "info", "verbose"], typer.Option(help="Messages to show.")
     ] = "warning",
@@ -236,7 +235,6 @@ def build(
         hardware_compatible=hardware_compatible,
         strip_plan=strip_plan,
         refit=refit,
-        weight_streaming=weight_streaming,
         verbosity=verbosity,
         layer_info=layer_info,
         plugins=tuple(plugin or ()),

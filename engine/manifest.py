@@ -29,10 +29,13 @@ class PluginLibrary:
         Relative to the engine's folder, so that both can move together.
     sha256
         Of its content.
+    headers
+        TensorRT whose headers it was built with, as ``10.14.1``; None: it does not say.
     """
 
     path: str
     sha256: str
+    headers: str | None = None
 
 
 @dataclass(frozen=True)
@@ -202,10 +205,10 @@ def check_machine(engine: Path, manifest: Manifest, here: Machine) -> None:
         _same(engine, "gpu", manifest.gpu, here.gpu)
 
 
-def plugin_library(engine: Path, library: Path) -> PluginLibrary:
-    """Describe a plugin library for the manifest of an engine."""
+def plugin_library(engine: Path, library: Path, headers: str | None = None) -> PluginLibrary:
+    """Describe a plugin library for the manifest of an engine; see `PluginLibrary`."""
     relative = os.path.relpath(library.resolve(), engine.resolve().parent)
-    return PluginLibrary(relative, file_sha256(library))
+    return PluginLibrary(relative, file_sha256(library), headers)
 
 
 def check_plugins(engine: Path, manifest: Manifest) -> tuple[Path, ...]:
@@ -251,7 +254,7 @@ def _from_dict(values: dict[str, Any]) -> Manifest:
         compute_capabilities=tuple(map(str, values["compute_capabilities"])),
         model=str(values["model"]),
         onnx_sha256=str(values["onnx_sha256"]),
-        plugins=tuple(PluginLibrary(item["path"], item["sha256"]) for item in values["plugins"]),
+        plugins=tuple(PluginLibrary(**item) for item in values["plugins"]),
         metadata=dict(values["metadata"]),
         engine_sha256=str(values["engine_sha256"]),
         engine_bytes=values["engine_bytes"],

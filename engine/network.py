@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from engine.backends.onnxruntime import refusal
 from engine.placement import Placement
 from engine.protocol import EngineError, one_line
 from graph_surgery.errors import SurgeryError
@@ -98,7 +99,7 @@ def open_session(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # ORT's exceptions share no base class but Exception
-        raise EngineError(f"ONNX Runtime cannot load it: {one_line(error)}") from error
+        raise EngineError(refusal(error)) from error
 
 
 def run(

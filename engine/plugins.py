@@ -36,17 +36,18 @@ def load_plugins(trt: Any, libraries: Sequence[Path]) -> None:
     ------
     EngineError
         When a library is missing, cannot be loaded, exports no creators, or creators of another
-        interface.
+        interface, or was built for another major version.
     """
     registry: tensorrt.IPluginRegistry = trt.get_plugin_registry()
     for library in libraries:
         path = library.resolve()
         if path in _loaded:
             continue
-        _check_exports(library)
-        before = len(registry.all_creators)
+        _check_library(trt, library)
+        before = {_identity(creator) for creator in registry.all_creators}
         handle = registry.load_library(str(path))
-        creators = registry.all_creators[before:]
+        # the list has no order, and load_library may make new objects for what was there
+        creators = [one for one in registry.all_creators if _identity(one) not in before]
         if handle is None or not creators:
             raise EngineError(
                 f"{library}: TensorRT {trt.__version__} registered none of its plugins; a plugin "
@@ -70,15 +71,53 @@ def is_registered(trt: Any, name: str, version: str, namespace: str) -> bool:
     return registry.get_creator(name, version, namespace) is not None
 
 
-def _check_exports(library: Path) -> None:
+def headers_version(library: Path) -> str | None:
+    """Version of TensorRT whose headers a plugin library was built with, as ``10.14.1``.
+
+    Returns
+    -------
+    str
+        None when the library does not say: that of 'build-plugin' does.
+
+    Raises
+    ------
+    EngineError
+        When it is missing or cannot be loaded.
+    """
+    function = getattr(_open(library), "nmsOptTrtHeaders", None)
+    if function is None:
+        return None
+    number = int(function())  # as getInferLibVersion() counts since TensorRT 10
+    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
+
+
+def _identity(creator: Any) -> tuple[str, str, str]:
+    return creator.name, creator.plugin_version, creator.plugin_namespace
+
+
+def _open(library: Path) -> ctypes.CDLL:
     if not library.is_file():
         raise EngineError(f"{library}: no such plugin library; make one with 'build-plugin'")
     try:
-        handle = ctypes.CDLL(str(library.resolve()))
+        return ctypes.CDLL(str(library.resolve()))
     except OSError as error:
         raise EngineError(f"{library}: cannot load the plugin library: {error}") from error
-    if not hasattr(handle, "getCreators"):
+
+
+def _check_library(trt: Any, library: Path) -> None:
+    if not hasattr(_open(library), "getCreators"):
         raise EngineError(
             f"{library}: exports no getCreators, so it is no plugin library for TensorRT 10 or "
             "later"
         )
+    built, running = headers_version(library), str(trt.__version__)
+    # TensorRT-RTX has versions of its own
+    if trt.__name__ == "tensorrt" and built and _major(built) != _major(running):
+        raise EngineError(
+            f"{library}: built with the headers of TensorRT {built}, but TensorRT {running} runs "
+            "here; set TENSORRT_INCLUDE_DIR to its headers and run 'build-plugin' again"
+        )
+
+
+def _major(version: str) -> str:
+    return version.partition(".")[0]

@@ -175,6 +175,22 @@ def transform_settings(spec: InputSpec) -> dict[str, Any]:
     }
 
 
+def quantize_images(images: NDArray[np.float32], spec: InputSpec) -> NDArray[np.generic]:
+    """Turn normalised images into what an input takes.
+
+    Parameters
+    ----------
+    images
+        float32 [..., *spec.shape].
+    spec
+        The input; int8: images / scale, rounded half to even, clipped to [-127, 127].
+    """
+    if spec.scale is None:
+        return images
+    steps: NDArray[np.float32] = np.clip(np.rint(images / np.float32(spec.scale)), -127, 127)
+    return steps.astype(np.int8)
+
+
 def preprocessing_sha256(shape: tuple[int, int, int]) -> str:
     """Hash of what normalised images of this (channels, height, width) are."""
     settings = transform_settings(InputSpec("image", shape, "float32"))

@@ -117,8 +117,28 @@ def cudnn() -> Found:
 
 
 def tensorrt() -> Found:
-    """Build a model of one operator with TensorRT, and load the engine."""
-    return _build_and_load("tensorrt")
+    """Look for TensorRT's parts, build a model of one convolution, and load the engine.
+
+    Raises
+    ------
+    EngineError
+        When its bindings or a GPU are missing (without one, its builder ends the process), or it
+        cannot build.
+    """
+    from engine.backends.cuda import use_gpu
+    from engine.backends.tensorrt_module import import_tensorrt
+    from engine.backends.tensorrt_parts import find_parts
+
+    trt = import_tensorrt("tensorrt")
+    try:
+        capability, no_gpu = use_gpu(0).compute_capability, None
+    except EngineError as error:
+        capability, no_gpu = None, error
+    parts = find_parts(trt, capability)
+    if no_gpu is not None:
+        raise EngineError(f"{no_gpu}; {'; '.join((*parts.found, *parts.lacking))}")
+    limits = [*parts.lacking, *filter(None, [_build_and_load("tensorrt").limit])]
+    return Found("; ".join(parts.found), "; ".join(limits) or None)
 
 
 def tensorrt_rtx() -> Found:
@@ -176,6 +196,7 @@ def trt_plugin() -> Found:
     OSError
         When it cannot be loaded.
     """
+    from engine.plugins import headers_version
     from plugin_cuda.build import PLUGIN
     from plugin_cuda.library import library_path
 
@@ -184,7 +205,8 @@ def trt_plugin() -> Found:
         raise PluginError(f"{path} not found")
     if not hasattr(ctypes.CDLL(str(path.resolve())), "getCreators"):
         raise PluginError(f"{path} exports no getCreators, so it is no plugin library")
-    return Found(str(path))
+    headers = headers_version(path)
+    return Found(f"{path}, built with the headers of TensorRT {headers or 'of no known version'}")
 
 
 def _import(*modules: str) -> Found:
@@ -244,7 +266,7 @@ def _build_and_load(backend: str) -> Found:
         model = _relu_model(folder)
         shapes = (shape, shape, shape)
         plan = build_plan(
-            trt, backend, PlanRequest(model, "image", shapes, {}, {}, False, None, 0, "error")
+            trt, backend, PlanRequest(model, "image", shapes, {}, {}, False, None, "error")
         )
     try:
         use_gpu(0)

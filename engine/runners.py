@@ -21,6 +21,7 @@ from polygraphy.common import TensorMetadata
 from engine.load import load_engine
 from engine.manifest import load_manifest
 from engine.network import load_detector, open_session
+from engine.preprocessed import quantize_images
 from engine.protocol import Engine, EngineError, InputSpec, one_line
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
@@ -35,22 +36,6 @@ DETECTIONS = ("detections", "num_detections")
 """Outputs of every runner, as `engine.protocol.Session.infer` returns them."""
 
 Arrays = dict[str, NDArray[Any]]
-
-
-def quantize_images(images: NDArray[np.float32], spec: InputSpec) -> NDArray[np.generic]:
-    """Turn normalised images into what an input takes.
-
-    Parameters
-    ----------
-    images
-        float32 [N, *spec.shape].
-    spec
-        The input; int8: images / scale, rounded half to even, clipped to [-127, 127].
-    """
-    if spec.scale is None:
-        return images
-    steps: NDArray[np.float32] = np.clip(np.rint(images / np.float32(spec.scale)), -127, 127)
-    return steps.astype(np.int8)
 
 
 class DetectorRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types

@@ -27,11 +27,20 @@ def nms(
             help="Class names, one a line [default: the model's own, COCO's for 80 classes]"
         ),
     ] = None,
+    plugin_alone: Annotated[
+        bool,
+        typer.Option(
+            "--plugin-only",
+            help="Leave out the definition of NMS_OPT_TRT, so that it can only be the plugin: for "
+            "trtexec, polygraphy and other programs that give the file to TensorRT.",
+        ),
+    ] = False,
 ) -> None:
     """Make everything behind the head convolutions one NMS_OPT_TRT node.
 
     The old postprocessing and the new node run on the same random head tensors first; nothing is
-    written unless they agree. A model that has the node already is copied as it is.
+    written unless they agree. A model that has the node already, as one of 'engine quantize', is
+    copied as it is, but for --plugin-only.
     """
     if output.exists() and model.exists() and output.samefile(model):
         raise SurgeryError(f"{output}: is the input; give the output another name")
@@ -39,14 +48,17 @@ def nms(
         raise SurgeryError(f"{output.parent}: no such folder to write {output.name} to")
     from graph_surgery.files import load, save
     from graph_surgery.names import add_names
+    from graph_surgery.nms_function import plugin_only
     from graph_surgery.replace import insert_nms
 
     result = insert_nms(load(model))
     named = add_names(result.model, names)
-    save(result.model, output)
+    save(plugin_only(result.model) if plugin_alone else result.model, output)
     for change in (*result.changes, named):
         typer.echo(change)
-    typer.echo(f"{'wrote' if result.modified else 'copied to'} {output}")
+    if plugin_alone:
+        typer.echo("the definition of NMS_OPT_TRT was left out: only its plugin can run the file")
+    typer.echo(f"{'wrote' if result.modified or plugin_alone else 'copied to'} {output}")
 
 
 @app.command()

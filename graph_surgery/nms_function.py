@@ -153,6 +153,19 @@ def nms_node(inputs: list[str], attributes: NmsAttributes) -> onnx.NodeProto:
     )
 
 
+def plugin_only(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model without the function that defines NMS_OPT_TRT.
+
+    What runs it must have the operator. TensorRT's parser, up to 10.6 at least, takes the
+    definition where there is one, whatever plugin is registered. Nothing else changes.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.functions[:]
+    copy.functions.extend(f for f in model.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE))
+    return copy
+
+
 def nms_function(num_layers: int, opset: int, *, sigmoid: bool = False) -> onnx.FunctionProto:
     """Write the operator's definition for `num_layers` levels.
 

@@ -65,7 +65,10 @@ def run(
         Path | None, typer.Option(help="TOML file of settings; see harness/settings.py.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Batch size (Offline, Server).", show_default="8")
+        int | None,
+        typer.Option(
+            help="Batch size (Offline, Server).", show_default="what a plan was built for, else 8"
+        ),
     ] = None,
     target_qps: Annotated[
         float | None,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from engine.load import load_engine
+from engine.manifest import load_manifest, manifest_path
 from engine.protocol import InputSpec
 from harness.dataset import check_annotated, known_dataset, preprocessed_dir
 from harness.errors import HarnessError
@@ -26,7 +27,8 @@ def preprocess(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="The engine to make input for, e.g. an .onnx.", show_default="the benchmark's"
+            help="What to make input for: an .onnx or a built engine.",
+            show_default="the benchmark's",
         ),
     ] = None,
     *,
@@ -81,7 +83,7 @@ def preprocess(
             "leave out --calibration and --formats int8_linear"
         )
     val = known_dataset(dataset, "val", build_dir)
-    taken = None if model is None else load_engine(engine, model).input_spec
+    taken = None if model is None else _input_of(engine, model)
     specs = _specs(model, taken, val.image_size, calibration)
     tasks = []
     if not cal_only:
@@ -114,6 +116,13 @@ def preprocess(
             progress=sys.stderr.isatty(),
         )
         typer.echo(f"{len(done.files)} images in {directory}")
+
+
+def _input_of(engine: str, model: Path) -> InputSpec:
+    """Input of a model; a built engine's is in its manifest, whatever can run it here."""
+    if model.suffix != ".onnx" and manifest_path(model).exists():
+        return load_manifest(model).input
+    return load_engine(engine, model).input_spec
 
 
 def _formats(text: str) -> tuple[Format, ...]:

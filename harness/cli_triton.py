@@ -38,12 +38,38 @@ def triton_repository(
     instances: Annotated[
         int, typer.Option(min=1, help="Instances on each GPU, or on the CPU.")
     ] = 1,
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--graphs",
+            help="CUDA graphs in the backend tensorrt: measure whether they gain anything.",
+        ),
+    ] = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="ONNX file that MODEL was built from, for the known answers where MODEL itself "
+            "cannot run here.",
+            show_default="MODEL itself",
+        ),
+    ] = None,
 ) -> None:
-    """Write a model repository that Triton Inference Server serves MODEL from."""
+    """Write a model repository that Triton Inference Server serves MODEL from.
+
+    It holds what MODEL finds on two dozen generated pictures. By these known answers every client
+    checks the server, under load, before it runs anything on it.
+    """
     from harness.triton_repository import write_repository
 
     repository = write_repository(
-        model, output, backend, engine=engine, max_batch=max_batch, instances=instances
+        model,
+        output,
+        backend,
+        engine=engine,
+        max_batch=max_batch,
+        instances=instances,
+        graphs=graphs,
+        reference=reference,
     )
     typer.echo(f"wrote {repository.path}; serve it with:")
     typer.echo(f"tritonserver {shlex.join(repository.server_arguments)}")

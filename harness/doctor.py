@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from engine.environment import commit, cpu_count, cpu_name
 from engine.probes import Gpu
+from harness.errors import HarnessError
 from harness.packages import PROJECT, Package, declared_packages, installed_version
 from harness.resources import Resources, find_resources
 
@@ -139,7 +140,7 @@ def examine(build_dir: Path) -> Report:
         resources = find_resources(build_dir)
         answers = {name: probe.result() for name, probe in probes.items()}
     gpus = _gpus(answers.pop("gpus"))
-    abilities = _abilities(answers, bool(gpus.devices))
+    abilities = (*_abilities(answers, bool(gpus.devices)), _triton_server(build_dir))
     return Report(
         project={
             "version": installed_version(PROJECT),
@@ -190,6 +191,28 @@ def _abilities(answers: dict[str, dict[str, Any]], gpu: bool) -> tuple[Ability, 
         else:
             found.append(Ability(title, "works", answer["detail"]))
     return tuple(found)
+
+
+def _triton_server(build_dir: Path) -> Ability:
+    """Look for a Triton server on this machine; others are reached by their address."""
+    title = "Triton server"
+    try:  # they need ONNX and more, which this report does not
+        from harness.triton_repository import SERVER_BACKENDS
+        from harness.triton_server import find_server, server_backends
+    except ImportError as error:
+        return Ability(title, "no", str(error), _INSTALL)
+    try:
+        command = find_server(build_dir)
+        backends = server_backends(command)
+    except (HarnessError, OSError) as error:
+        return Ability(title, "no", str(error), "make triton_server")
+    words = ", ".join(f"{name} {built}".strip() for name, built in backends.items())
+    lacks = [name for name in SERVER_BACKENDS if name not in backends]
+    detail = f"{command} with the backends: {words or 'none'}"
+    if not lacks:
+        return Ability(title, "works", detail)
+    limit = f"harness triton-repository --backend {'|'.join(lacks)} makes what it cannot serve"
+    return Ability(title, "partly", f"{detail}; {limit}")
 
 
 def _steps(

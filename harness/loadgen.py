@@ -98,7 +98,8 @@ def run_test(
         When the engine fails, does not answer in time, or the user interrupts.
     """
     limit = min((engine.max_batch for engine in engines if engine.max_batch), default=None)
-    settings = fitted(settings, limit)
+    best = [int(str(e.manifest["opt_batch"])) for e in engines if "opt_batch" in e.manifest]
+    settings = fitted(settings, limit, min(best, default=None))
     library = SampleLibrary(source, engines[0])
     batch = min(settings.batch, limit or settings.batch)
     sut = Sut(

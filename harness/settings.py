@@ -154,7 +154,7 @@ class Server(Settings):
     target_latency_ms
         Time for an answer, whole milliseconds.
     batch_size
-        Largest batch; None: `DEFAULT_BATCH`, or what the engine takes.
+        Largest batch; None: the one that the engine was built for, else `DEFAULT_BATCH`.
     batch_delay_ms
         Milliseconds for which a batch that is not full waits for more samples.
     """
@@ -196,8 +196,8 @@ class Offline(Settings):
     target_qps
         Expected samples per second; None: estimated from the warm-up.
     batch_size
-        Batch, of which only the last may be smaller; None: `DEFAULT_BATCH`, or what the engine
-        takes.
+        Batch, of which only the last may be smaller; None: the one that the engine was built for,
+        else `DEFAULT_BATCH`.
     """
 
     scenario: ClassVar[str] = "Offline"
@@ -298,8 +298,8 @@ def check_tables(tables: Mapping[str, Any], where: str) -> None:
             raise HarnessError(f"{where}: {key!r} is unknown; known: {', '.join(sorted(known))}")
 
 
-def fitted(settings: Settings, max_batch: int | None) -> Settings:
-    """Settings with a batch size that the engine takes.
+def fitted(settings: Settings, max_batch: int | None, best: int | None = None) -> Settings:
+    """Settings with a batch size that the engine takes: where none is asked for, its `best`.
 
     Raises
     ------
@@ -309,9 +309,8 @@ def fitted(settings: Settings, max_batch: int | None) -> Settings:
     if not isinstance(settings, Server | Offline):
         return settings
     if settings.batch_size is None:
-        return dataclasses.replace(
-            settings, batch_size=min(DEFAULT_BATCH, max_batch or DEFAULT_BATCH)
-        )
+        batch = best or DEFAULT_BATCH
+        return dataclasses.replace(settings, batch_size=min(batch, max_batch or batch))
     if max_batch is not None and settings.batch_size > max_batch:
         raise HarnessError(
             f"{settings.scenario}: batch size {settings.batch_size}, but the engine takes at most "

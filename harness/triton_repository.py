@@ -7,17 +7,20 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/ (Model Configurati
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from engine.backends.triton import DTYPES, MODEL_NAME, import_client
+from engine.backends.triton import DTYPES, KNOWN_PARAMETER, MODEL_NAME, import_client
 from engine.backends.triton_python import BACKEND_PARAMETER, FILE_PARAMETER
 from engine.files import file_sha256
-from engine.load import ONNX_BACKENDS
-from engine.manifest import PluginLibrary, check_engine, check_plugins, save_engine
+from engine.known import KnownAnswers, find_known
+from engine.load import ONNX_BACKENDS, load_engine
+from engine.manifest import check_engine, check_plugins, save_engine
+from engine.progress import progress_bar
 from engine.protocol import DETECTION_FIELDS, EngineError
 from engine.served import DETECTIONS, NUM_DETECTIONS, ServedModel, served_model
 from harness.errors import HarnessError
@@ -65,6 +68,8 @@ def write_repository(
     engine: str | None = None,
     max_batch: int | None = None,
     instances: int = 1,
+    graphs: bool = False,
+    reference: Path | None = None,
 ) -> Repository:
     """Write a repository that a stock server loads; it is complete or not there.
 
@@ -83,14 +88,19 @@ def write_repository(
         Largest batch; None: the engine's, or `harness.settings.DEFAULT_BATCH` for an ONNX file.
     instances
         Instances of the model on each GPU, or on the CPU.
+    graphs
+        Have Triton's TensorRT backend use CUDA graphs.
+    reference
+        The ONNX file of the model, by which ONNX Runtime finds the known answers; None: the engine
+        that will serve it finds them, here.
 
     Raises
     ------
     HarnessError
         When `output` exists or cannot be written.
     EngineError
-        When the client library is missing, the model cannot be read, or the backend cannot serve
-        it like this.
+        When the client library is missing, the model cannot be read, the backend cannot serve it
+        like this, or no known answers are found.
     """
     if output.exists():
         raise HarnessError(f"{output} exists; choose another folder or remove it")
@@ -110,11 +120,22 @@ def write_repository(
             )
         served = dataclasses.replace(served, backend=engine)
     _check_backend(served, backend)
+    if graphs and backend != "tensorrt":
+        raise EngineError("--graphs: only Triton's backend tensorrt has CUDA graphs")
     batch = _max_batch(served, max_batch)
-    configs = {"config.pbtxt": make_config(served, backend, batch, instances, None)}
+    known = _known_answers(served, reference).to_text()
+    make = functools.partial(
+        make_config,
+        served,
+        backend,
+        max_batch=batch,
+        instances=instances,
+        graphs=graphs,
+        known=known,
+    )
+    configs = {"config.pbtxt": make(None)}
     for scenario in SCENARIOS:
-        name = f"configs/{scenario}.pbtxt"
-        configs[name] = make_config(served, backend, batch, instances, scenario)
+        configs[f"configs/{scenario}.pbtxt"] = make(scenario)
     partial = output.with_name(f"{output.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -133,16 +154,27 @@ def write_repository(
 
 
 def make_config(
-    served: ServedModel, backend: str, max_batch: int, instances: int, scenario: str | None
+    served: ServedModel,
+    backend: str,
+    scenario: str | None,
+    *,
+    max_batch: int,
+    instances: int,
+    graphs: bool,
+    known: str,
 ) -> ModelConfig:
     """Make the configuration of a model.
 
     Parameters
     ----------
-    served, backend, max_batch, instances
+    served, backend
         As in `write_repository`, checked.
     scenario
         One of `harness.settings.SCENARIOS`; None: for all of them.
+    max_batch, instances, graphs
+        As in `write_repository`, checked.
+    known
+        `engine.known.KnownAnswers.to_text`.
     """
     from tritonclient.grpc import model_config_pb2 as pb
 
@@ -176,7 +208,7 @@ def make_config(
         instance_group=[pb.ModelInstanceGroup(kind=_kind(pb, served, backend), count=instances)],
         parameters={
             key: pb.ModelParameter(string_value=value)
-            for key, value in _parameters(served, backend).items()
+            for key, value in (_parameters(served, backend) | {KNOWN_PARAMETER: known}).items()
         },
         model_warmup=[_warm_up(pb, served, size) for size in sorted({1, max_batch})],
     )
@@ -190,10 +222,29 @@ def make_config(
         config.optimization.input_pinned_memory.enable = True
         config.optimization.output_pinned_memory.enable = scenario != "SingleStream"
     if backend == "tensorrt":
-        config.optimization.cuda.graphs = True
+        # never with output_copy_stream: detections are then sent before they are written
+        config.optimization.cuda.graphs = graphs
         config.optimization.cuda.busy_wait_events = scenario == "SingleStream"
-        config.optimization.cuda.output_copy_stream = scenario != "SingleStream"
     return config
+
+
+def _known_answers(served: ServedModel, reference: Path | None) -> KnownAnswers:
+    try:
+        if reference is None:
+            engine = load_engine(served.backend, served.path)
+        elif file_sha256(reference) == served.onnx_sha256:
+            engine = load_engine("onnxruntime", reference)
+        else:
+            raise EngineError(f"{served.path} does not come from {reference}")
+    except EngineError as error:
+        if reference is not None:
+            raise
+        raise EngineError(
+            f"{error}; the repository's known answers need it, or --reference with the ONNX file "
+            "that it was built from"
+        ) from error
+    with progress_bar("known answers") as progress:
+        return find_known(engine, progress)
 
 
 def _check_backend(served: ServedModel, backend: str) -> None:
@@ -252,11 +303,11 @@ def _copy_model(served: ServedModel, backend: str, version: Path) -> None:
     source, manifest = served.path, served.manifest
     libraries = []
     if manifest is not None:
-        for library in check_plugins(source, manifest):
+        for library, listed in zip(check_plugins(source, manifest), manifest.plugins, strict=True):
             shutil.copyfile(library, version / library.name)
             if _registering(library).is_file():
                 shutil.copyfile(_registering(library), version / _registering(library).name)
-            libraries.append(PluginLibrary(library.name, file_sha256(library)))
+            libraries.append(dataclasses.replace(listed, path=library.name))
     if backend != "python":
         shutil.copyfile(source, version / _FILES[backend])
         return

@@ -30,7 +30,7 @@ from engine.leaving import on_leaving
 from engine.progress import progress_bar
 from harness.command import run_command
 from harness.errors import HarnessError
-from harness.triton_repository import Repository
+from harness.triton_repository import SERVER_BACKENDS, Repository
 
 PACKAGE = "nvidia-pytriton==0.7.0"
 """Triton 2.51; Apache-2.0 and the licences of what it bundles."""
@@ -97,6 +97,32 @@ def find_server(build_dir: Path) -> Path:
             "that run with --url HOST:PORT, or install one with 'make triton_server'"
         )
     return Path(found) if found else own.absolute()
+
+
+def server_backends(command: Path) -> dict[str, str]:
+    """Triton's backends that a server has, of `harness.triton_repository.SERVER_BACKENDS`.
+
+    Parameters
+    ----------
+    command
+        ``tritonserver``, or a script that names ``--backend-directory``.
+
+    Returns
+    -------
+    dict
+        Name to what it was built for: of ``tensorrt``, whose plans run with the very version that
+        built them, the major version of TensorRT.
+    """
+    start = command.read_bytes()[:4096].decode(errors="replace")
+    named = re.search(r"--backend-directory=[\"']?([^\"'\s]+)", start)
+    folder = Path(named[1]) if named else command.resolve().parent.parent / "backends"
+    found: dict[str, str] = {}
+    for name in SERVER_BACKENDS:
+        library = folder / name / f"libtriton_{name}.so"
+        if library.is_file():
+            needs = re.search(rb"libnvinfer\.so\.(\d+)", library.read_bytes())
+            found[name] = f"for TensorRT {needs[1].decode()}" if needs else ""
+    return found
 
 
 @contextmanager

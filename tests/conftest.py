@@ -1,9 +1,13 @@
 """What several test modules share."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# A background job is started with SIGINT ignored, and so would be all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

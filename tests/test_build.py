@@ -5,9 +5,11 @@ from __future__ import annotations
 import _ctypes
 import json
 import sys
+from copy import copy
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
@@ -30,10 +32,11 @@ from engine.manifest import (
     plugin_library,
     save_engine,
 )
-from engine.plugins import load_plugins
+from engine.plugins import headers_version, load_plugins
 from engine.protocol import EngineError, InputSpec
 from graph_surgery.files import load, save
 from graph_surgery.replace import insert_nms
+from plugin_cuda.toolchain import find_tensorrt_headers
 
 PLAN = b"a plan that no TensorRT made"
 HERE = Machine("tensorrt", "10.16.1.11", "NVIDIA H100 80GB HBM3", "9.0")
@@ -142,11 +145,14 @@ def test_not_an_onnx_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_batch": 0}, "batch sizes min 0, opt 64, max 64"),
-        ({"opt_batch": 9, "max_batch": 8}, "opt 9, max 8"),
-        ({"min_batch": 3, "opt_batch": 2}, "min 3, opt 2"),
-        ({"optimization_level": 6}, "optimization level 6"),
-        ({"device": 0, "compute_capabilities": ("8.9",)}, "not for both"),
+        ({"min_batch": 0}, "--min-batch 0, --opt-batch 64, --max-batch 64"),
+        ({"opt_batch": 9, "max_batch": 8}, "--opt-batch 9, --max-batch 8"),
+        ({"min_batch": 3, "opt_batch": 2}, "--min-batch 3, --opt-batch 2"),
+        ({"optimization_level": 6}, "--optimization-level 6"),
+        (
+            {"device": 0, "compute_capabilities": ("8.9",)},
+            "--device or --compute-capability, not both",
+        ),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -157,13 +163,17 @@ def test_options_out_of_range(options, message):
 @pytest.mark.parametrize(
     ("backend", "options", "message"),
     [
-        ("tensorrt-rtx", {"timing_cache": Path("c")}, "tensorrt-rtx has no option timing-cache"),
-        ("tensorrt-rtx", {"version_compatible": True}, "no option version-compatible"),
-        ("tensorrt-rtx", {"hardware_compatible": True}, "hardware-compatible; name compute"),
-        ("tensorrt", {"compute_capabilities": ("9.0",)}, "tensorrt has no option compute-cap"),
-        ("tensorrt-rtx", {"refit": True}, "needs a GPU for the option refit"),
-        ("tensorrt-rtx", {"strip_plan": True}, "needs a GPU for the option strip-plan"),
-        ("tensorrt-rtx", {"layer_info": Path("l.json")}, "needs a GPU for the option layer-info"),
+        ("tensorrt-rtx", {"timing_cache": Path("c")}, "tensorrt-rtx has no option --timing-cache"),
+        ("tensorrt-rtx", {"version_compatible": True}, "no option --version-compatible"),
+        (
+            "tensorrt-rtx",
+            {"hardware_compatible": True},
+            "--hardware-compatible; give --compute-cap",
+        ),
+        ("tensorrt", {"compute_capabilities": ("9.0",)}, "no option --compute-capability;"),
+        ("tensorrt-rtx", {"refit": True}, "needs a GPU for the option --refit"),
+        ("tensorrt-rtx", {"strip_plan": True}, "needs a GPU for the option --strip-plan"),
+        ("tensorrt-rtx", {"layer_info": Path("l.json")}, "needs a GPU for the option --layer-info"),
         ("onnxruntime", {}, "no engine can be built for 'onnxruntime'"),
     ],
 )
@@ -198,7 +208,7 @@ def test_manifest_round_trip(tmp_path):
     library = tmp_path / "plugins" / "libnms.so"
     library.parent.mkdir()
     library.write_bytes(b"code")
-    saved = manifest(plugins=(plugin_library(engine, library),), options={"tf32": True})
+    saved = manifest(plugins=(plugin_library(engine, library, "10.6.0"),), options={"tf32": True})
     save_engine(engine, PLAN, saved)
     assert load_manifest(engine) == saved
     assert check_engine(engine, saved) == PLAN
@@ -339,7 +349,10 @@ def test_plugin_library_of_an_engine(tmp_path):
 def test_stripped_engine_and_wrong_device(tmp_path):
     engine = tmp_path / "m.engine"
     save_engine(engine, PLAN, manifest(options={"strip_plan": True}))
-    with pytest.raises(EngineError, match="its weights were stripped"):
+    with pytest.raises(EngineError, match=r"its weights were stripped.*without --strip-plan"):
+        load_engine("tensorrt", engine, device="cuda")
+    save_engine(engine, PLAN, manifest(options={"weight_streaming": True}))  # of an older release
+    with pytest.raises(EngineError, match="built with --weight-streaming"):
         load_engine("tensorrt", engine, device="cuda")
     save_engine(engine, PLAN, manifest())
     for device in ("cpu", "cuda:x", "cuda:", "tpu"):
@@ -359,32 +372,39 @@ def test_unwritable_engine(tmp_path):
 
 
 class FakeCreator:
-    """A creator of a V1 plugin."""
+    """A creator; `kind` is its interface."""
 
-    name = "NMS_OPT_TRT"
+    plugin_version, plugin_namespace = "1", ""
 
-    class interface_info:  # noqa: N801
-        kind = "PLUGIN CREATOR_V1"
+    def __init__(self, name, kind="V3ONE"):
+        self.name = name
+        self.interface_info = SimpleNamespace(kind=f"PLUGIN CREATOR_{kind}")
 
 
-class FakeTensorRT:
-    """A registry that takes a library's creators, or none."""
+class FakeTensorRT(ModuleType):
+    """A registry without an order, which takes a library's creators, or none."""
 
     __version__ = "10.16"
 
-    def __init__(self, creators):
-        self.all_creators, self.new = [], creators
+    def __init__(self, new, there=()):
+        super().__init__("tensorrt")
+        self.there, self.new = list(there), new
+
+    @property
+    def all_creators(self):  # objects of their own at every call, as in TensorRT's bindings
+        return sorted((copy(one) for one in self.there), key=lambda one: one.name)
 
     def get_plugin_registry(self):
         return self
 
     def load_library(self, path):
-        self.all_creators = [*self.all_creators, *self.new]
+        self.there += self.new
         return path if self.new else None
 
     def deregister_library(self, handle):
-        self.all_creators.remove(*self.new)
         assert handle
+        for one in self.new:
+            self.there.remove(one)
 
 
 def test_plugin_library_that_cannot_be_used(tmp_path, monkeypatch):
@@ -397,13 +417,39 @@ def test_plugin_library_that_cannot_be_used(tmp_path, monkeypatch):
         load_plugins(trt, [text])
     with pytest.raises(EngineError, match="exports no getCreators"):
         load_plugins(trt, [Path(_ctypes.__file__)])  # a shared library, but no plugin
-    monkeypatch.setattr("engine.plugins._check_exports", lambda _: None)
+    monkeypatch.setattr("engine.plugins._check_library", lambda *_: None)
     with pytest.raises(EngineError, match="registered none of its plugins"):
         load_plugins(trt, [text])
-    old = FakeTensorRT([FakeCreator()])
+    old = FakeTensorRT([FakeCreator("NMS_OPT_TRT", "V1")])
     with pytest.raises(EngineError, match="has the interface 'PLUGIN CREATOR_V1'"):
         load_plugins(old, [text])
     assert old.all_creators == []
+
+
+def test_the_new_plugin_is_found_wherever_it_stands(tmp_path, monkeypatch):
+    """As in TensorRT 10.6, where ours came twelfth of forty, among some of older interfaces."""
+    monkeypatch.setattr("engine.plugins._check_library", lambda *_: None)
+    monkeypatch.setattr("engine.plugins._loaded", set())
+    built_in = [FakeCreator("EfficientNMS_TRT", "V1"), FakeCreator("RNNTEncoderPlugin", "V1")]
+    trt = FakeTensorRT([FakeCreator("NMS_OPT_TRT")], built_in)
+    load_plugins(trt, [tmp_path / "any.so"])
+    again = FakeTensorRT([], [*built_in, FakeCreator("NMS_OPT_TRT")])
+    with pytest.raises(EngineError, match="registered none of its plugins"):
+        load_plugins(again, [tmp_path / "other.so"])
+
+
+def test_plugin_of_other_headers(trt_plugin_library):
+    """The library tells its headers; another major version than runs is refused with both."""
+    built = headers_version(trt_plugin_library)
+    assert built.startswith(find_tensorrt_headers().version)
+    major = int(built.partition(".")[0])
+    trt = FakeTensorRT([FakeCreator("NMS_OPT_TRT")])
+    trt.__version__ = f"{major + 1}.2.0"
+    with pytest.raises(
+        EngineError, match=rf"headers of TensorRT {built}, but TensorRT {major + 1}"
+    ):
+        load_plugins(trt, [trt_plugin_library])
+    assert headers_version(Path(_ctypes.__file__)) is None
 
 
 # Batches

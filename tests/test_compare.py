@@ -21,8 +21,9 @@ from polygraphy.common import TensorMetadata
 
 from engine.compare import FLOAT_TOLERANCE, Tolerance, compare, load_truth
 from engine.matching import MARGIN, box_iou, match_detections
+from engine.preprocessed import quantize_images
 from engine.protocol import EngineError, InputSpec
-from engine.runners import IMAGES, open_side, quantize_images
+from engine.runners import IMAGES, open_side
 
 ROOT = Path(__file__).resolve().parent.parent
 ANYTHING = Tolerance(snr=-math.inf, matched=0.0, score=math.inf, precision=0.0)

@@ -30,6 +30,7 @@ from export.default_boxes import default_boxes
 from export.model import SSDResNet34
 from graph_surgery.cli import main
 from graph_surgery.nms_function import OP_TYPE
+from graph_surgery.verify import NETWORK_TOLERANCE
 
 SIZE = 400
 VARIANT = Variant(cap=200, keep=200, overlap=0.5)
@@ -145,16 +146,21 @@ def test_every_difference_is_named(surgery):
 
 
 def test_three_images_at_once_are_three_runs_of_the_original(official, surgery, images):
-    model = onnx.load(official)
-    detections, count = run(onnx.load(surgery[0]), {"image": images})
+    model, new = onnx.load(official), onnx.load(surgery[0])
+    detections, count = run(new, {"image": images})
     assert count.min() > 3
+    # Folding batch norms and other batches round otherwise, on every processor: the heads to this
+    # share of their spread, which the surgery proves; scores and boxes move less than logits do.
+    heads = run_tensors(new, images, list(find_placement(new).heads))
+    atol = NETWORK_TOLERANCE * max(head.std() for head in heads)
     for number, image in enumerate(images):
         bboxes, labels, scores = run(model, {"image": image[None]})
         # fewer than its cap: the one difference in meaning does not show
         assert np.bincount(labels[0]).max() < 200
         rows = detections[number, : count[number]]
         assert (rows[:, 0] == number).all()
-        assert_same_detections(rows[:, 1:], rows_of_three(bboxes, labels, scores))
+        expected = rows_of_three(bboxes, labels, scores)
+        assert_same_detections(rows[:, 1:], expected, atol)
 
 
 def test_it_can_be_calibrated_and_quantised(surgery, images, tmp_path):

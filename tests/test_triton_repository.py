@@ -12,8 +12,9 @@ import onnx
 import pytest
 from int8_models import write_int8
 
+from engine.load import load_engine
 from engine.manifest import Manifest, check_plugins, load_manifest, plugin_library, save_engine
-from engine.protocol import EngineError, InputSpec
+from engine.protocol import EngineError
 from graph_surgery.files import load, save
 from graph_surgery.replace import insert_nms
 from harness.cli import main
@@ -41,8 +42,11 @@ def int8(exported, tmp_path_factory):
 
 
 @pytest.fixture
-def engine(tmp_path):
-    """An engine file with its manifest and a plugin library, which nothing here loads."""
+def engine(int8, tmp_path):
+    """An engine file with its manifest and a plugin library, which nothing here loads.
+
+    It claims to come from `int8`.
+    """
     folder = tmp_path / "engines"
     folder.mkdir()
     (tmp_path / "plugins").mkdir()
@@ -57,12 +61,12 @@ def engine(tmp_path):
         gpu="NVIDIA H100 80GB HBM3",
         compute_capabilities=("9.0",),
         model="model.onnx",
-        onnx_sha256="1" * 64,
+        onnx_sha256=sha256(int8.read_bytes()).hexdigest(),
         plugins=(plugin_library(path, plugin),),
         metadata={},
         engine_sha256=sha256(PLAN).hexdigest(),
         engine_bytes=len(PLAN),
-        input=InputSpec("image", (3, 1200, 1200), "int8", 0.0207977294921875),
+        input=load_engine("onnxruntime", int8).input_spec,
         min_batch=1,
         opt_batch=16,
         max_batch=16,
@@ -109,7 +113,7 @@ def test_an_onnx_file(backend, int8, tmp_path):
 
 
 def test_an_onnx_file_on_cudnn(int8, tmp_path):
-    write_repository(int8, tmp_path / "models", "python", engine="cudnn")
+    write_repository(int8, tmp_path / "models", "python", engine="cudnn", reference=int8)
     config = read_config(tmp_path / "models" / "ssd-resnet34" / "config.pbtxt")
     assert [group.kind for group in config.instance_group] == [pb.ModelInstanceGroup.KIND_GPU]
     assert "cudnn" in {one.string_value for one in config.parameters.values()}
@@ -139,13 +143,13 @@ def test_each_scenario_has_its_batching(int8, tmp_path):
     assert default.dynamic_batching.max_queue_delay_microseconds == 0
 
 
-def test_a_tensorrt_engine(engine, tmp_path, capsys, monkeypatch):
+def test_a_tensorrt_engine(engine, int8, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         sys,
         "argv",
         [
             *("harness", "triton-repository", str(engine), "-o", str(tmp_path / "models")),
-            *("--backend", "tensorrt", "--instances", "4"),
+            *("--backend", "tensorrt", "--instances", "4", "--reference", str(int8)),
         ],
     )
     with pytest.raises(SystemExit) as end:
@@ -156,8 +160,11 @@ def test_a_tensorrt_engine(engine, tmp_path, capsys, monkeypatch):
     assert (folder / "1" / "model.plan").read_bytes() == PLAN
     config = read_config(folder / "config.pbtxt")
     assert config.max_batch_size == 16
-    assert list(config.input[0].dims) == [3, 1200, 1200]
-    assert config.optimization.cuda.graphs
+    assert list(config.input[0].dims) == [3, 400, 400]
+    for path in folder.rglob("*.pbtxt"):  # together they make Triton answer wrongly
+        cuda = read_config(path).optimization.cuda
+        assert not cuda.graphs
+        assert not cuda.output_copy_stream
     assert config.optimization.output_pinned_memory.enable
     assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
     assert config.instance_group[0].count == 4
@@ -170,8 +177,27 @@ def test_a_tensorrt_engine(engine, tmp_path, capsys, monkeypatch):
     assert len(readme.splitlines()) == 5
 
 
-def test_the_python_backend_gets_an_engine_that_can_be_moved(engine, tmp_path):
-    write_repository(engine, tmp_path / "models", "python")
+def test_cuda_graphs_when_asked_for(engine, int8, tmp_path):
+    write_repository(engine, tmp_path / "models", "tensorrt", graphs=True, reference=int8)
+    for path in (tmp_path / "models").rglob("*.pbtxt"):
+        cuda = read_config(path).optimization.cuda
+        assert cuda.graphs
+        assert not cuda.output_copy_stream
+    with pytest.raises(EngineError, match="--graphs: only Triton's backend tensorrt"):
+        write_repository(int8, tmp_path / "others", "onnxruntime", graphs=True)
+
+
+def test_known_answers_need_an_engine_that_runs(engine, int8, exported, tmp_path):
+    """This machine has no GPU, or its TensorRT does not take that plan."""
+    with pytest.raises(EngineError, match="known answers need it, or --reference"):
+        write_repository(engine, tmp_path / "models", "tensorrt")
+    with pytest.raises(EngineError, match=f"does not come from {exported}"):
+        write_repository(engine, tmp_path / "models", "tensorrt", reference=exported)
+    assert not (tmp_path / "models").exists()
+
+
+def test_the_python_backend_gets_an_engine_that_can_be_moved(engine, int8, tmp_path):
+    write_repository(engine, tmp_path / "models", "python", reference=int8)
     (tmp_path / "models").rename(tmp_path / "elsewhere")
     moved = tmp_path / "elsewhere" / "ssd-resnet34" / "1" / engine.name
     manifest = load_manifest(moved)

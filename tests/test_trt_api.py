@@ -45,7 +45,7 @@ def test_the_reader_sees_the_calls_that_matter():
         ("IExecutionContext", "execute_async_v3"),
         ("IRuntimeConfig", "cuda_graph_strategy"),
         ("ComputeCapability",),
-        ("LayerType", "PLUGIN_V3"),
+        ("OnnxParser", "parse"),
     ):
         assert expected in found
 

@@ -31,6 +31,12 @@ def server_command() -> Path:
         pytest.skip("needs a Triton server: make triton_server")
 
 
+@pytest.fixture(autouse=True)
+def short_check(monkeypatch):
+    """These servers are slow: what comes before the load shows all that tests spoil."""
+    monkeypatch.setattr("engine.known._LOAD_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def repository(exported, tmp_path_factory) -> Repository:
     return write_repository(

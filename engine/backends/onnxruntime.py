@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from engine.backends.onnxruntime_cuda import SplitEngine
 
+_OPERATOR = "NMS_OPT_TRT"  # graph_surgery knows it, too, but imports onnx, which servers lack
+
 INPUT_SCALE_KEY = "input_scale"
 """ONNX metadata key that holds the real value of one step of an INT8 image input."""
 
@@ -175,10 +177,21 @@ def open_session(
             enable_fallback=0,  # to the CPU, when the provider fails
         )
     except Exception as error:  # ORT's exceptions share no base class but Exception
-        raise EngineError(f"{model}: ONNX Runtime cannot load it: {one_line(error)}") from error
+        raise EngineError(f"{model}: {refusal(error)}") from error
     if session.get_providers()[0] != provider:  # its library could not be loaded
         raise EngineError(f"ONNX Runtime could not start {provider}; see its messages above")
     return session
+
+
+def refusal(error: object) -> str:
+    """Say why ONNX Runtime does not load a model, in one line."""
+    text = one_line(error)
+    if _OPERATOR in text:
+        text = (
+            f"it lacks the definition of {_OPERATOR}, as files of 'graph-surgery nms "
+            "--plugin-only' do, which are for TensorRT; give the file that has it"
+        )
+    return f"ONNX Runtime cannot load it: {text}"
 
 
 def thread_count(threads: int | None) -> int:

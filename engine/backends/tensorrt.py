@@ -1,8 +1,6 @@
 """TensorRT and TensorRT-RTX: run an engine file on a GPU.
 
-What comes before the GPU is tested: the manifest, the engine file, the plugin libraries. Buffers,
-copies, CUDA graphs and the bookkeeping of a session are tested on a GPU with a stand-in for
-TensorRT. Unverified, for want of a machine with both: every call of TensorRT itself.
+TensorRT-RTX has only been loaded here, not run: it knows no GPU that we had.
 """
 
 from __future__ import annotations
@@ -73,7 +71,15 @@ def load(backend: str, model: Path, device: str) -> Engine:
     plan = check_engine(model, manifest)
     libraries = check_plugins(model, manifest)
     if manifest.options.get("strip_plan"):
-        raise EngineError(f"{model}: its weights were stripped; refit it with TensorRT first")
+        raise EngineError(
+            f"{model}: its weights were stripped, and no command here puts weights into a plan; "
+            "build it without --strip-plan"
+        )
+    if manifest.options.get("weight_streaming"):  # an option until 0.1
+        raise EngineError(
+            f"{model}: built with --weight-streaming, which these networks have nothing for, and "
+            "TensorRT 10.6 does not load; build it again"
+        )
     index = gpu_index(device)
     if index is None:
         raise EngineError(f"{backend} runs on a GPU, not on {device!r}; use --device cuda")
@@ -110,7 +116,7 @@ class Engine:
         if self.manifest["backend"] == RTX:
             context = _rtx_context(self._trt, self._engine, cuda_graphs)
             return Session(self, context, capture=False)
-        context = _made(self._engine.create_execution_context())
+        context = _made(self._engine.create_execution_context)
         return Session(self, context, capture=cuda_graphs)
 
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -224,7 +230,7 @@ def check_batch(images: Sequence[NDArray[np.generic]], spec: InputSpec, max_batc
 
 
 def write_layer_info(trt: Any, plan: bytes, path: Path) -> None:
-    """Write the engine inspector's JSON of a plan. Unverified: it needs a GPU.
+    """Write the engine inspector's JSON of a plan.
 
     Raises
     ------
@@ -257,8 +263,6 @@ def _deserialize(trt: Any, plan: bytes, path: Path, manifest: Manifest) -> tenso
         engine: tensorrt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError(f"{path}: TensorRT cannot load it: {errors.first('it gave no cause')}")
-    if manifest.options.get("weight_streaming"):
-        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
     return engine
 
 
@@ -269,10 +273,13 @@ def _rtx_context(
     config: tensorrt_rtx.IRuntimeConfig = engine.create_runtime_config()
     if cuda_graphs:
         config.cuda_graph_strategy = rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    return _made(engine.create_execution_context(config))
+    return _made(lambda: engine.create_execution_context(config))
 
 
-def _made(context: tensorrt.IExecutionContext | None) -> tensorrt.IExecutionContext:
+def _made(create: Callable[[], tensorrt.IExecutionContext | None]) -> tensorrt.IExecutionContext:
+    with polygraphy_log("warning") as errors:
+        context = create()
     if context is None:
-        raise EngineError("TensorRT could not make a context: too little GPU memory?")
+        cause = errors.first("too little GPU memory?")
+        raise EngineError(f"TensorRT could not make a context: {cause}")
     return context

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.backends.tensorrt_log import Verbosity, polygraphy_log
+import onnx
+
+from engine.backends.tensorrt_log import ErrorLog, Verbosity, polygraphy_log
 from engine.backends.tensorrt_module import RTX
 from engine.backends.tensorrt_progress import build_progress
 from engine.protocol import EngineError
+from graph_surgery.nms_function import plugin_only
 
 if TYPE_CHECKING:
     import tensorrt
@@ -23,7 +26,8 @@ class PlanRequest:
     Attributes
     ----------
     model
-        ONNX file; its types are the precisions of the plan.
+        ONNX file; its types are the precisions of the plan. The function that defines NMS_OPT_TRT
+        is kept from the parser, so that the node can only be the plugin.
     input_name
         The input with the dynamic batch.
     shapes
@@ -36,8 +40,6 @@ class PlanRequest:
         Allow TF32 for float32 convolutions.
     timing_cache
         File that is read, when it exists, and extended.
-    plugin_layers
-        Plugin layers that the network must have.
     verbosity
         Least severe messages to show.
     """
@@ -49,7 +51,6 @@ class PlanRequest:
     memory_pools: Mapping[str, int]
     tf32: bool
     timing_cache: Path | None
-    plugin_layers: int
     verbosity: Verbosity
 
 
@@ -68,22 +69,17 @@ def build_plan(trt: Any, backend: str, request: PlanRequest) -> bytes:
     Raises
     ------
     EngineError
-        When the parser or the builder refuses the model, or takes no plugin for its node.
+        When the parser or the builder refuses the model.
     """
-    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
+    from polygraphy.backend.trt import EngineBytesFromNetwork
     from polygraphy.exception import PolygraphyException
 
     arguments = dict(request.config)
     arguments["memory_pool_limits"] = _memory_pools(trt, request.memory_pools)
     with polygraphy_log(request.verbosity) as errors, build_progress(trt) as monitor:
         arguments["progress_monitor"] = monitor
-        try:
-            parsed = NetworkFromOnnxPath(str(request.model), strongly_typed=True)()
-        except (PolygraphyException, TypeError) as error:  # TypeError: no builder without a GPU
-            cause = errors.last(error)
-            raise EngineError(f"{request.model}: {backend} cannot parse it: {cause}") from error
+        parsed = _parse(trt, backend, request.model, errors)
         builder, network, _ = parsed
-        _require_plugins(trt, network, request)
         arguments["profiles"] = [_profile(request)]
         try:
             config = _create_config(backend, arguments)(builder, network)
@@ -99,6 +95,25 @@ def build_plan(trt: Any, backend: str, request: PlanRequest) -> bytes:
             cause = errors.first(error)
             raise EngineError(f"{request.model}: {backend} cannot build it: {cause}") from error
         return bytes(plan)
+
+
+def _parse(
+    trt: Any, backend: str, path: Path, errors: ErrorLog
+) -> tuple[tensorrt.Builder, tensorrt.INetworkDefinition, tensorrt.OnnxParser]:
+    from polygraphy.backend.trt import CreateNetwork, get_trt_logger
+    from polygraphy.backend.trt.util import check_onnx_parser_errors
+    from polygraphy.exception import PolygraphyException
+
+    # the parser reads external weights itself, from beside the path
+    content = plugin_only(onnx.load(path, load_external_data=False)).SerializeToString()
+    try:
+        builder, network = CreateNetwork(strongly_typed=True)()
+        trt.init_libnvinfer_plugins(get_trt_logger(), "")
+        parser: tensorrt.OnnxParser = trt.OnnxParser(network, get_trt_logger())
+        check_onnx_parser_errors(parser, parser.parse(content, str(path)))
+    except (PolygraphyException, TypeError) as error:  # TypeError: no builder without a GPU
+        raise EngineError(f"{path}: {backend} cannot parse it: {errors.last(error)}") from error
+    return builder, network, parser
 
 
 def _memory_pools(trt: Any, limits: Mapping[str, int]) -> dict[Any, int]:
@@ -131,18 +146,3 @@ def _create_config(backend: str, arguments: Mapping[str, Any]) -> Any:
 def _set_tf32(trt: Any, config: tensorrt.IBuilderConfig, tf32: bool) -> None:
     """Set it either way: TensorRT's default is on, and Polygraphy knows it not for RTX."""
     (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
-
-
-def _require_plugins(
-    trt: Any,
-    network: tensorrt.INetworkDefinition,
-    request: PlanRequest,
-) -> None:
-    layers = [network.get_layer(index).type for index in range(network.num_layers)]
-    found = layers.count(trt.LayerType.PLUGIN_V3)
-    if found < request.plugin_layers:
-        raise EngineError(
-            f"{request.model}: the plugin is registered, but the parser took the definition in the "
-            "file instead; the node needs the attribute plugin_namespace, which 'graph-surgery "
-            "nms' writes"
-        )

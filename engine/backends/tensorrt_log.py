@@ -19,6 +19,10 @@ _LEVELS: dict[Verbosity, int] = {
 _PLUGIN = "NMS_OPT_TRT: "
 """How messages of the plugin begin, where TensorRT gives it a logger."""
 
+_NOISE = ("profileSharing0806", "falling back to empty timing cache")
+"""Parts of warnings about which a user can do nothing: a flag that no call here sets, the first
+build."""
+
 _MAX_LENGTH = 400
 """Characters of a message that goes into one line."""
 
@@ -66,11 +70,14 @@ def polygraphy_log(verbosity: Verbosity) -> Iterator[ErrorLog]:
         The errors so far.
     """
     from polygraphy.logger import G_LOGGER
+    from polygraphy.logger import logger as polygraphy_logger
 
+    polygraphy_logger.COLORED_MODULE_PRESENT = False  # else it advises to install one
     errors, stream = ErrorLog(), logging.StreamHandler(sys.stderr)
     stream.setLevel(_LEVELS[verbosity])
     if verbosity != "verbose":  # the first error becomes the one line of an EngineError
         stream.addFilter(lambda record: record.levelno < logging.ERROR)
+        stream.addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))
     logger = logging.getLogger("Polygraphy")
     before = logger.level, logger.propagate, G_LOGGER.use_python_logging_system
     logger.setLevel(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import tempfile
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +20,8 @@ _MODULES = {"tensorrt": "tensorrt", RTX: "tensorrt_rtx"}
 BACKENDS = tuple(_MODULES)
 """Names of the backends of the TensorRT family."""
 
-_OLDEST = {"tensorrt": (10, 12), RTX: (1, 7)}
-"""First release whose strongly typed networks NVIDIA calls complete; the RTX release tested."""
+_OLDEST = {"tensorrt": (10, 6), RTX: (1, 7)}
+"""The oldest releases that were run."""
 
 _INSTALL = {
     "tensorrt": "pip install tensorrt",
@@ -67,6 +68,26 @@ def import_tensorrt(backend: str) -> Any:
         )
     _select_in_polygraphy(backend)
     return trt
+
+
+def require_lean_runtime(trt: Any) -> None:
+    """Load TensorRT's lean runtime, which the builder puts into a version-compatible plan.
+
+    Raises
+    ------
+    EngineError
+        When it is not installed.
+    """
+    with suppress(ImportError):
+        import_module("tensorrt_lean")  # its package loads the library
+    name = f"libnvinfer_lean.so.{str(trt.__version__).partition('.')[0]}"
+    try:
+        ctypes.CDLL(name)
+    except OSError as error:
+        raise EngineError(
+            f"--version-compatible needs TensorRT's lean runtime, and {name} is not here: "
+            f"pip install tensorrt-lean=={trt.__version__}"
+        ) from error
 
 
 def _name_rtx_library() -> None:

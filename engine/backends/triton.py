@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from engine.backends.triton_memory import (
     SystemMemory,
     Transport,
 )
+from engine.known import KnownAnswers, check_answers
 from engine.progress import progress_bar
 from engine.protocol import (
     EngineError,
@@ -37,6 +38,11 @@ from engine.served import DETECTIONS, NUM_DETECTIONS, ServedModel, served_model
 
 MODEL_NAME = "ssd-resnet34"
 """Name of the model on the server."""
+
+KNOWN_PARAMETER = "known_answers"
+"""Parameter of the configuration: `engine.known.KnownAnswers.to_text`."""
+
+_ANEW = "write its repository anew with 'harness triton-repository'"
 
 START_UP_SECONDS = 300.0
 """Longest time for which a server that does not answer, or still loads, is waited for."""
@@ -72,9 +78,10 @@ def import_client() -> Any:
 
 
 def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngine:
-    """Connect to a server and check that it serves a model.
+    """Connect to a server and check that it serves a model, and that its answers are right.
 
-    A server that is still starting is waited for.
+    A server that is still starting is waited for. The answers are those that its repository brings,
+    see `engine.known`; what these pictures cannot show, an accuracy run must.
 
     Parameters
     ----------
@@ -89,7 +96,8 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
     ------
     EngineError
         When the client library is missing, the server does not come up, does not serve the model,
-        or serves another one under its name.
+        serves another one under its name or with a configuration that is known to be wrong, or
+        answers wrongly.
     """
     if threads is not None:
         raise EngineError("threads are the Triton server's affair")
@@ -106,7 +114,7 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
         config = client.get_model_config(MODEL_NAME, client_timeout=CALL_SECONDS).config
     except InferenceServerException as error:
         raise EngineError(f"the Triton server {device}: {_words(error)}") from error
-    check_config(config, served, device)
+    known = check_config(config, served, device)
     group = config.instance_group[0]
     gpus = max(1, len(group.gpus))
     transport = _negotiate(client, config)
@@ -128,16 +136,25 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
         },
         "max_batch": config.max_batch_size,
     }
-    return TritonEngine(served.input, config.max_batch_size, manifest, client, transport)
+    if served.manifest is not None:
+        manifest["opt_batch"] = min(served.manifest.opt_batch, config.max_batch_size)
+    engine = TritonEngine(served.input, config.max_batch_size, manifest, client, transport)
+    asked = check_answers(engine, known, config.max_batch_size, f"the Triton server {device}")
+    return replace(engine, manifest={**manifest, "known_answers": asdict(asked)})
 
 
-def check_config(config: Any, served: ServedModel, url: str) -> None:
+def check_config(config: Any, served: ServedModel, url: str) -> KnownAnswers:
     """Check a server's model configuration against the model that a client means.
+
+    Returns
+    -------
+    KnownAnswers
+        Those in the configuration.
 
     Raises
     ------
     EngineError
-        Naming what differs.
+        Naming what differs, or what of it makes answers wrong.
     """
 
     def same(what: str, theirs: object, ours: object) -> None:
@@ -159,6 +176,20 @@ def check_config(config: Any, served: ServedModel, url: str) -> None:
         )
     if config.max_batch_size < 1:
         raise EngineError(f"the Triton server {url}: {MODEL_NAME} has no max_batch_size")
+    cuda = config.optimization.cuda
+    if cuda.graphs and cuda.output_copy_stream:
+        # seen with Triton 2.51; each alone: triton-inference-server/server issues 8325, 8550, 5789
+        raise EngineError(
+            f"the Triton server {url}: {MODEL_NAME} has graphs and output_copy_stream, with which "
+            "Triton sends detections before they are written: set output_copy_stream: false in "
+            f"its config.pbtxt and configs/*.pbtxt and load it again, or {_ANEW}"
+        )
+    known = config.parameters[KNOWN_PARAMETER].string_value
+    if not known:
+        raise EngineError(
+            f"the Triton server {url}: {MODEL_NAME} has no known answers to check it by; {_ANEW}"
+        )
+    return KnownAnswers.from_text(known)
 
 
 @dataclass(frozen=True)
@@ -285,6 +316,11 @@ class TritonSession(Session):
         self._in_flight.popleft()
         self._free.append(request.place)
         detections = answer.as_numpy(DETECTIONS).copy()
+        if len(detections) != request.images:
+            raise EngineError(
+                f"the Triton server {self._url} answered {len(detections)} images for "
+                f"{request.images}"
+            )
         # a server that joins requests numbers the images of all of them
         detections[..., 0] = np.arange(request.images)[:, None]
         return detections, answer.as_numpy(NUM_DETECTIONS).reshape(request.images)

@@ -38,6 +38,11 @@ EXPORTED nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   return creators;
 }
 
+// The TensorRT whose headers these are, as its getInferLibVersion() counts; read by engine.plugins.
+EXPORTED int32_t nmsOptTrtHeaders() {
+  return NV_TENSORRT_MAJOR * 10000 + NV_TENSORRT_MINOR * 100 + NV_TENSORRT_PATCH;
+}
+
 EXPORTED void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
   nms_opt_trt::setLoggerFinder(finder);
 }
