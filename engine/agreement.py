@@ -47,9 +47,7 @@ class Agreement:
         return self.matched >= MIN_SHARE * self.detections
 
 
-def find_agreement(
-    float_model: Path, int8_model: Path, images: PreprocessedSet, limit: int | None = None
-) -> Agreement:
+def find_agreement(float_model: Path, int8_model: Path, images: PreprocessedSet) -> Agreement:
     """Run both in ONNX Runtime on `IMAGES` images, spread evenly over a set.
 
     Parameters
@@ -58,8 +56,6 @@ def find_agreement(
         The detector before and after `engine.quantize.quantize`.
     images
         float32 images of its input.
-    limit
-        Take them from the first so many.
 
     Raises
     ------
@@ -67,10 +63,9 @@ def find_agreement(
         When a model or an image is unusable, or there is none.
     """
     sides = [load_engine("onnxruntime", path) for path in (float_model, int8_model)]
-    count = min(len(images.files), limit or len(images.files))
-    if not count:
+    if not images.files:
         raise EngineError(f"{images.directory}: no images to check with")
-    chosen = np.unique(np.linspace(0, count - 1, IMAGES).round().astype(int)).tolist()
+    chosen = np.unique(np.linspace(0, len(images.files) - 1, IMAGES).round().astype(int)).tolist()
     detections = matched = 0
     sessions = [(side.session(), side.input_spec) for side in sides]
     for index in chosen:
