@@ -99,7 +99,8 @@ class Placement:
         Every quantised activation input, in the order of the graph.
     floats
         Every tensor between image and heads, these included, but for those that one ReLU alone
-        reads: what of them is too large for a type is so behind the ReLU, too, or becomes 0.
+        reads, perhaps behind the addition of something not negative: what of them is too large for
+        a type is so behind the ReLU, too, or becomes 0.
     """
 
     image: str
@@ -178,10 +179,28 @@ def find_placement(model: onnx.ModelProto) -> Placement:
 def _floats(graph: Topology, nodes: Iterable[int]) -> Iterator[str]:
     for index in nodes:
         for name in graph.nodes[index].output:
-            readers = [graph.nodes[reader].op_type for reader in graph.consumers.get(name, [])]
             known = name in graph.types and graph.dtype(name) == np.float32
-            if known and readers != ["Relu"] and graph.value(name) is None:
+            if known and graph.value(name) is None and not _ends_in_relu(graph, name):
                 yield name
+
+
+def _ends_in_relu(graph: Topology, name: str) -> bool:
+    readers = [graph.nodes[reader] for reader in graph.consumers.get(name, [])]
+    if [reader.op_type for reader in readers] == ["Add"]:
+        others = [other for other in readers[0].input if other != name]
+        return all(_not_negative(graph, other) for other in others) and _ends_in_relu(
+            graph, readers[0].output[0]
+        )
+    return [reader.op_type for reader in readers] == ["Relu"]
+
+
+def _not_negative(graph: Topology, name: str) -> bool:
+    if name not in graph.producer:
+        return False
+    node = graph.nodes[graph.producer[name]]
+    return node.op_type == "Relu" or (
+        node.op_type == "MaxPool" and _not_negative(graph, node.input[0])
+    )
 
 
 def _image(graph: Topology, nodes: Iterable[int]) -> tuple[str, tuple[int, int, int], int | None]:
