@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,6 +45,8 @@ class Histogram:
         ValueError
             When one is NaN or infinite; those before it may be counted.
         """
+        import cv2
+
         flat = values.reshape(-1)
         scaled = np.empty(min(_CHUNK, flat.size), np.float32)
         bins = np.empty(scaled.size, np.uint16)
