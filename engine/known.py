@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 
 import numpy as np
@@ -40,7 +41,7 @@ _ALIKE = 0.5
 _RIGHT = 0.7
 """Agreement of right answers, above `_ALIKE`: INT8 engines differ by some detections and scores."""
 
-_LOAD_SECONDS = 2.0
+_LOAD_SECONDS = 1.0
 _SLOW_SECONDS = 20.0  # for the full batches of an engine for which that is little
 
 
@@ -192,28 +193,21 @@ def find_known(engine: Engine, progress: Progress | None = None) -> KnownAnswers
             f"only {len(seeds)} of {_TRIES} generated pictures have detections that tell them "
             f"apart, at least {LEAST} are needed: is the model trained?"
         )
-    return KnownAnswers(tuple(seeds), tuple(answers), _images_sha256(_draw_all(seeds, spec)))
+    return KnownAnswers(tuple(seeds), tuple(answers), _images_sha256(_draw_all(tuple(seeds), spec)))
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What `check_answers` has asked, and found right: pictures in all, requests, largest batch."""
-
-    pictures: int
-    requests: int
-    batch: int
-
-
-def check_answers(engine: Engine, known: KnownAnswers, max_batch: int, name: str) -> Asked:
-    """Ask an engine for known answers, under load, and refuse it at the first wrong one.
+def check_answers(
+    session: Session, engine: Engine, known: KnownAnswers, max_batch: int, name: str
+) -> None:
+    """Ask a session for known answers, under load, and refuse it at the first wrong one.
 
     As many batches as it takes are in flight: one picture four times and then another, which shows
-    answers that are late; full batches of pictures in turn; batches of all sizes for two seconds. A
+    answers that are late; full batches of pictures in turn; batches of all sizes for a second. A
     slow engine gets full batches only as far as they fit into 20 seconds.
 
     Parameters
     ----------
-    engine
+    session, engine
         What is under test.
     known
         The answers of the same model.
@@ -227,28 +221,23 @@ def check_answers(engine: Engine, known: KnownAnswers, max_batch: int, name: str
     EngineError
         When an answer is wrong: which, where it came, and whose answer it is instead.
     """
-    pictures = engine.host_array(
-        (len(known.seeds), *engine.input_spec.shape), np.dtype(engine.input_spec.dtype)
-    )
-    pictures[:] = _draw_all(known.seeds, engine.input_spec)
-    if _images_sha256(pictures) != known.images_sha256:
+    spec, count = engine.input_spec, len(known.seeds)
+    drawn = _draw_all(known.seeds, spec)
+    if _images_sha256(drawn) != known.images_sha256:
         raise EngineError(
             f"{name}: the pictures of its known answers are drawn otherwise here; write the model "
             "repository anew with 'harness triton-repository'"
         )
-    with closing(engine.session()) as session:
-        traffic = _Traffic(session, pictures, known, name)
-        begin = time.monotonic()
-        singles = [*[0] * 4, *[1] * 4, *[2] * 4, *[0] * 4]
-        traffic.run([one] for one in singles)
-        each = (time.monotonic() - begin) / len(singles)
-        fit = int(_SLOW_SECONDS / each / (session.depth + 1))
-        batch = max(1, min(max_batch, fit))
-        traffic.run(_full_batches(len(known.seeds), batch, session.depth))
-        traffic.run(_any_batches(len(known.seeds), batch, begin + _LOAD_SECONDS))
-        asked = Asked(traffic.pictures, traffic.requests, batch)
-        del pictures, traffic  # a server lets go of memory that is free when a session is closed
-    return asked
+    pictures = engine.host_array(drawn.shape, drawn.dtype)
+    pictures[:] = drawn
+    traffic = _Traffic(session, pictures, known, name)
+    begin = time.monotonic()
+    singles = [*[0] * 4, *[1] * 4, *[2] * 4, *[0] * 4]
+    traffic.run([one] for one in singles)
+    each = (time.monotonic() - begin) / len(singles)
+    batch = max(1, min(max_batch, int(_SLOW_SECONDS / each / (session.depth + 1))))
+    traffic.run(_full_batches(count, batch, session.depth))
+    traffic.run(_any_batches(count, batch, time.monotonic() + _LOAD_SECONDS))
 
 
 class _Traffic:
@@ -262,8 +251,7 @@ class _Traffic:
         self._known = known
         self._name = name
         self._flying: deque[Sequence[int]] = deque()
-        self.pictures = 0
-        self.requests = 0
+        self._answered = 0
 
     def run(self, requests: Iterator[Sequence[int]]) -> None:
         """Keep as many requests in flight as the session takes, until all are answered."""
@@ -278,8 +266,7 @@ class _Traffic:
     def _take(self) -> None:
         detections, counts = self._session.result()
         numbers = self._flying.popleft()
-        self.requests += 1
-        self.pictures += len(numbers)
+        self._answered += 1
         for slot, number in enumerate(numbers):
             answer = detections[slot, : max(0, counts[slot])]
             if agreement(answer, self._known.answers[number]) < _RIGHT:
@@ -295,7 +282,7 @@ class _Traffic:
         )
         return (
             f"{self._name} gives wrong answers: the one to known picture {number}, at place "
-            f"{slot + 1} of a batch of {size}, in request {self.requests} of the check, is not "
+            f"{slot + 1} of a batch of {size}, in request {self._answered} of the check, is not "
             f"what the model finds there; {whose}. No figure of this server counts"
         )
 
@@ -327,7 +314,8 @@ def _runs(images: NDArray[np.generic], numbers: Sequence[int]) -> Iterator[NDArr
             begin = end
 
 
-def _draw_all(seeds: Sequence[int], spec: InputSpec) -> NDArray[np.generic]:
+@lru_cache(maxsize=1)
+def _draw_all(seeds: tuple[int, ...], spec: InputSpec) -> NDArray[np.generic]:
     return np.stack([draw(seed, spec) for seed in seeds])
 
 

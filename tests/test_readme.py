@@ -38,7 +38,6 @@ IMAGES = {"val": 12, "cal": 8}
 SUBSTITUTIONS = {
     # the demo model takes 400x400 images
     r"1200x1200": "400x400",
-    r"\[1,3,1200,1200\]": "[1,3,400,400]",
     # less work
     r"--random 4": "--random 1",
     r"--images 100": "--images 8",
@@ -110,8 +109,8 @@ def substitute(command):
 def place(tmp_path_factory):
     """A folder like the project's, with the stand-ins."""
     place = tmp_path_factory.mktemp("readme")
-    tracked = ("Makefile", "README.md", "configs", "constraints.txt", "demo", "engine", "export")
-    for name in (*tracked, "graph_surgery", "harness", "plugin_cuda", "pyproject.toml"):
+    tracked = ("Makefile", "README.md", "configs", "constraints.txt", "demo", "docs", "engine")
+    for name in (*tracked, "export", "graph_surgery", "harness", "plugin_cuda", "pyproject.toml"):
         if (ROOT / name).exists():
             (place / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "data_maps", place / "data_maps")

@@ -32,9 +32,10 @@ def server_command() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def short_check(monkeypatch):
-    """These servers are slow: what comes before the load shows all that tests spoil."""
-    monkeypatch.setattr("engine.known._LOAD_SECONDS", 0.0)
+def short_check(request, monkeypatch):
+    """These servers are slow: what comes before the load shows nearly all that tests spoil."""
+    if {"server", "start", "serve"} & set(request.fixturenames):
+        monkeypatch.setattr("engine.known._LOAD_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

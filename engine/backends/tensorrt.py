@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX: run an engine file on a GPU.
 
-TensorRT-RTX has only been loaded here, not run: it knows no GPU that we had.
+TensorRT 10.6 was run on an H200; TensorRT-RTX only builds here, for it knows no GPU that we had.
 """
 
 from __future__ import annotations

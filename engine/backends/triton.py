@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,9 @@ def import_client() -> Any:
 
 
 def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngine:
-    """Connect to a server and check that it serves a model, and that its answers are right.
+    """Connect to a server and check that it serves a model.
 
-    A server that is still starting is waited for. The answers are those that its repository brings,
-    see `engine.known`; what these pictures cannot show, an accuracy run must.
+    A server that is still starting is waited for.
 
     Parameters
     ----------
@@ -96,8 +95,7 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
     ------
     EngineError
         When the client library is missing, the server does not come up, does not serve the model,
-        serves another one under its name or with a configuration that is known to be wrong, or
-        answers wrongly.
+        or serves another one under its name or with a configuration that is known to be wrong.
     """
     if threads is not None:
         raise EngineError("threads are the Triton server's affair")
@@ -135,12 +133,11 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
             "scale": served.input.scale,
         },
         "max_batch": config.max_batch_size,
+        "known_answers": len(known.seeds),
     }
     if served.manifest is not None:
         manifest["opt_batch"] = min(served.manifest.opt_batch, config.max_batch_size)
-    engine = TritonEngine(served.input, config.max_batch_size, manifest, client, transport)
-    asked = check_answers(engine, known, config.max_batch_size, f"the Triton server {device}")
-    return replace(engine, manifest={**manifest, "known_answers": asdict(asked)})
+    return TritonEngine(served.input, config.max_batch_size, manifest, client, transport, known)
 
 
 def check_config(config: Any, served: ServedModel, url: str) -> KnownAnswers:
@@ -201,10 +198,29 @@ class TritonEngine:
     manifest: Mapping[str, object]
     _client: Any = field(repr=False)
     _transport: Transport = field(repr=False)
+    _known: KnownAnswers = field(repr=False)
 
     def session(self) -> TritonSession:
-        """Open a session, which keeps every instance of the model busy."""
-        return TritonSession(self)
+        """Open a session, which keeps every instance of the model busy.
+
+        Its answers to the pictures of `engine.known` that the repository brings are checked first,
+        so before every run. What these cannot show, an accuracy run must.
+
+        Raises
+        ------
+        EngineError
+            When one of them is wrong.
+        """
+        session = TritonSession(self)
+        name = f"the Triton server {self.manifest['device']}"
+        try:
+            check_answers(session, self, self._known, self.max_batch, name)
+        except BaseException:
+            session.close()
+            raise
+        if isinstance(self._transport, SystemMemory):
+            self._transport.unregister_freed()  # where the pictures were
+        return session
 
     def server_seconds(self) -> Mapping[str, float]:
         """Where the server's time has gone since its start: Triton's own statistics.
@@ -315,15 +331,16 @@ class TritonSession(Session):
             raise SessionLostError(message) from error
         self._in_flight.popleft()
         self._free.append(request.place)
-        detections = answer.as_numpy(DETECTIONS).copy()
-        if len(detections) != request.images:
+        detections, counts = (answer.as_numpy(name) for name in (DETECTIONS, NUM_DETECTIONS))
+        if any(one is None or len(one) != request.images for one in (detections, counts)):
             raise EngineError(
-                f"the Triton server {self._url} answered {len(detections)} images for "
-                f"{request.images}"
+                f"the Triton server {self._url} did not answer a batch of {request.images} with as "
+                f"many {DETECTIONS} and {NUM_DETECTIONS}"
             )
+        detections = detections.copy()
         # a server that joins requests numbers the images of all of them
         detections[..., 0] = np.arange(request.images)[:, None]
-        return detections, answer.as_numpy(NUM_DETECTIONS).reshape(request.images)
+        return detections, counts.reshape(request.images)
 
     def close(self) -> None:
         """Release the memory of the requests."""

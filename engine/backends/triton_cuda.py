@@ -1,6 +1,6 @@
 """GPU memory that a client shares with a Triton server on its host.
 
-Unverified: it was not run with a GPU and a server that uses one.
+Run on one H200 with Triton 2.51 and its TensorRT backend.
 """
 
 from __future__ import annotations
