@@ -6,6 +6,7 @@ and so on, and some without anything to see.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -182,6 +183,16 @@ def bench(
         document["sets"][name] = found
         typer.echo(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
         write_json(output, document | {"finished": now()})
+    failed = [name for name in SETS if not _kept(document["sets"][name], reference)]
+    for name in failed:
+        typer.echo(f"{name}: the default loses more than it may")
+    sys.exit(bool(failed))
+
+
+def _kept(found: dict[str, Any], reference: float) -> bool:
+    """Whether the default keeps 0.98 of FP32 and is at most 0.005 below the best method."""
+    own = found[METHODS[0]]
+    return bool(own >= 0.98 * reference and own >= max(found[one] for one in METHODS) - 0.005)
 
 
 def measure(

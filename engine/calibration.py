@@ -116,7 +116,9 @@ def _calibration(
     # a tensor that is 0 everywhere is 0 at any scale
     taken = {name: scales[name][method] if name in scales else 1.0 for name in placement.tensors}
     if placement.image in taken:
-        taken[placement.image] = PIXEL_RANGE / STEPS
+        # beyond what pixels can be: images of another normalisation, none of which is clipped
+        other = seen.brightest > 1.001 * PIXEL_RANGE
+        taken[placement.image] = (seen.brightest if other else PIXEL_RANGE) / STEPS
     statistics = {
         name: Statistics(
             known,

@@ -17,6 +17,7 @@ from engine.network import network_sha256
 from engine.placement import Placement
 from engine.preprocessed import preprocessing_sha256
 from engine.protocol import EngineError
+from engine.thresholds import METHODS
 
 _FORMAT = 2
 _TRT_NAMES = {
@@ -70,7 +71,7 @@ class Calibration:
     empty_images
         Images that are one colour, or in which the detector finds nothing.
     narrowed
-        Tensors whose largest values ``auto`` clips, for they would cost all others a bit.
+        Tensors whose largest values ``auto`` clips, see `engine.thresholds.threshold`.
     largest
         Largest magnitude of every tensor of `Placement.floats`.
     statistics
@@ -96,8 +97,8 @@ class Calibration:
             return None
         return (
             f"{self.empty_images} of {self.images} calibration images show nothing: they are one "
-            "colour, or the FP32 detector finds nothing in them. Scales from such images ruin a "
-            "model; calibrate with pictures of what it is to find"
+            "colour, or the FP32 detector finds nothing in them. Scales from such images may ruin "
+            "a model; calibrate with pictures of what it is to find"
         )
 
     def save(self, path: Path) -> None:
@@ -135,6 +136,11 @@ class Calibration:
             content |= {"statistics": statistics, "largest": largest}
             found = cls(**content | {"narrowed": tuple(content["narrowed"])})
             scales = {str(name): float(scale) for name, scale in found.scales.items()}
+            counts = (found.images, found.empty_images)
+            if not all(type(one) is int for one in counts) or found.method not in METHODS:
+                raise TypeError
+            if not all(set(METHODS) == one.scales.keys() for one in statistics.values()):
+                raise TypeError
         except OSError as error:
             raise EngineError(f"{path}: cannot read it: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:

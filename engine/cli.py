@@ -45,8 +45,8 @@ def calibrate(
     method: Annotated[
         str,
         typer.Option(
-            help="auto (the largest value, or less where that would cost the others a bit), "
-            "entropy, percentile or minmax."
+            help="auto (the largest value, or less where that would take four times the least "
+            "squared error), entropy, percentile or minmax."
         ),
     ] = "auto",
     images: Annotated[

@@ -1,8 +1,8 @@
 """The one pass over the calibration images: all that calibration learns from them.
 
 Images stream through ONNX Runtime a batch at a time; of the activations only histograms and largest
-values stay, so memory does not depend on the number of images. A further method of calibration
-takes what it needs here, not by a pass of its own.
+values stay, so that what is kept does not grow with the number of images. A further method of
+calibration takes what it needs here, not by a pass of its own.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Observations:
         Hash of what was read, as `engine.preprocessed.images_sha256`.
     empty
         Images that are flat, or in which the detector finds nothing.
+    brightest
+        Largest magnitude of the images.
     histograms
         Of every quantised activation but the image.
     largest
@@ -56,6 +58,7 @@ class Observations:
     images: int
     images_sha256: str
     empty: int
+    brightest: float
     histograms: Mapping[str, Histogram]
     largest: Mapping[str, float]
 
@@ -91,7 +94,10 @@ def observe(
                 empty += task.result()
                 if progress is not None:
                     progress(done, count)
-    return Observations(count, digest.hexdigest(), empty, pass_.histograms, pass_.largest)
+    return Observations(
+        *(count, digest.hexdigest(), empty),
+        *(pass_.brightest, pass_.histograms, pass_.largest),
+    )
 
 
 class _Pass:
@@ -106,6 +112,7 @@ class _Pass:
         tensors = [name for name in placement.tensors if name != placement.image]
         self.histograms = {name: Histogram() for name in tensors}
         self.largest = dict.fromkeys(placement.floats, 0.0)
+        self.brightest = 0.0
         self.counting = ThreadPoolExecutor(cpus)
         self._names = list(dict.fromkeys([*tensors, *placement.floats]))
         self._locks = {name: Lock() for name in (placement.image, *self._names)}
@@ -136,6 +143,8 @@ class _Pass:
             if histogram is not None:
                 histogram.add(values)
             top = magnitude(values) if histogram is None else histogram.largest
+            if name == self._image:
+                self.brightest = max(self.brightest, top)
             if name in self.largest:
                 self.largest[name] = max(self.largest[name], top)
 

@@ -28,9 +28,10 @@ FloatType = Literal["fp32", "fp16"]
 FLOAT_TYPES: tuple[FloatType, ...] = ("fp32", "fp16")
 
 _FP16_LARGEST = float(np.finfo(np.float16).max)
-_BIAS_STEPS = {"fp32": 2**30, "fp16": 2**15}
+_BIAS_STEPS = {"fp32": 2**30, "fp16": 60_000}
 """Most steps of a bias. int32 has 2^31, of which the sums of a convolution take 127² a product; in
-a float16 graph, ONNX Runtime divides the bias by its step in float16, which ends at 65,504."""
+a float16 graph, ONNX Runtime divides the bias by its step in float16, which ends at 65,504, less
+what rounding may add."""
 _LEAST_STEP = {"fp32": float(np.finfo(np.float32).tiny), "fp16": 2.0**-24}
 """Least step of a bias, which is a divisor: normal in float32, not 0 in float16."""
 
@@ -183,8 +184,8 @@ def weight_scales(
     """Scale of every output channel, float32 [M]: the largest magnitude is the last step.
 
     Engines may hold a bias in int32 steps of input scale x weight scale. Where weights are so
-    small, or all 0, that this takes more steps than there are, their scale is what the bias needs:
-    next to it they are nothing. A channel without weights and bias has the scale 1.
+    small beside it, or all 0, that this takes more steps than there are, their scale is what the
+    bias needs. A channel without weights and bias has the scale 1.
 
     Parameters
     ----------
@@ -208,7 +209,7 @@ def weight_scales(
 
 def _check_fp16(calibration: Calibration) -> None:
     """Refuse a model whose activations are out of the range of float16."""
-    over = {n: value for n, value in calibration.largest.items() if value > _FP16_LARGEST}
+    over = {n: value for n, value in calibration.largest.items() if not value <= _FP16_LARGEST}
     if over:
         worst = max(over, key=lambda name: over[name])
         raise EngineError(

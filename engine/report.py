@@ -64,12 +64,12 @@ def comparison_tables(found: Comparison) -> Group:
 def calibration_report(cache: Calibration) -> Group:
     """What a calibration took, and its worst tensors, those of the lowest SNR."""
     parts = [
-        f"{len(cache.scales)} scales from {cache.images} images by {cache.method}, that of the "
-        "image from its pixels"
+        f"{len(cache.scales)} scales from {cache.images} images by {cache.method}; that of the "
+        "image, where it is quantised, from its pixels"
     ]
     if cache.method == METHODS[0]:
         narrowed = escape(", ".join(cache.narrowed)) or "none"
-        parts.append(f"narrowed, as their largest values would cost the others a bit: {narrowed}")
+        parts.append(f"narrowed, for the sake of the squared error over all values: {narrowed}")
     return Group(*parts, worst_tensors(cache))
 
 

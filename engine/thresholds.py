@@ -38,10 +38,10 @@ def threshold(histogram: Histogram, method: str) -> float:
     histogram
         All values of a tensor.
     method
-        One of `METHODS`: ``auto``, the largest magnitude, or, where a few large values would cost
-        all others a bit, the largest threshold whose squared error is within `ONE_BIT` of the least
-        (calibration images seldom show the largest values that a network will meet, so no
-        more is clipped than must be); ``entropy``, the least Kullback-Leibler divergence between
+        One of `METHODS`: ``auto``, the largest threshold whose squared error over all values is
+        within `ONE_BIT` of the least, in most tensors the largest magnitude (calibration images
+        seldom show the largest values that a network will meet, so no more is clipped than must
+        be); ``entropy``, the least Kullback-Leibler divergence between
         the distribution and its INT8 version (S. Migacz, "8-bit inference with TensorRT", GTC
         2017); ``percentile``, `PERCENTILE`; ``minmax``, the largest magnitude.
 

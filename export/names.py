@@ -55,6 +55,8 @@ def choose_names(
     """
     if file is not None:
         names, source = read_names(file), str(file)
+    elif own and not all(name and name.isprintable() for name in own):
+        return (), "the checkpoint's own are empty or have control characters; give --names FILE"
     elif own:
         names, source = list(own), "the checkpoint's own"
     elif num_classes == len(COCO) + 1:
@@ -92,7 +94,7 @@ def names_from_json(text: str) -> tuple[str, ...]:
     """Names under `NAMES_KEY`; none when it is no list of texts."""
     try:
         return text_list(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return ()
 
 

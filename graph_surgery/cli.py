@@ -40,7 +40,7 @@ def nms(
 
     The old postprocessing and the new node run on the same random head tensors first; nothing is
     written unless they agree. A model that has the node already, as one of 'engine quantize', is
-    copied as it is, but for --plugin-only.
+    copied as it is, but for class names and --plugin-only.
     """
     if output.exists() and model.exists() and output.samefile(model):
         raise SurgeryError(f"{output}: is the input; give the output another name")

@@ -48,12 +48,17 @@ def add_names(model: onnx.ModelProto, file: Path | None) -> str:
     Raises
     ------
     SurgeryError
-        When the file is unusable, or there are more or fewer names than classes.
+        When the file is unusable, there are more or fewer names than classes, or one has control
+        characters.
     """
     (node,) = (node for node in model.graph.node if node.op_type == OP_TYPE)
     values = {a.name: a.i for a in node.attribute}
-    labels = values["numClasses"] - (values["backgroundLabelId"] >= 0)
+    labels = values["numClasses"] - 1
     entries = {entry.key: entry.value for entry in model.metadata_props}
+    if values["backgroundLabelId"] != 0:
+        if file is not None:
+            raise SurgeryError("--names: only for models whose background is class 0")
+        return "class names: none written, for the background is not class 0"
     if file is not None:
         names, source = read_names(file), str(file)
     elif NAMES_KEY in entries:
@@ -69,6 +74,8 @@ def add_names(model: onnx.ModelProto, file: Path | None) -> str:
             f"{len(names)} class names ({source}), the model has {labels} classes besides "
             f"background: give {labels} names, one a line, as --names FILE"
         )
+    if not all(name and name.isprintable() for name in names):
+        raise SurgeryError(f"class names ({source}): one is empty or has control characters")
     onnx.helper.set_model_props(model, entries | {NAMES_KEY: json.dumps(names)})
     return f"class names: {len(names)}, {source}"
 
@@ -93,7 +100,7 @@ def read_names(path: Path) -> list[str]:
 def _from_json(text: str) -> list[str]:
     try:
         names = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SurgeryError(f"the metadata {NAMES_KEY} is no JSON list of names: give --names FILE")
