@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 
 import engine
+from engine.environment import distribution
 from engine.files import file_sha256, write_atomically
 from engine.preprocessed import MANIFEST
 from harness.errors import HarnessError
@@ -108,11 +108,8 @@ def code_sha256(*patterns: str) -> str:
 
 
 def version(package: str) -> str:
-    """Version of an installed package; ``none`` where there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
+    """Version of an installed package, or of one that stands in; ``none`` where there is none."""
+    return distribution(package)[1] or "none"
 
 
 def _content(path: Path) -> Path:
