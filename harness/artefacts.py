@@ -98,11 +98,20 @@ def remake(artefact: Artefact, build: Callable[[], object], say: Say, reason: st
 
 
 def code_sha256(*patterns: str) -> str:
-    """Hash of the project's own source files, e.g. of ``export/*.py``."""
+    """Hash of the project's own source files, e.g. of ``export/*.py``.
+
+    Raises
+    ------
+    HarnessError
+        A pattern matches none: what was moved would no longer be watched.
+    """
     root = Path(engine.__file__).parent.parent
     digest = sha256()
     for pattern in patterns:
-        for path in sorted(root.glob(pattern)):
+        paths = sorted(root.glob(pattern))
+        if not paths:
+            raise HarnessError(f"{root / pattern}: no such file of the project")
+        for path in paths:
             digest.update(f"{path.relative_to(root)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
