@@ -208,7 +208,7 @@ def _halves(number: int) -> Iterator[int]:
 def climb(
     measure: Callable[[int], float], largest: int, known: Mapping[int, float] | None = None
 ) -> dict[int, float]:
-    """Measure sizes 1, 2, 4, … until larger ones gain nothing, or the largest.
+    """Measure sizes 1, 2, 4, … and the largest, until larger ones gain nothing.
 
     Parameters
     ----------
@@ -226,14 +226,13 @@ def climb(
     """
     found: dict[int, float] = dict(known or {})
     size = 1
-    while size <= largest:
+    while True:
         if size not in found:
             found[size] = measure(size)
         best = max(found, key=lambda tried: found[tried])
-        if sum(tried > best for tried in found) >= _WORSE_IN_A_ROW:
-            break
-        size *= 2
-    return found
+        if size == largest or sum(tried > best for tried in found) >= _WORSE_IN_A_ROW:
+            return found
+        size = min(2 * size, largest)
 
 
 def highest_valid(valid: Callable[[float], bool], floor: float, ceiling: float) -> float | None:
