@@ -15,6 +15,7 @@ HARNESS := $(BIN)/python -m harness
 DEMO := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
 TRITON := $(BUILD_DIR)/triton-server/bin/tritonserver
 DEMO_LOGS := $(BUILD_DIR)/logs/demo
+DEMO_DATA := $(BUILD_DIR)/preprocessed_data
 
 .PHONY: demo test bench bench_nms bench_triton build_plugins triton_server demo_onnx download_data download_model \
   preprocess_data calibrate generate_engines run_harness run
@@ -40,9 +41,12 @@ test: .venv/installed
 # Ratios against peers in one run, to docs/measurements/. Wants a quiet machine.
 bench: demo_onnx
 	$(BIN)/python -m harness.bench $(DEMO) -o docs/measurements/harness.json
-	$(HARNESS) preprocess $(DEMO) --dataset demo --cal_only
+	$(HARNESS) preprocess $(DEMO) --dataset demo
 	$(BIN)/python -m engine.bench $(DEMO) --images 64 -o docs/measurements/int8_demo.json \
-	  --data $(BUILD_DIR)/preprocessed_data/demo-cal/float32_400x400
+	  --data $(DEMO_DATA)/demo-cal/float32_400x400
+	$(BIN)/python -m engine.bench_calibration $(DEMO) -o docs/measurements/calibration_sets.json \
+	  --data $(DEMO_DATA)/demo-cal/float32_400x400 --val $(DEMO_DATA)/demo-val/float32_400x400 \
+	  --annotations demo/data/annotations/instances_val.json
 
 # Through a Triton server against the same engine without one, in turns.
 bench_triton: demo_onnx triton_server

@@ -1,6 +1,6 @@
 """Images with detections for ``polygraphy run --data-loader-script docs/polygraphy_images.py``.
 
-Four of the first float32 set that ``harness preprocess`` has left in the build folder.
+Four of the first float32 validation set in the build folder, or of the folder that IMAGES names.
 """
 
 import os
@@ -12,6 +12,7 @@ import numpy as np
 def load_data():
     """Yield the feed of each image."""
     build = Path(os.environ.get("BUILD_DIR", "build"))
-    folder = sorted((build / "preprocessed_data").glob("*-val/float32_*"))[0]
+    sets = sorted((build / "preprocessed_data").glob("*-val/float32_*"))
+    folder = Path(os.environ.get("IMAGES") or sets[0])
     for path in sorted(folder.glob("*.npy"))[:4]:
         yield {"image": np.load(path)[None]}

@@ -1,27 +1,30 @@
-"""Calibration: one scale for every quantised activation, from images, in one pass.
+"""Calibration: one scale for every quantised activation, from one pass over images.
 
-Images stream through ONNX Runtime one batch at a time; of the activations only histograms stay, so
-memory does not depend on the number of images.
+The image's scale follows from what pixels are; those of the other tensors from what
+`engine.observe` saw and `engine.thresholds` makes of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from engine.calibration_cache import STEPS, Calibration
-from engine.histogram import METHODS, Histogram, threshold
-from engine.network import heads_model, load_detector, network_sha256, open_session, run
+from engine.calibration_cache import Calibration, Statistics
+from engine.network import load_detector, network_sha256
+from engine.observe import Observations, Progress, observe
 from engine.placement import Placement, find_placement
-from engine.preprocessed import PreprocessedSet, images_sha256, preprocessing_sha256
+from engine.preprocessed import (
+    PIXEL_RANGE,
+    PreprocessedSet,
+    images_sha256,
+    preprocessing_sha256,
+)
 from engine.protocol import EngineError
-
-Progress = Callable[[int, int], None]
-"""Called with the images done and the images in all."""
+from engine.thresholds import METHODS, STEPS, clipped_share, snr_db, threshold
 
 
 def calibrate(
@@ -42,7 +45,7 @@ def calibrate(
     images
         float32 images of its input.
     method
-        One of `engine.histogram.METHODS`.
+        One of `engine.thresholds.METHODS`.
     limit
         Take the first so many images; None: all.
     batch
@@ -80,10 +83,10 @@ def calibrate_all(
     network = load_detector(model)
     placement = find_placement(network)
     count = check_images(placement, images, limit, batch)
-    histograms = _collect(network, placement, images, count, batch=batch, progress=progress)
+    seen = observe(network, placement, images, count, batch=batch, progress=progress)
     common: dict[str, Any] = {
         "images": count,
-        "images_sha256": images_sha256(images, count),
+        "images_sha256": seen.images_sha256,
         "model_sha256": network_sha256(network, placement),
         "preprocessing_sha256": preprocessing_sha256(placement.shape),
         "versions": {
@@ -91,16 +94,43 @@ def calibrate_all(
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
         },
+        "empty_images": seen.empty,
+        "largest": seen.largest,
     }
-    return {
-        method: Calibration(
-            # a tensor that is 0 everywhere is 0 at any scale
-            {name: threshold(h, method) / STEPS or 1.0 for name, h in histograms.items()},
-            method,
-            **common,
+    scales = {
+        name: {known: threshold(histogram, known) / STEPS for known in METHODS}
+        for name, histogram in seen.histograms.items()
+        if histogram.largest
+    }
+    return {method: _calibration(placement, seen, scales, method, common) for method in methods}
+
+
+def _calibration(
+    placement: Placement,
+    seen: Observations,
+    scales: Mapping[str, Mapping[str, float]],
+    method: str,
+    common: Mapping[str, Any],
+) -> Calibration:
+    """Calibrate by one method, from the scales of every tensor by all methods."""
+    # a tensor that is 0 everywhere is 0 at any scale
+    taken = {name: scales[name][method] if name in scales else 1.0 for name in placement.tensors}
+    if placement.image in taken:
+        taken[placement.image] = PIXEL_RANGE / STEPS
+    statistics = {
+        name: Statistics(
+            known,
+            clipped_share(seen.histograms[name], known[method] * STEPS),
+            snr_db(seen.histograms[name], known[method] * STEPS),
         )
-        for method in methods
+        for name, known in scales.items()
     }
+    narrowed = [
+        name
+        for name, known in scales.items()
+        if method == "auto" and known[method] < known["minmax"]
+    ]
+    return Calibration(taken, method, **common, narrowed=tuple(narrowed), statistics=statistics)
 
 
 def is_current(
@@ -124,34 +154,6 @@ def is_current(
     return (cache.method, cache.images) == (method, count) and (
         cache.images_sha256 == images_sha256(images, count)
     )
-
-
-def _collect(
-    network: onnx.ModelProto,
-    placement: Placement,
-    images: PreprocessedSet,
-    count: int,
-    *,
-    batch: int,
-    progress: Progress | None,
-) -> dict[str, Histogram]:
-    """Histograms of every quantised activation over the first `count` images."""
-    names = placement.tensors
-    histograms = {name: Histogram() for name in names}
-    session = open_session(heads_model(network, placement, names))
-    for start in range(0, count, batch):
-        indices = range(start, min(start + batch, count))
-        values = run(session, names, placement.image, images, indices)
-        for name, value in zip(names, values, strict=True):
-            try:
-                histograms[name].add(value)
-            except ValueError as error:
-                where = ", ".join(images.files[index] for index in indices)
-                raise EngineError(f"tensor {name!r}: {error}, for {where}") from error
-        del value, values  # or they would stay until the next batch has run
-        if progress is not None:
-            progress(indices.stop, count)
-    return histograms
 
 
 def check_images(

@@ -6,7 +6,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,9 @@ from engine.placement import Placement
 from engine.preprocessed import preprocessing_sha256
 from engine.protocol import EngineError
 
-STEPS = 127
-"""Steps of symmetric INT8 between 0 and the threshold."""
-
-_FORMAT = 1
+_FORMAT = 2
 _TRT_NAMES = {
+    "auto": "MinMaxCalibration",  # which it is but for outliers
     "entropy": "EntropyCalibration2",
     "percentile": "LegacyCalibration",
     "minmax": "MinMaxCalibration",
@@ -31,15 +29,34 @@ _TRT_HEADER = re.compile(r"TRT-\d+-\w+")
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What quantisation does to a tensor of the calibration images.
+
+    Attributes
+    ----------
+    scales
+        Its scale by each of `engine.thresholds.METHODS`.
+    clipped
+        Share of its values that the scale that was taken clips, in [0, 1].
+    snr_db
+        Power of its values over that of their error by that scale, in dB.
+    """
+
+    scales: Mapping[str, float]
+    clipped: float
+    snr_db: float
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Scales, and what they belong to.
+    """Scales, what they belong to, and how good they are.
 
     Attributes
     ----------
     scales
         Tensor name to the real value of one INT8 step (symmetric, zero point 0).
     method
-        How thresholds were chosen, one of `engine.histogram.METHODS`.
+        How thresholds were chosen, one of `engine.thresholds.METHODS`; that of the image never is.
     images
         Number of images.
     images_sha256
@@ -50,6 +67,14 @@ class Calibration:
         Hash of image size and normalisation.
     versions
         Package to version.
+    empty_images
+        Images that are one colour, or in which the detector finds nothing.
+    narrowed
+        Tensors whose largest values ``auto`` clips, for they would cost all others a bit.
+    largest
+        Largest magnitude of every tensor of `Placement.floats`.
+    statistics
+        Of every tensor with a scale that is neither the image nor 0 everywhere.
     """
 
     scales: Mapping[str, float]
@@ -59,6 +84,21 @@ class Calibration:
     model_sha256: str
     preprocessing_sha256: str
     versions: Mapping[str, str]
+    empty_images: int = 0
+    narrowed: tuple[str, ...] = ()
+    largest: Mapping[str, float] = field(default_factory=dict)
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+
+    @property
+    def warning(self) -> str | None:
+        """What speaks against the use of these scales."""
+        if self.empty_images <= self.images / 2:
+            return None
+        return (
+            f"{self.empty_images} of {self.images} calibration images show nothing: they are one "
+            "colour, or the FP32 detector finds nothing in them. Scales from such images ruin a "
+            "model; calibrate with pictures of what it is to find"
+        )
 
     def save(self, path: Path) -> None:
         """Write the JSON cache.
@@ -86,8 +126,14 @@ class Calibration:
         try:
             content = json.loads(path.read_bytes())
             if content.pop("format") != _FORMAT:
-                raise EngineError(f"{path}: a calibration cache of another format; calibrate again")
-            found = cls(**content)
+                raise EngineError(
+                    f"{path}: a calibration cache of another format; make it anew: 'engine "
+                    f"calibrate MODEL --data FOLDER -o {path}'"
+                )
+            statistics = {name: Statistics(**s) for name, s in content["statistics"].items()}
+            largest = {name: float(value) for name, value in content["largest"].items()}
+            content |= {"statistics": statistics, "largest": largest}
+            found = cls(**content | {"narrowed": tuple(content["narrowed"])})
             scales = {str(name): float(scale) for name, scale in found.scales.items()}
         except OSError as error:
             raise EngineError(f"{path}: cannot read it: {error.strerror}") from error

@@ -96,7 +96,8 @@ def _calibration(path: Path) -> dict[str, object]:
         cache = Calibration.load(path)
         scales = cache.scales
         facts = {"kind": "calibration", **vars(cache)}
-        del facts["scales"]
+        for name in ("scales", "largest", "statistics"):
+            del facts[name]
     else:
         raise EngineError(
             f"{path}: neither an .onnx file, nor an engine with its manifest "

@@ -9,6 +9,7 @@ A picture is drawn from its seed, so that only seeds and answers have to be kept
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -34,12 +35,14 @@ LEAST = 4
 _TRIES = 3 * COUNT
 _ROWS = 32  # the best detections of a picture that are kept
 _MIN_IOU = 0.5  # of detections of one object by two implementations
-_MIN_SCORE = 0.2  # sum of the scores of a picture: a single weak detection may come and go
-_ALIKE = 0.5
+_BYTES = 2**27  # of the pictures together: of large ones there are fewer
+_MIN_SCORE = 0.6  # sum of the scores of a picture: a single weak detection may come and go
+_ALIKE = 0.25
 """Agreement of two pictures' answers from which on one of them is left out."""
 
-_RIGHT = 0.7
-"""Agreement of right answers, above `_ALIKE`: INT8 engines differ by some detections and scores."""
+_RIGHT = 0.5
+"""Agreement of right answers. The demo model in INT8 by other arithmetic (ONNX Runtime without its
+optimisations) has 0.80 and more, FP32 against INT8 0.63 and more."""
 
 _LOAD_SECONDS = 1.0
 _SLOW_SECONDS = 20.0  # for the full batches of an engine for which that is little
@@ -90,9 +93,10 @@ class KnownAnswers:
             ]
             seeds = tuple(map(int, values["seeds"]))
             known = KnownAnswers(seeds, tuple(answers), str(values["images_sha256"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise EngineError("the known answers are damaged") from error
-        if len(known.seeds) != len(known.answers):
+        whole = LEAST <= len(seeds) == len(answers) and min(seeds) >= 0 and max(seeds) < 2**32
+        if not (whole and all(np.isfinite(answer).all() for answer in answers)):
             raise EngineError("the known answers are damaged")
         return known
 
@@ -140,7 +144,8 @@ def agreement(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     """Share of two answers that is the same: 1 for equal ones, 0 for answers without a match.
 
     Of every pair of detections (same label, IoU of at least 0.5) the lesser score counts, over the
-    greater sum of all scores: so what matters most is what is surest. Two empty answers agree.
+    greater sum of all scores: so what matters most is what is surest. Two empty answers agree, and
+    nothing with a NaN or an infinite value does.
 
     Parameters
     ----------
@@ -148,6 +153,8 @@ def agreement(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
         float32 [n, 7], valid rows of one image, best first.
     """
     first, second = first[:_ROWS], second[:_ROWS]
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return 0.0
     most = max(first[:, 5].sum(), second[:, 5].sum())
     if most == 0:
         return 1.0
@@ -173,20 +180,22 @@ def find_known(engine: Engine, progress: Progress | None = None) -> KnownAnswers
         from wrong ones.
     """
     spec = engine.input_spec
+    image_bytes = math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+    wanted = max(LEAST, min(COUNT, _BYTES // image_bytes))
     seeds: list[int] = []
     answers: list[NDArray[np.float32]] = []
     with closing(engine.session()) as session:
         for seed in range(_TRIES):
             detections, counts = session.infer(draw(seed, spec)[None])
             answer = detections[0, : min(counts[0], _ROWS)].copy()
-            if answer[:, 5].sum() < _MIN_SCORE:
+            if not answer[:, 5].sum() >= _MIN_SCORE:  # nor NaN
                 continue
             if all(agreement(answer, other) < _ALIKE for other in answers):
                 seeds.append(seed)
                 answers.append(answer)
                 if progress is not None:
-                    progress(len(seeds), COUNT)
-            if len(seeds) == COUNT:
+                    progress(len(seeds), wanted)
+            if len(seeds) == wanted:
                 break
     if len(seeds) < LEAST:
         raise EngineError(
@@ -202,8 +211,8 @@ def check_answers(
     """Ask a session for known answers, under load, and refuse it at the first wrong one.
 
     As many batches as it takes are in flight: one picture four times and then another, which shows
-    answers that are late; full batches of pictures in turn; batches of all sizes for a second. A
-    slow engine gets full batches only as far as they fit into 20 seconds.
+    answers that are late; full batches of pictures in turn; batches of all sizes for a second. The
+    full ones are smaller where they would take over 20 seconds.
 
     Parameters
     ----------
@@ -232,11 +241,12 @@ def check_answers(
     pictures[:] = drawn
     traffic = _Traffic(session, pictures, known, name)
     begin = time.monotonic()
-    singles = [*[0] * 4, *[1] * 4, *[2] * 4, *[0] * 4]
+    singles = [*[0] * 4, *[1] * 4, 0]
     traffic.run([one] for one in singles)
     each = (time.monotonic() - begin) / len(singles)
-    batch = max(1, min(max_batch, int(_SLOW_SECONDS / each / (session.depth + 1))))
-    traffic.run(_full_batches(count, batch, session.depth))
+    firsts = _firsts(count, session.depth)
+    batch = max(1, min(max_batch, int(_SLOW_SECONDS / each / len(firsts))))
+    traffic.run([(first + slot * step) % count for slot in range(batch)] for first, step in firsts)
     traffic.run(_any_batches(count, batch, time.monotonic() + _LOAD_SECONDS))
 
 
@@ -269,7 +279,7 @@ class _Traffic:
         self._answered += 1
         for slot, number in enumerate(numbers):
             answer = detections[slot, : max(0, counts[slot])]
-            if agreement(answer, self._known.answers[number]) < _RIGHT:
+            if not agreement(answer, self._known.answers[number]) >= _RIGHT:
                 raise EngineError(self._wrong(answer, number, slot, len(numbers)))
 
     def _wrong(self, answer: NDArray[np.float32], number: int, slot: int, size: int) -> str:
@@ -287,13 +297,13 @@ class _Traffic:
         )
 
 
-def _full_batches(count: int, batch: int, depth: int) -> Iterator[Sequence[int]]:
-    """Full batches: all pictures in turn, each batch shifted against the last; then A and B."""
-    for number in range(max(depth + 2, -(-count // batch))):
-        yield [(number * (batch + 1) + slot) % count for slot in range(batch)]
-    for picture in (0, 1):
-        for _ in range(min(4, depth + 1)):
-            yield [picture] * batch
+def _firsts(count: int, depth: int) -> list[tuple[int, int]]:
+    """First picture and step of each full batch: pictures in turn, then one alone, and another.
+
+    Each batch has another picture in every place than the last one.
+    """
+    turns = [(number * (1 + count // 2) % count, 1) for number in range(depth + 2)]
+    return turns + [(picture, 0) for picture in (0, 1) for _ in range(min(4, depth + 1))]
 
 
 def _any_batches(count: int, batch: int, until: float) -> Iterator[Sequence[int]]:

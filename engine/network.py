@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from engine.backends.onnxruntime import refusal
 from engine.placement import Placement
-from engine.preprocessed import PreprocessedSet
 from engine.protocol import EngineError, one_line
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
@@ -72,8 +71,15 @@ def heads_model(
     return part
 
 
-def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """Run a model in ONNX Runtime on all CPUs of this process.
+def open_session(
+    model: onnx.ModelProto, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Run a model in ONNX Runtime.
+
+    Parameters
+    ----------
+    threads
+        Threads of one run; None: one for each CPU of this process.
 
     Raises
     ------
@@ -83,7 +89,7 @@ def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
     # large outputs that live longer than a run fragment an arena, which never gives back
     options.enable_cpu_mem_arena = False
@@ -100,10 +106,10 @@ def run(
     session: onnxruntime.InferenceSession,
     outputs: Sequence[str],
     image: str,
-    images: PreprocessedSet,
-    indices: Sequence[int],
+    batch: NDArray[np.generic],
+    where: str,
 ) -> list[NDArray[np.float32]]:
-    """Run a session on some images.
+    """Run a session on a batch.
 
     Parameters
     ----------
@@ -111,17 +117,18 @@ def run(
         Names of the tensors to return.
     image
         Name of the input.
+    batch
+        What it takes.
+    where
+        The first image of the batch, for a message.
 
     Raises
     ------
     EngineError
-        When an image cannot be read or ONNX Runtime fails; names the first image.
+        When ONNX Runtime fails.
     """
     try:
-        found: list[NDArray[np.float32]] = session.run(list(outputs), {image: images.load(indices)})
-    except EngineError:
-        raise
+        found: list[NDArray[np.float32]] = session.run(list(outputs), {image: batch})
     except Exception as error:  # ORT's exceptions share no base class but Exception
-        text = one_line(error)
-        raise EngineError(f"ONNX Runtime failed on {images.files[indices[0]]}: {text}") from error
+        raise EngineError(f"ONNX Runtime failed on {where}: {one_line(error)}") from error
     return found

@@ -18,11 +18,13 @@ the TensorRT documentation; NVIDIA's ModelOpt places them the same way.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from engine.protocol import EngineError
 from graph_surgery.nms_function import OP_TYPE
@@ -67,11 +69,14 @@ class Layer:
         Index of the node in the graph.
     weight
         Name of the initialiser.
+    bias
+        float32 [filters]; None where there is none, or it is no constant.
     """
 
     name: str
     node: int
     weight: str
+    bias: NDArray[np.float32] | None = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,10 @@ class Placement:
         Every convolution, in the order of the graph.
     points
         Every quantised activation input, in the order of the graph.
+    floats
+        Every tensor between image and heads, these included, but for those that one ReLU alone
+        reads, perhaps behind the addition of something not negative: what of them is too large for
+        a type is so behind the ReLU, too, or becomes 0.
     """
 
     image: str
@@ -100,6 +109,7 @@ class Placement:
     heads: tuple[str, ...]
     layers: tuple[Layer, ...]
     points: tuple[Point, ...]
+    floats: tuple[str, ...]
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -159,10 +169,38 @@ def find_placement(model: onnx.ModelProto) -> Placement:
             )
     convolutions = [index for index in nodes if graph.nodes[index].op_type == "Conv"]
     weights = [_weight(graph, index) for index in convolutions]
-    layers = tuple(map(Layer, _readable(weights), convolutions, weights))
+    biases = [_bias(graph, index) for index in convolutions]
+    layers = tuple(map(Layer, _readable(weights), convolutions, weights, biases))
     points = tuple(_points(graph, nodes, {index: i for i, index in enumerate(convolutions)}))
     image, shape, batch = _image(graph, nodes)
-    return Placement(image, shape, batch, heads, layers, points)
+    return Placement(image, shape, batch, heads, layers, points, tuple(_floats(graph, nodes)))
+
+
+def _floats(graph: Topology, nodes: Iterable[int]) -> Iterator[str]:
+    for index in nodes:
+        for name in graph.nodes[index].output:
+            known = name in graph.types and graph.dtype(name) == np.float32
+            if known and graph.value(name) is None and not _ends_in_relu(graph, name):
+                yield name
+
+
+def _ends_in_relu(graph: Topology, name: str) -> bool:
+    readers = [graph.nodes[reader] for reader in graph.consumers.get(name, [])]
+    if [reader.op_type for reader in readers] == ["Add"]:
+        others = [other for other in readers[0].input if other != name]
+        return all(_not_negative(graph, other) for other in others) and _ends_in_relu(
+            graph, readers[0].output[0]
+        )
+    return [reader.op_type for reader in readers] == ["Relu"]
+
+
+def _not_negative(graph: Topology, name: str) -> bool:
+    if name not in graph.producer:
+        return False
+    node = graph.nodes[graph.producer[name]]
+    return node.op_type == "Relu" or (
+        node.op_type == "MaxPool" and _not_negative(graph, node.input[0])
+    )
 
 
 def _image(graph: Topology, nodes: Iterable[int]) -> tuple[str, tuple[int, int, int], int | None]:
@@ -188,6 +226,11 @@ def _weight(graph: Topology, index: int) -> str:
     if len(graph.consumers[name]) > 1:
         raise EngineError(f"weight {name!r} is shared by several convolutions")
     return str(name)
+
+
+def _bias(graph: Topology, index: int) -> NDArray[np.float32] | None:
+    name = "".join(graph.nodes[index].input[2:])
+    return graph.value(name) if name else None
 
 
 def _readable(weights: Sequence[str]) -> list[str]:

@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.npy import has_npy_size, npy_path, read_npy
 from engine.protocol import EngineError, InputSpec
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
@@ -28,6 +31,8 @@ MEAN = (0.485, 0.456, 0.406)
 """RGB mean of the ImageNet normalisation, for values in [0, 1] (MLPerf reference dataset.py)."""
 STD = (0.229, 0.224, 0.225)
 """RGB standard deviation that goes with `MEAN`."""
+PIXEL_RANGE = max(max(mean, 1 - mean) / std for mean, std in zip(MEAN, STD, strict=True))
+"""Largest magnitude that a pixel, 0 to 255, has once normalised; resizing stays within."""
 INTERPOLATION = "bilinear on float32"
 
 _FORMATS = {"float32": "fp32", "int8": "int8_linear"}
@@ -196,6 +201,21 @@ def images_sha256(images: PreprocessedSet, count: int) -> str:
     """Hash of the names and the values of the first `count` images, in their order."""
     digest = sha256()
     for index, name in enumerate(images.files[:count]):
-        digest.update(f"{name}\n".encode())
-        digest.update(images.load([index]).data.cast("B"))
+        hash_images(digest, [name], images.load([index]))
     return digest.hexdigest()
+
+
+def hash_images(digest: Hash, names: Sequence[str], images: NDArray[np.generic]) -> None:
+    """Add images, C-contiguous, to the hash of a set; see `images_sha256`."""
+    for name, image in zip(names, images, strict=True):
+        digest.update(f"{name}\n".encode())
+        digest.update(image.data.cast("B"))
+
+
+def is_flat(image: NDArray[np.float32]) -> bool:
+    """Tell whether an image, float32 [3, H, W] and normalised, is one colour and little more.
+
+    Every channel stays within 8 of the 255 levels, which are too few for the edges of an object.
+    """
+    spread = np.ptp(image, axis=(1, 2)) * np.array(STD, np.float32)
+    return bool((spread <= 8 / 255).all())

@@ -16,15 +16,23 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from engine.backends.onnxruntime import INPUT_SCALE_KEY
-from engine.calibration_cache import STEPS, Calibration
+from engine.calibration_cache import Calibration
 from engine.placement import Placement, find_placement
 from engine.protocol import EngineError, one_line
+from engine.thresholds import STEPS
 from graph_surgery.nms_function import DOMAIN, nms_function
 
 FloatType = Literal["fp32", "fp16"]
 """Type of everything that is not INT8."""
 
 FLOAT_TYPES: tuple[FloatType, ...] = ("fp32", "fp16")
+
+_FP16_LARGEST = float(np.finfo(np.float16).max)
+_BIAS_STEPS = {"fp32": 2**30, "fp16": 2**15}
+"""Most steps of a bias. int32 has 2^31, of which the sums of a convolution take 127² a product; in
+a float16 graph, ONNX Runtime divides the bias by its step in float16, which ends at 65,504."""
+_LEAST_STEP = {"fp32": float(np.finfo(np.float32).tiny), "fp16": 2.0**-24}
+"""Least step of a bias, which is a divisor: normal in float32, not 0 in float16."""
 
 _FP16_OPSET = 19
 """First opset whose QuantizeLinear and DequantizeLinear take float16 (ONNX operator changelog)."""
@@ -61,10 +69,12 @@ def quantize(
     ------
     EngineError
         When the calibration is another model's, a pattern matches no layer, no layer is left to
-        quantise, or a value does not fit in float16.
+        quantise, or a value, also an activation of the calibration images, does not fit in float16.
     """
     placement = find_placement(model)
     calibration.check(model, placement)
+    if float_type == "fp16":
+        _check_fp16(calibration)
     kept = placement.match(keep_float)
     layers = frozenset(range(len(placement.layers))) - kept
     if not layers:
@@ -72,7 +82,7 @@ def quantize(
     if float_type == "fp16":
         model = _with_opset(model, _FP16_OPSET)
         placement = find_placement(model)
-    new = insert_qdq(model, placement, calibration.scales, layers)
+    new = insert_qdq(model, placement, calibration.scales, layers, float_type)
     image_scale = _int8_input(new, placement)
     if float_type == "fp16":
         _to_fp16(new, placement)
@@ -80,6 +90,9 @@ def quantize(
         "float_type": float_type,
         "float_layers": " ".join(placement.layers[i].name for i in sorted(kept)),
         "calibration_method": calibration.method,
+        "calibration_narrowed": " ".join(calibration.narrowed),
+        "calibration_images": str(calibration.images),
+        "calibration_empty_images": str(calibration.empty_images),
         "calibration_images_sha256": calibration.images_sha256,
         "float_network_sha256": calibration.model_sha256,
         "preprocessing_sha256": calibration.preprocessing_sha256,
@@ -102,6 +115,7 @@ def insert_qdq(
     placement: Placement,
     scales: Mapping[str, float],
     layers: Iterable[int],
+    float_type: FloatType = "fp32",
 ) -> onnx.ModelProto:
     """Copy a model with Q/DQ pairs at some layers; its inputs and outputs stay as they are.
 
@@ -111,6 +125,8 @@ def insert_qdq(
         Of every tensor that these layers read.
     layers
         Indices into ``placement.layers``.
+    float_type
+        Type that what is not INT8 will have; here it stays float32.
     """
     chosen = set(layers)
     new = onnx.ModelProto()
@@ -119,17 +135,20 @@ def insert_qdq(
     weights = {tensor.name: tensor for tensor in graph.initializer}
     before: dict[int, list[onnx.NodeProto]] = {}  # new nodes, by the node that they precede
     done: dict[str, str] = {}
+    read: dict[int, np.float32] = {}  # scale of what a convolution reads, by its node
     for point in placement.points:
         if point.layer in chosen:
+            read[point.node] = activation_scale(scales[point.tensor])
             if point.tensor not in done:
-                pair = _pair(graph, point.tensor, activation_scale(scales[point.tensor]))
+                pair = _pair(graph, point.tensor, read[point.node])
                 before.setdefault(point.node, []).extend(pair)
                 done[point.tensor] = pair[1].output[0]
             graph.node[point.node].input[point.input] = done[point.tensor]
     for index in sorted(chosen):
         layer = placement.layers[index]
         value = numpy_helper.to_array(weights[layer.weight])
-        pair = _pair(graph, layer.weight, weight_scales(value), axis=0)
+        scale = weight_scales(value, layer.bias, read[layer.node], float_type)
+        pair = _pair(graph, layer.weight, scale, axis=0)
         before.setdefault(layer.node, []).extend(pair)
         graph.node[layer.node].input[1] = pair[1].output[0]
     nodes = [n for i, node in enumerate(graph.node) for n in (*before.get(i, ()), node)]
@@ -155,18 +174,48 @@ def activation_scale(scale: float) -> np.float32:
     return rounded
 
 
-def weight_scales(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+def weight_scales(
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+    input_scale: float | np.float32 = 1.0,
+    float_type: FloatType = "fp32",
+) -> NDArray[np.float32]:
     """Scale of every output channel, float32 [M]: the largest magnitude is the last step.
 
-    A channel that is 0 everywhere has the scale 1.
+    Engines may hold a bias in int32 steps of input scale x weight scale. Where weights are so
+    small, or all 0, that this takes more steps than there are, their scale is what the bias needs:
+    next to it they are nothing. A channel without weights and bias has the scale 1.
 
     Parameters
     ----------
     weight
         float32 [M, C, kH, kW].
+    bias
+        float32 [M]; None: there is none.
+    input_scale
+        Scale of what the convolution reads.
+    float_type
+        Type of what is not INT8.
     """
-    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-    return np.where(largest > 0, largest / np.float32(STEPS), 1).astype(np.float32)
+    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1).astype(np.float64)
+    size = np.zeros(len(weight)) if bias is None else np.abs(bias.astype(np.float64))
+    scales = np.maximum(largest / STEPS, size / _BIAS_STEPS[float_type] / input_scale)
+    scales[scales == 0] = 1
+    least = _LEAST_STEP[float_type] / min(1.0, float(input_scale))
+    scaled: NDArray[np.float32] = np.maximum(scales, least).astype(np.float32)
+    return scaled
+
+
+def _check_fp16(calibration: Calibration) -> None:
+    """Refuse a model whose activations are out of the range of float16."""
+    over = {n: value for n, value in calibration.largest.items() if value > _FP16_LARGEST}
+    if over:
+        worst = max(over, key=lambda name: over[name])
+        raise EngineError(
+            f"tensor {worst!r} reaches {over[worst]:.6g} on the calibration images"
+            f"{f', and {len(over) - 1} more are' if len(over) > 1 else ', which is'} out of the "
+            f"range of float16, {_FP16_LARGEST:,.0f}: take --float-type fp32"
+        )
 
 
 def _round_up(values: NDArray[np.floating]) -> NDArray[np.float16]:

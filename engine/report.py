@@ -7,14 +7,21 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Group
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from engine.agreement import MIN_SHARE, Agreement
+from engine.calibration_cache import Calibration
 from engine.compare import Comparison
 from engine.files import write_atomically
 from engine.protocol import EngineError
 from engine.sensitivity import Sensitivity
+from engine.thresholds import METHODS
+
+_WORST = 8
+"""Rows of the table of the worst tensors."""
 
 
 def comparison_tables(found: Comparison) -> Group:
@@ -55,6 +62,50 @@ def comparison_tables(found: Comparison) -> Group:
         else:
             parts.append(f"mAP {first:.4f} and {second:.4f}, difference {second - first:+.4f}")
     return Group(*parts, checks)
+
+
+def calibration_report(cache: Calibration) -> Group:
+    """What a calibration took, and its worst tensors, those of the lowest SNR."""
+    parts = [
+        f"{len(cache.scales)} scales from {cache.images} images by {cache.method}, that of the "
+        "image from its pixels"
+    ]
+    if cache.method == METHODS[0]:
+        narrowed = escape(", ".join(cache.narrowed)) or "none"
+        parts.append(f"narrowed, as their largest values would cost the others a bit: {narrowed}")
+    return Group(*parts, worst_tensors(cache))
+
+
+def worst_tensors(cache: Calibration) -> Table:
+    """Table of the `_WORST` tensors to which quantisation does most; it fits in 80 columns."""
+    table = Table(title="Worst tensors: scale by method", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("tensor", overflow="fold")
+    for column in (*METHODS, "clipped", "SNR dB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    ranked = sorted(cache.statistics.items(), key=lambda item: item[1].snr_db)
+    for name, one in ranked[:_WORST]:
+        scales = (f"{one.scales[method]:.3g}" for method in METHODS)
+        table.add_row(escape(name), *scales, f"{one.clipped:.3%}", f"{one.snr_db:.1f}")
+    return table
+
+
+def agreement_lines(found: Agreement, cache: Calibration) -> Group:
+    """Say how far INT8 agrees with FP32; where it does not, with the tensors to look at."""
+    if not found.detections:
+        return Group(f"FP32 detects nothing on {found.images} images: INT8 could not be checked")
+    line = (
+        f"INT8 finds {found.matched} of {found.detections} FP32 detections on {found.images} "
+        f"calibration images again, {found.matched / found.detections:.3f} (at least {MIN_SHARE})"
+    )
+    if found.passed:
+        return Group(line)
+    return Group(f"FAILED: {line}; look at these tensors", worst_tensors(cache))
+
+
+def warn(cache: Calibration) -> None:
+    """Say on stderr what speaks against the use of a calibration."""
+    if cache.warning is not None:
+        Console(stderr=True).print(f"WARNING: {escape(cache.warning)}", style="bold")
 
 
 def sensitivity_table(found: Sensitivity) -> Table:

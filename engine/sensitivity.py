@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from engine.calibration import Progress, check_images
+from engine.calibration import check_images
 from engine.calibration_cache import Calibration
 from engine.network import heads_model, load_detector, open_session, run
+from engine.observe import Progress
 from engine.placement import Placement, find_placement
 from engine.preprocessed import PreprocessedSet
 from engine.quantize import insert_qdq
@@ -168,8 +169,9 @@ def _heads(
 ) -> Heads:
     """Every head for all images, float32 [count, ...]."""
     session = open_session(network)
+    batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
     parts = [
-        run(session, placement.heads, placement.image, images, range(i, min(i + batch, count)))
-        for i in range(0, count, batch)
+        run(session, placement.heads, placement.image, images.load(one), images.files[one[0]])
+        for one in batches
     ]
     return [np.concatenate(head) for head in zip(*parts, strict=True)]

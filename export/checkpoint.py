@@ -14,6 +14,7 @@ from torch import Tensor
 from export.config import BOXES_PER_CELL, SSDConfig
 from export.errors import ExportError
 from export.model import SSDResNet34
+from export.names import NAMES_KEY, names_from_json
 from export.unpickle import LEGACY_MAGIC, load_pickle
 
 CONFIG_KEY = "ssd_config"
@@ -35,12 +36,15 @@ class Checkpoint:
         Name to tensor, not yet checked against a model.
     config
         The configuration that the file itself states, if it does.
+    names
+        Class names that the file itself states; none: it does not.
     """
 
     path: Path
     sha256: str
     tensors: Mapping[str, Tensor]
     config: SSDConfig | None
+    names: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -63,9 +67,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ExportError(f"{path}: cannot read the weights ({error.strerror})") from error
     config = None
     if head.startswith((b"PK\x03\x04", LEGACY_MAGIC)):
-        tensors = load_pickle(path)
+        tensors, names = load_pickle(path)
     elif head[8:9] == b"{":
-        tensors, config = _read_safetensors(path)
+        tensors, config, names = _read_safetensors(path)
     else:
         raise ExportError(
             f"{path}: unknown format; expected .safetensors or a file of torch.save "
@@ -78,10 +82,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     checked = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     if all(name.startswith(PARALLEL_PREFIX) for name in checked):
         checked = {name.removeprefix(PARALLEL_PREFIX): t for name, t in checked.items()}
-    return Checkpoint(path, digest, checked, config)
+    return Checkpoint(path, digest, checked, config, names)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, object], SSDConfig | None]:
+def _read_safetensors(
+    path: Path,
+) -> tuple[dict[str, object], SSDConfig | None, tuple[str, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -93,9 +99,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, object], SSDConfig | None]:
         raise ExportError(f"{path}: truncated or corrupt ({error})") from error
     text = metadata.get(CONFIG_KEY)
     try:
-        return tensors, SSDConfig.from_json(text) if text else None
+        config = SSDConfig.from_json(text) if text else None
     except ExportError as error:
         raise ExportError(f"{path}: {CONFIG_KEY} in its metadata: {error}") from error
+    return tensors, config, names_from_json(metadata.get(NAMES_KEY, ""))
 
 
 def infer_config(checkpoint: Checkpoint, image_size: int | None = None) -> SSDConfig:

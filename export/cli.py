@@ -35,6 +35,12 @@ def export_onnx(
         int | None,
         typer.Option(help="Side of the input image [default: the checkpoint's own, else 1200]"),
     ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class names, one a line [default: the checkpoint's own, COCO's for 81 classes]"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing output")] = False,
 ) -> None:
     """Export SSD-ResNet34 weights to one ONNX file: image in, detections out.
@@ -45,6 +51,7 @@ def export_onnx(
     _check_output(output, force)
     try:
         from export import checkpoint, onnx_export
+        from export.names import choose_names
     except ModuleNotFoundError as error:
         raise ExportError(
             f"{error.name} is missing; exporting needs it: pip install 'ssd-resnet34-trt[export]'"
@@ -57,8 +64,10 @@ def export_onnx(
 
     loaded = checkpoint.read_checkpoint(weights)
     config = checkpoint.infer_config(loaded, image_size)
+    class_names, source = choose_names(names, loaded.names, config.num_classes)
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
     say(f"read {weights}: {config}, {config.num_priors} default boxes")
+    say(f"class names: {len(class_names)}, {source}" if class_names else f"class names: {source}")
     model = onnx_export.export_detector(detector)
     say(f"exported {len(model.graph.node)} nodes, opset {onnx_export.OPSET}; onnx.checker passed")
     agreement = onnx_export.compare_with_onnxruntime(detector, model)
@@ -68,7 +77,7 @@ def export_onnx(
         f"scores within {agreement.score:.1e}"
     )
     model = onnx_export.without_heads(model)
-    onnx_export.add_metadata(model, loaded, config.to_json())
+    onnx_export.add_metadata(model, loaded, config.to_json(), class_names)
     onnx_export.save(model, output)
     say(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
 

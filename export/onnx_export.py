@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from export.checkpoint import CONFIG_KEY, Checkpoint
 from export.errors import ExportError
 from export.model import SSDResNet34
+from export.names import NAMES_KEY
 from export.postprocess import PostProcess, join_levels
 
 OPSET = 18
@@ -155,8 +157,10 @@ def without_heads(model: onnx.ModelProto) -> onnx.ModelProto:
     return slim
 
 
-def add_metadata(model: onnx.ModelProto, checkpoint: Checkpoint, config_json: str) -> None:
-    """Write what the file was made from into its metadata."""
+def add_metadata(
+    model: onnx.ModelProto, checkpoint: Checkpoint, config_json: str, names: Sequence[str]
+) -> None:
+    """Write what the file was made from, and its class names if it has any, into its metadata."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -169,6 +173,7 @@ def add_metadata(model: onnx.ModelProto, checkpoint: Checkpoint, config_json: st
             CONFIG_KEY: config_json,
             "weights_sha256": checkpoint.sha256,
             "ssd_resnet34_trt_version": ours,
+            **({NAMES_KEY: json.dumps(names)} if names else {}),
         },
     )
 

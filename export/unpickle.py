@@ -27,11 +27,15 @@ import torch
 from torch import Tensor
 
 from export.errors import ExportError
+from export.names import text_list
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The first pickle of a file of torch.save before its zip format (torch < 1.6)."""
 
 _LEGACY_PROTOCOL = 1001
+
+_NAMES = ("class_names", "names", "classes")
+"""Under which checkpoints keep the names of their classes."""
 
 _MODULE_LIMIT = 10_000
 """More modules than any checkpoint has: a pickle can share one child 2^40 times."""
@@ -180,13 +184,16 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(str(saved[2]), _STORAGE_DTYPES[name], int(saved[4]))
 
 
-def load_pickle(path: Path) -> dict[str, object]:
-    """Read the tensors of a ``torch.save`` file.
+def load_pickle(path: Path) -> tuple[dict[str, object], tuple[str, ...]]:
+    """Read the tensors of a ``torch.save`` file, and the class names beside them.
 
     Returns
     -------
-    Name to tensor, from a whole pickled module, ``{"model": state_dict}`` or a state dict. A value
-    that is no tensor stays whatever it is.
+    tensors
+        Name to tensor, from a whole pickled module, ``{"model": state_dict}`` or a state dict. A
+        value that is no tensor stays whatever it is.
+    names
+        Texts under one of `_NAMES`, beside the state dict or in the module; none without any.
 
     Raises
     ------
@@ -200,10 +207,11 @@ def load_pickle(path: Path) -> dict[str, object]:
             legacy = file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
             file.seek(0)
             root, storages = _read_legacy(file) if legacy else _read_zip(file)
-            return {
+            tensors = {
                 name: _tensor(value, storages) if isinstance(value, _TensorRecord) else value
                 for name, value in _named_values(root)
             }
+            return tensors, _names(root)
     except ExportError as error:
         raise type(error)(f"{path}: {error}") from None
     except Exception as error:  # every corruption has an exception of its own
@@ -273,6 +281,12 @@ def _tensor(record: _TensorRecord, storages: Mapping[str, bytes]) -> Tensor:
         return torch.empty(record.size, dtype=storage.dtype)
     flat = torch.frombuffer(bytearray(data), dtype=storage.dtype)
     return flat.as_strided(record.size, record.stride, record.offset).clone()
+
+
+def _names(root: object) -> tuple[str, ...]:
+    fields = vars(root) if isinstance(root, _Inert) else root
+    found = fields if isinstance(fields, dict) else {}
+    return next(filter(None, (text_list(found.get(key)) for key in _NAMES)), ())
 
 
 def _named_values(root: object) -> Iterator[tuple[str, object]]:

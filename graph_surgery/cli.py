@@ -21,6 +21,12 @@ app = typer.Typer(
 def nms(
     model: Annotated[Path, typer.Argument(metavar="IN.onnx", help="Detector to read")],
     output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="File to write")],
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class names, one a line [default: the model's own, COCO's for 80 classes]"
+        ),
+    ] = None,
     plugin_alone: Annotated[
         bool,
         typer.Option(
@@ -41,12 +47,14 @@ def nms(
     if not output.parent.is_dir():
         raise SurgeryError(f"{output.parent}: no such folder to write {output.name} to")
     from graph_surgery.files import load, save
+    from graph_surgery.names import add_names
     from graph_surgery.nms_function import plugin_only
     from graph_surgery.replace import insert_nms
 
     result = insert_nms(load(model))
+    named = add_names(result.model, names)
     save(plugin_only(result.model) if plugin_alone else result.model, output)
-    for change in result.changes:
+    for change in (*result.changes, named):
         typer.echo(change)
     if plugin_alone:
         typer.echo("the definition of NMS_OPT_TRT was left out: only its plugin can run the file")

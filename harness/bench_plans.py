@@ -111,6 +111,7 @@ def _measure(  # noqa: PLR0917
             "metric": result.metric,
             "value": result.value,
             "valid": result.valid,
+            "version": result.engine["version"],
             "latency_ms": {name: result.latency_ms.get(name) for name in ("p50", "p99")},
         }
 

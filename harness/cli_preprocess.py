@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from engine.load import load_engine
-from engine.manifest import load_manifest, manifest_path
+from engine.manifest import load_manifest
 from engine.protocol import InputSpec
 from harness.dataset import check_annotated, known_dataset, preprocessed_dir
 from harness.errors import HarnessError
@@ -120,7 +120,7 @@ def preprocess(
 
 def _input_of(engine: str, model: Path) -> InputSpec:
     """Input of a model; a built engine's is in its manifest, whatever can run it here."""
-    if model.suffix != ".onnx" and manifest_path(model).exists():
+    if model.suffix != ".onnx":
         return load_manifest(model).input
     return load_engine(engine, model).input_spec
 

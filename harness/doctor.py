@@ -209,6 +209,8 @@ def _triton_server(build_dir: Path) -> Ability:
     words = ", ".join(f"{name} {built}".strip() for name, built in backends.items())
     lacks = [name for name in SERVER_BACKENDS if name not in backends]
     detail = f"{command} with the backends: {words or 'none'}"
+    if "tensorrt" in backends:
+        detail += " (a plan runs with the very release that built it)"
     if not lacks:
         return Ability(title, "works", detail)
     limit = f"harness triton-repository --backend {'|'.join(lacks)} makes what it cannot serve"
@@ -260,7 +262,7 @@ def _gpu_steps(state: dict[str, Ability]) -> Iterator[str]:
     """Yield what to do when nothing runs on the GPU, or slowly."""
     cuda = state["engine onnxruntime, cuda"]
     others = (state["engine cudnn"], state["engine tensorrt"], state["engine tensorrt-rtx"])
-    if cuda.state != "works" and all(one.state != "works" for one in others):
+    if cuda.state != "works" and all(one.state == "no" for one in others):
         yield f"To use the GPU: {cuda.fix}"
     if cuda.state == "works" and state["libnms_opt.so"].fix:
         yield f"For postprocessing on the GPU: {state['libnms_opt.so'].fix}"

@@ -96,7 +96,7 @@ NEEDS = (
     Need(
         "engine calibrate at 1200x1200",
         "memory",
-        round(1.52 * _GIBI),
+        round(1.95 * _GIBI),
         "peak measured on two cores (docs/measurements/calibration_memory.json)",
     ),
     Need(

@@ -12,11 +12,12 @@ import sys
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from engine.files import file_sha256, write_atomically
 from engine.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
 from engine.protocol import EngineError, InputSpec
+from engine.thresholds import METHODS
 from harness.artefacts import (
     TRANSFORM_CODE,
     Artefact,
@@ -31,6 +32,9 @@ from harness.dataset import check_annotated, known_dataset, preprocessed_dir
 from harness.errors import HarnessError
 from harness.settings import MODEL
 
+if TYPE_CHECKING:
+    from engine.calibration_cache import Calibration
+
 DEMO = f"{MODEL}-demo"
 DATASETS = {MODEL: "coco", DEMO: "demo"}
 """Benchmark to its data set."""
@@ -39,8 +43,11 @@ WEIGHTS = Path("models") / MODEL / "resnet34-ssd1200.pytorch"
 """The benchmark's weights in the build folder."""
 
 _DEMO_WEIGHTS = Path("demo") / f"{DEMO}.safetensors"
-_METHOD = "entropy"
 _INT8_SUFFIX = {"fp32": "int8", "fp16": "int8.fp16"}
+_CALIBRATION_CODE = (
+    *("calibration", "calibration_cache", "histogram", "network", "observe", "placement"),
+    *("preprocessed", "thresholds"),
+)
 _STDERR = 2  # file descriptor
 _PLUGIN = Path("plugins") / "libnmsoptplugin.so"
 
@@ -127,24 +134,51 @@ def float_type(backend: str) -> Literal["fp32", "fp16"]:
     return "fp16" if backend.startswith("tensorrt") else "fp32"
 
 
-def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Path:
+@dataclass(frozen=True)
+class Quantized:
+    """An INT8 detector and what it was made from.
+
+    Attributes
+    ----------
+    path
+        INT8 ONNX file.
+    model
+        Surgered FP32 ONNX file.
+    images
+        float32 calibration images.
+    calibration
+        Its scales.
+    """
+
+    path: Path
+    model: Path
+    images: PreprocessedSet
+    calibration: Calibration
+
+
+def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quantized:
     """Weights and calibration images to the calibration cache and the INT8 ONNX file.
 
-    `between` is the type of the tensors between the INT8 islands.
+    `between` is the type of the tensors between the INT8 islands. What speaks against the
+    calibration is said before it is used.
 
     Raises
     ------
     HarnessError, EngineError
         When a step fails.
     """
+    from engine.calibration_cache import Calibration
     from engine.network import load_detector
     from engine.placement import find_placement
     from engine.quantize import quantize
+    from engine.report import warn
 
     model = build_onnx(route)
     placement = find_placement(load_detector(model))
     images = preprocess(route, "cal", InputSpec(placement.image, placement.shape, "float32"))
     cache = build_cache(route, model, images)
+    calibration = Calibration.load(cache.path)
+    warn(calibration)
     quantized = Artefact(
         "quantize",
         route.build_dir / "onnx" / f"{route.benchmark}.{_INT8_SUFFIX[between]}.onnx",
@@ -156,13 +190,10 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Path:
     )
 
     def build() -> None:
-        from engine.calibration_cache import Calibration
-
-        calibration = Calibration.load(cache.path)
         graph = quantize(load_detector(model), calibration, float_type=between)
         write_atomically(quantized.path, graph.SerializeToString(deterministic=True))
 
-    return make(quantized, build, route.say)
+    return Quantized(make(quantized, build, route.say), model, images, calibration)
 
 
 def build_cache(route: Route, model: Path, images: PreprocessedSet) -> Artefact:
@@ -173,11 +204,8 @@ def build_cache(route: Route, model: Path, images: PreprocessedSet) -> Artefact:
         {
             "ONNX": file_sha256(model),
             "calibration images": _images_sha256(images),
-            "method": _METHOD,
-            "code": code_sha256(
-                *(f"engine/{name}.py" for name in ("calibration", "calibration_cache")),
-                *(f"engine/{name}.py" for name in ("histogram", "network", "placement")),
-            ),
+            "method": METHODS[0],
+            "code": code_sha256(*(f"engine/{name}.py" for name in _CALIBRATION_CODE)),
             "onnxruntime": version("onnxruntime"),
         },
     )
@@ -187,7 +215,7 @@ def build_cache(route: Route, model: Path, images: PreprocessedSet) -> Artefact:
         from engine.progress import progress_bar
 
         with progress_bar("calibrate") as progress:
-            calibrate(model, images, method=_METHOD, progress=progress).save(cache.path)
+            calibrate(model, images, progress=progress).save(cache.path)
 
     make(cache, build, route.say)
     return cache

@@ -10,6 +10,7 @@ from engine.load import ONNX_BACKENDS, load_engine
 from engine.preprocessed import PreprocessedSet
 from harness.dataset import known_dataset
 from harness.devices import load_engines
+from harness.errors import RunFailedError
 from harness.route import (
     DATASETS,
     Route,
@@ -38,22 +39,39 @@ def make_onnx(routes: Sequence[Route], _: RunArgs) -> None:
 
 
 def calibrate(routes: Sequence[Route], _: RunArgs) -> None:
-    """Make the calibration caches and the INT8 ONNX files."""
+    """Make the calibration caches and the INT8 ONNX files, and hold these against FP32.
+
+    Raises
+    ------
+    RunFailedError
+        When INT8 does not find what FP32 finds on the calibration images.
+    """
+    from rich.console import Console
+
+    from engine.agreement import find_agreement
+    from engine.report import agreement_lines, calibration_report
+
     for route in routes:
-        build_int8(route)
+        made = build_int8(route)
+        found = find_agreement(made.model, made.path, made.images)
+        Console().print(calibration_report(made.calibration))
+        Console().print(agreement_lines(found, made.calibration))
+        if not found.passed:
+            raise RunFailedError(f"{made.path} does not find what {made.model} finds")
 
 
 def preprocess_data(routes: Sequence[Route], _: RunArgs) -> None:
     """Preprocess both splits; the INT8 images need the scale of the calibration."""
     for route in routes:
-        val_images(route, build_int8(route))
+        val_images(route, build_int8(route).path)
 
 
 def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Make the engines of all scenarios."""
     for route in routes:
         config, settings = _settings(route, arguments)
-        files = _engines(route, build_int8(route, float_type(config.builder)), config, settings)
+        model = build_int8(route, float_type(config.builder)).path
+        files = _engines(route, model, config, settings)
         if config.engine == "triton":
             for file in dict.fromkeys(files.values()):
                 make_repository(route, file, config, settings)
@@ -73,7 +91,7 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
         config, settings = _settings(route, arguments)
         if config.engine == "triton" and arguments.urls is None and config.url is None:
             find_server(route.build_dir)  # missing, it is missed before hours of preparation
-        model = build_int8(route, float_type(config.builder))
+        model = build_int8(route, float_type(config.builder)).path
         files = _engines(route, model, config, settings)
         images = val_images(route, model)
         data = known_dataset(DATASETS[route.benchmark], "val", route.build_dir)

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from engine.backends.triton import DTYPES, KNOWN_PARAMETER, MODEL_NAME, import_client
+from engine.backends.triton import import_client
+from engine.backends.triton_config import DTYPES, KNOWN_PARAMETER, MODEL_NAME
 from engine.backends.triton_python import BACKEND_PARAMETER, FILE_PARAMETER
 from engine.files import file_sha256
 from engine.known import KnownAnswers, find_known

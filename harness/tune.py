@@ -100,7 +100,7 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
     RunFailedError
         When a trial fails.
     """
-    model = build_int8(route, float_type(tuning.engine))
+    model = build_int8(route, float_type(tuning.engine)).path
     images = val_images(route, model)
     onnx = tuning.engine in ONNX_BACKENDS
 

@@ -19,10 +19,12 @@ from onnx import numpy_helper
 
 from engine.calibration import calibrate, calibrate_all, is_current
 from engine.calibration_cache import Calibration, parse_trt
-from engine.histogram import BINS, PERCENTILE, Histogram, _entropy_bins, threshold
+from engine.histogram import BINS, Histogram
 from engine.network import load_detector
 from engine.placement import find_placement
+from engine.preprocessed import images_sha256
 from engine.protocol import EngineError
+from engine.thresholds import PERCENTILE
 
 
 @pytest.fixture(scope="module")
@@ -77,62 +79,22 @@ def test_a_histogram_refuses_what_is_no_number(value) -> None:
     assert (histogram.counts.sum(), histogram.largest) == (2, 2)
 
 
-DISTRIBUTIONS = {
-    "half normal": lambda rng: np.abs(rng.standard_normal(200_000)),
-    "Laplace": lambda rng: np.abs(rng.laplace(size=200_000)),
-    "gamma": lambda rng: rng.gamma(3, size=200_000),
-    "outliers": lambda rng: np.append(np.abs(rng.standard_normal(200_000)), np.linspace(6, 18, 20)),
-}
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_entropy_agrees_with_onnxruntime(name) -> None:
-    """ONNX Runtime searches a signed histogram: mirrored, with twice the levels, it is ours."""
-    from onnxruntime.quantization.calibrate import HistogramCollector
-
-    bins = 640
-    values = DISTRIBUTIONS[name](np.random.default_rng(7))
-    counts, edges = np.histogram(values, bins, range=(0, values.max()))
-    ours = edges[_entropy_bins(counts)]
-    mirrored = np.concatenate([counts[:0:-1], [2 * counts[0]], counts[1:]])
-    signed = np.linspace(-edges[-1], edges[-1], 2 * bins).astype(np.float32)
-    top = np.float32(values.max())
-    collector = HistogramCollector("entropy", True, 2 * bins - 1, 255, None, None)
-    _, high = collector.get_entropy_threshold((mirrored, signed, -top, top, top), 255)
-    if name == "outliers":
-        # both clip the outliers; ONNX Runtime's levels are all one bin wide up to twice the least
-        # number of bins, so that it clips some of the normal values, too
-        assert high <= ours < 6
-    else:
-        assert ours == pytest.approx(float(high), rel=0.1)
-
-
-def test_many_zeros_do_not_weigh_in() -> None:
-    """A ReLU's zeros are exact at any scale, so they must not move the threshold."""
-    values = np.abs(np.random.default_rng(3).standard_normal(100_000)).astype(np.float32)
-    dense, sparse = Histogram(), Histogram()
-    dense.add(values)
-    sparse.add(np.concatenate([values, np.zeros(900_000, np.float32)]))
-    assert threshold(sparse, "entropy") == pytest.approx(threshold(dense, "entropy"), rel=0.05)
-
-
-def test_a_tensor_of_zeros_has_the_threshold_zero() -> None:
-    histogram = Histogram()
-    histogram.add(np.zeros((2, 3), np.float32))
-    assert [threshold(histogram, m) for m in ("entropy", "percentile", "minmax")] == [0, 0, 0]
-
-
 # A whole model
 
 
 def test_scales_are_those_of_all_activations_at_once(surgered, images, calibrations) -> None:
+    def scale_of(method, name):
+        return calibrations[method].scales[name]
+
     model = onnx.load(surgered)
     values = activations(model, images.load(range(3)))
     names = set(calibrations["minmax"].scales)
     # every convolution's and pooling's input, and nothing behind the heads
     wanted = {n.input[0] for n in model.graph.node if n.op_type in ("Conv", "MaxPool")}
     assert wanted <= names <= values.keys()
-    for name in names:
+    # a pixel is 0 to 255: (1 - 0.406) / 0.225 is the farthest from 0, with ImageNet's figures
+    assert {c.scales["image"] * 127 for c in calibrations.values()} == {(1 - 0.406) / 0.225}
+    for name in names - {"image"}:
         magnitudes = np.abs(values[name])
         top = float(magnitudes.max())
         bin_width = 2.0 ** (np.frexp(top)[1]) / BINS
@@ -142,6 +104,68 @@ def test_scales_are_those_of_all_activations_at_once(surgered, images, calibrati
         at = np.quantile(magnitudes, PERCENTILE / 100, method="inverted_cdf")
         assert at - 1e-4 * top <= scale["percentile"] <= at + bin_width + 1e-4 * top
         assert 128 * bin_width / 1.001 <= scale["entropy"] <= top * 1.0001
+        for method, one in calibrations.items():
+            assert one.statistics[name].scales == {
+                m: c.scales[name] for m, c in calibrations.items()
+            }
+            clipped = (magnitudes > scale[method] * 1.0001).mean()
+            assert one.statistics[name].clipped <= clipped + 1e-3
+    assert calibrations["minmax"].narrowed == calibrations["entropy"].narrowed == ()
+    narrowed = {n for n in names if scale_of("auto", n) < scale_of("minmax", n)} - {"image"}
+    assert set(calibrations["auto"].narrowed) == narrowed
+
+
+def test_the_largest_values_are_those_that_float16_has_to_hold(
+    surgered, images, calibrations
+) -> None:
+    """What is left out is no larger, or is negative and a ReLU makes 0 of it."""
+    model = onnx.load(surgered)
+    values = activations(model, images.load(range(3)))
+    found = calibrations["auto"].largest
+    for name, value in found.items():
+        assert value == pytest.approx(np.abs(values[name]).max(), rel=1e-4)
+    (nms,) = (node for node in model.graph.node if node.domain)
+    assert found.keys() >= set(nms.input[:-1]) | (calibrations["auto"].scales.keys() - {"image"})
+    next_of = {name: n for n in model.graph.node for name in n.input}
+    for name in values.keys() - found.keys() - {"image"}:
+        behind = next_of[name]
+        if behind.op_type == "Add":  # the main branch; the skip is what a ReLU made
+            (skip,) = set(behind.input) - {name}
+            assert values[skip].min() >= 0
+            behind = next_of[behind.output[0]]
+        assert behind.op_type == "Relu"
+        assert values[name].max() <= found[behind.output[0]] * 1.0001
+
+
+def test_an_image_is_read_once_and_what_was_read_is_hashed(surgered, images, tmp_path) -> None:
+    """Files that are replaced after they were read leave no scales under the new hash."""
+    copy = write_images(tmp_path, images.load(range(3)))
+    before = images_sha256(copy, 3)
+
+    def replace(done, total) -> None:
+        np.save(tmp_path / f"{done - 1:03}.jpg.npy", np.zeros((3, 400, 400), np.float32))
+
+    found = calibrate(surgered, copy, method="minmax", progress=replace)
+    assert found.images_sha256 == before != images_sha256(copy, 3)
+    assert found.scales == calibrate(surgered, images, method="minmax").scales
+    found.save(tmp_path / "cache.json")
+    assert not is_current(tmp_path / "cache.json", surgered, copy, method="minmax", limit=None)
+
+
+def test_images_that_show_nothing_are_said(surgered, images, calibrations, tmp_path) -> None:
+    assert calibrations["auto"].warning is None
+    assert calibrations["auto"].empty_images == 0
+    flat = np.repeat(np.float32([[-2, 0.5, 2]]).T[..., None, None], 3, axis=1)
+    flat = np.broadcast_to(flat, (3, 3, 400, 400))
+    white = calibrate(surgered, write_images(tmp_path, flat))
+    assert white.warning.startswith("3 of 3 calibration images show nothing")
+    white.save(tmp_path / "cache.json")
+    assert Calibration.load(tmp_path / "cache.json").warning == white.warning
+    mixed = np.concatenate([flat[:2], images.load([0])])
+    found = calibrate(surgered, write_images(tmp_path, mixed))
+    assert found.warning.startswith("2 of 3 calibration images show nothing")
+    mixed[1] = mixed[2]
+    assert calibrate(surgered, write_images(tmp_path, mixed)).warning is None
 
 
 def test_the_batch_does_not_matter(surgered, images, calibrations) -> None:
@@ -196,7 +220,11 @@ def test_the_cache_comes_back(calibrations, tmp_path) -> None:
     [
         (lambda text: text[:-30], "damaged"),
         (lambda text: text[:0] + "[]", "damaged"),
-        (lambda text: text.replace('"format": 1', '"format": 9'), "another format"),
+        (
+            lambda text: text.replace('"format": 2', '"format": 1'),
+            "another format; make it anew: 'engine calibrate MODEL --data FOLDER -o .*cache.json'",
+        ),
+        (lambda text: text.replace('"snr_db"', '"snr"'), "damaged"),
         (lambda text: text.replace('"method"', '"way"'), "damaged"),
         (lambda text: text.replace('"image": ', '"image": -'), "'image' has the scale -"),
         (lambda text: text.replace('"image": ', '"image": "x", "y": '), "damaged"),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from hashlib import sha256
@@ -12,10 +16,13 @@ import numpy as np
 import onnx
 import pytest
 from calibrated import write_surgered
+from rich.console import Console
 from typer.testing import CliRunner
 
+from engine.calibration_cache import Calibration
 from engine.cli import app, main
 from engine.protocol import EngineError
+from engine.report import calibration_report
 from engine.sensitivity import LayerSensitivity, Noise, Sensitivity
 from harness.command import run_command as run_harness
 
@@ -58,7 +65,7 @@ def demo(tmp_path_factory):
     (data / "demo-cal" / "float32_400x400").rename(folder / "cal")
     (data / "demo-val" / "float32_400x400").rename(folder / "val")
     code, out = engine("calibrate", surgered, "--data", folder / "cal", "-o", folder / "cache.json")
-    assert code == 0 and "scales from 64 images" in out
+    assert code == 0 and "41 scales from 64 images by auto" in out
     code, out = engine("quantize", surgered, folder / "cache.json", folder / "int8.onnx")
     assert code == 0 and "wrote" in out
     return folder
@@ -94,6 +101,69 @@ def test_a_change_of_method_images_or_weights_calibrates_again(demo, tmp_path):
         engine("quantize", surgered, cache, tmp_path / "int8.onnx")
     assert "from 3 images" in engine(*few, 3, "--method", "minmax")[1]
     assert engine("quantize", surgered, cache, tmp_path / "int8.onnx")[0] == 0
+
+
+def test_calibration_shows_the_worst_tensors(demo):
+    cache = Calibration.load(demo / "cache.json")
+    assert engine("calibrate", demo / "demo.nms.onnx", "--data", demo / "cal", "-o",
+                  demo / "cache.json")[1].index("Worst tensors") > 0  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    console.print(calibration_report(cache))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    worst = sorted(cache.statistics, key=lambda name: cache.statistics[name].snr_db)[:8]
+    shown = [line.split() for line in text.splitlines() if line.split()[:1] and "dB" not in line]
+    rows = {row[0]: row[1:] for row in shown if row[0] in cache.statistics}
+    assert list(rows) == worst
+    for name, (auto, entropy, percentile, minmax, clipped, snr) in rows.items():
+        one = cache.statistics[name]
+        assert float(auto) == pytest.approx(cache.scales[name], rel=1e-2)
+        assert float(minmax) == pytest.approx(one.scales["minmax"], rel=1e-2)
+        assert float(entropy) <= float(minmax) >= float(percentile)
+        assert (clipped, snr) == (f"{one.clipped:.3%}", f"{one.snr_db:.1f}")
+    narrowed = dataclasses.replace(cache, narrowed=("relu_7",))
+    console.print(calibration_report(narrowed))
+    assert "cost the others a bit: relu_7" in " ".join(console.file.getvalue().split())
+
+
+def test_int8_is_held_against_fp32(demo, tmp_path):
+    surgered, cache, int8 = demo / "demo.nms.onnx", tmp_path / "cache.json", tmp_path / "int8.onnx"
+    command = ["quantize", surgered, cache, int8, "--check", demo / "cal"]
+    good = Calibration.load(demo / "cache.json")
+    good.save(cache)
+    code, out = engine(*command)
+    found = re.search(r"INT8 finds (\d+) of (\d+) FP32 detections on 16 calibration images", out)
+    assert code == 0
+    assert 0.8 <= int(found[1]) / int(found[2]) <= 1
+    assert engine(*command)[1].startswith(f"{int8} is up to date INT8 finds {found[1]} of")
+    # one tensor with a hundredth of its range ruins all that is behind it
+    worst = "relu_16"
+    broken = {**good.scales, worst: good.scales[worst] / 100}
+    dataclasses.replace(good, scales=broken).save(cache)
+    code, out = engine(*command)
+    assert code == 1
+    assert "FAILED: INT8 finds" in out and "look at these tensors" in out and "relu" in out
+    # and what cannot be checked is said, not failed
+    blank = tmp_path / "blank"
+    shutil.copytree(demo / "cal", blank)
+    for path in blank.glob("*.npy"):
+        np.save(path, np.zeros((3, 400, 400), np.float32))
+    code, out = engine(*command[:-1], blank)
+    assert code == 0 and "FP32 detects nothing on 16 images" in out
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", "calibrate", surgered, "--data", blank, "-o", cache,
+         "--images", "3"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "WARNING: 3 of 3 calibration images show nothing" in " ".join(done.stderr.split())
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", "quantize", surgered, cache, int8],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert "WARNING: 3 of 3 calibration" in " ".join(done.stderr.split())
+    facts = {entry.key: entry.value for entry in onnx.load(int8).metadata_props}
+    assert (facts["calibration_images"], facts["calibration_empty_images"]) == ("3", "3")
 
 
 def test_tensorrt_format(demo, tmp_path):
@@ -172,7 +242,7 @@ def test_inspect(demo, tmp_path):
     _, out = engine("inspect", demo / "int8.onnx")
     assert "int8 [batch, 3, 400, 400]" in out and "NMS_OPT_TRT" in out and "input_scale" in out
     _, out = engine("inspect", demo / "cache.json")
-    assert "entropy" in out and "scale image" in out
+    assert "method auto" in out.replace("│ ", "") and "scale image" in out
     (tmp_path / "c.trt").write_text("TRT-100000-EntropyCalibration2\nimage: 3c000000\n")
     _, out = engine("inspect", tmp_path / "c.trt")
     assert "0.0078125" in out
@@ -260,10 +330,10 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
     code, out = engine(
         *command,
         *("--min-batch", 2, "--opt-batch", 4, "--max-batch", 8, "--memory-pool", "workspace=512"),
-        *("--optimization-level", 5, "--tf32", "--strip-plan", "--refit", "--weight-streaming"),
         *("--plugin", "a.so", "--plugin", "b.so", "--compute-capability", "8.9"),
         *("--verbosity", "info", "--layer-info", "l.json", "--timing-cache", "t.cache"),
         *("--version-compatible", "--hardware-compatible"),
+        *("--optimization-level", 5, "--tf32", "--strip-plan", "--refit"),
     )
     assert code == 0 and "5 bytes" in out
     from engine.build import BuildOptions
@@ -281,7 +351,6 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
         hardware_compatible=True,
         strip_plan=True,
         refit=True,
-        weight_streaming=True,
         verbosity="info",
         layer_info=Path("l.json"),
         plugins=(Path("a.so"), Path("b.so")),

@@ -8,6 +8,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from engine.known import (
     COUNT,
     LEAST,
     KnownAnswers,
+    _firsts,
     agreement,
     check_answers,
     draw,
@@ -166,7 +168,7 @@ def test_a_right_engine_passes(engine, known):
         return detections, counts
 
     check(WrongEngine(engine, note), known, 4)
-    assert set(sizes) == {1, 2, 3, 4}
+    assert {1, 4} <= set(sizes) <= {1, 2, 3, 4}
     assert sum(sizes) > 3 * len(known.seeds)
 
 
@@ -244,6 +246,12 @@ def under_load(detections, counts, in_flight):
     return (detections[::-1], counts[::-1]) if in_flight else (detections, counts)
 
 
+def not_numbers(detections, counts, _):
+    """Memory that was never written may hold anything."""
+    detections[..., 5] = np.nan
+    return detections, counts
+
+
 def last_slot(detections, counts, _):
     """The last place of a full batch is never computed."""
     if len(counts) == 4:
@@ -253,7 +261,7 @@ def last_slot(detections, counts, _):
 
 @pytest.mark.parametrize(
     "spoil",
-    [stale(), unwritten, half_written, swapped, under_load, last_slot],
+    [stale(), unwritten, half_written, swapped, under_load, not_numbers, last_slot],
     ids=lambda spoil: spoil.__name__,
 )
 def test_a_wrong_engine_is_refused(engine, known, spoil):
@@ -269,6 +277,33 @@ def test_the_message_names_the_answer_that_came_instead(engine, known):
 def test_who_draws_other_pictures_cannot_check(engine, known):
     with pytest.raises(EngineError, match="drawn otherwise here"):
         check(engine, replace(known, images_sha256="0" * 64), 4)
+
+
+@given(count=st.integers(LEAST, COUNT), depth=st.integers(1, 9), batch=st.integers(1, 70))
+def test_every_full_batch_has_other_pictures_than_the_last(count, depth, batch):
+    """Else a late answer would be right; but for the turns of one picture alone."""
+    firsts = _firsts(count, depth)
+    turns = [[(first + slot) % count for slot in range(batch)] for first, step in firsts if step]
+    assert len(turns) > depth
+    for one, other in pairwise(turns):
+        assert all(a != b for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("damage", [{"seeds": []}, {"seeds": [-1] * 5}, {"seeds": [float("inf")]}])
+def test_answers_that_nothing_can_be_checked_by(known, damage):
+    text = json.dumps(json.loads(known.to_text()) | damage)
+    with pytest.raises(EngineError, match="the known answers are damaged"):
+        KnownAnswers.from_text(text)
+
+
+def test_an_engine_without_numbers_has_no_known_answers(engine):
+    with pytest.raises(EngineError, match="only 0 of"):
+        find_known(WrongEngine(engine, not_numbers))
+
+
+def test_large_pictures_are_fewer(engine, known, monkeypatch):
+    monkeypatch.setattr("engine.known._BYTES", 6 * 3 * 400 * 400 * 4)
+    assert find_known(engine).seeds == known.seeds[:6]
 
 
 def test_a_model_that_finds_nothing(engine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,9 @@ from test_harness_cli import BOX, GREYS, grey_detector, harness
 from test_preprocess import photo, reference
 
 from engine.calibration_cache import Calibration
-from engine.preprocessed import preprocessing_sha256
+from engine.manifest import Manifest, save_engine
+from engine.preprocessed import load_preprocessed, preprocessing_sha256
+from engine.protocol import InputSpec
 
 SCALE = 2.640645 / 127  # NVIDIA's published calibration of the image
 IDS = [7, 8, 9, 10, 11, 12]  # of the categories; label L is the L-th
@@ -214,3 +217,34 @@ def test_annotations_are_checked_before_anything_is_preprocessed(place: Path) ->
     annotations.write_text("[]")
     assert "is no COCO instances file" in error(place)
     assert sets(place) == set()
+
+
+def test_a_built_engine_is_what_images_are_made_for(place: Path) -> None:
+    """Its manifest says what it takes; nothing of it runs here."""
+    spec = InputSpec("image", (3, 30, 20), "int8", SCALE)
+    plan = b"a plan that no TensorRT made"
+    manifest = Manifest(
+        backend="tensorrt",
+        version="10.6.0",
+        gpu="NVIDIA H200",
+        compute_capabilities=("9.0",),
+        model="m.onnx",
+        onnx_sha256="0" * 64,
+        plugins=(),
+        metadata={},
+        engine_sha256=sha256(plan).hexdigest(),
+        engine_bytes=len(plan),
+        input=spec,
+        min_batch=1,
+        opt_batch=8,
+        max_batch=8,
+        options={},
+        seconds=1.0,
+    )
+    save_engine(place / "model.engine", plan, manifest)
+    assert "2 images in" not in preprocess(place, "model.engine", "--cal_only")
+    preprocess(place, "model.engine", "--val_only")
+    made = load_preprocessed(place / "build/preprocessed_data/coco-val/int8_30x20", spec)
+    assert list(made.files) == NAMES["val"]
+    (place / "model.engine.json").unlink()
+    assert "no manifest model.engine.json beside it" in error(place, "model.engine")

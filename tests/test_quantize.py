@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,11 +15,14 @@ import pytest
 import torch
 from calibrated import activations, constants, run, snr_db, write_images, write_surgered
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
 from engine.calibration import calibrate
 from engine.load import load_engine
-from engine.network import load_detector
+from engine.network import load_detector, network_sha256
 from engine.placement import find_placement
 from engine.protocol import EngineError
 from engine.quantize import activation_scale, quantize, weight_scales
@@ -172,6 +176,13 @@ def test_the_image_comes_in_as_int8(int8, half, calibration, tmp_path) -> None:
         scales.add(spec.scale)
     assert len(scales) == 1  # so that one preprocessed set serves both
     assert scales.pop() == pytest.approx(calibration.scales["image"], rel=1e-3)
+
+
+def test_what_calibration_narrowed_and_did_not_see_goes_along(model, calibration) -> None:
+    told = replace(calibration, narrowed=("relu", "relu_3"), empty_images=2)
+    found = {entry.key: entry.value for entry in quantize(model, told).metadata_props}
+    assert found["calibration_narrowed"] == "relu relu_3"
+    assert (found["calibration_images"], found["calibration_empty_images"]) == ("3", "2")
 
 
 def test_everything_else_stays_as_it_was(model, int8) -> None:
@@ -383,16 +394,86 @@ def test_fp16_refuses_what_does_not_fit(model, calibration) -> None:
     value = numpy_helper.to_array(bias).copy()
     value[0] = 1e6
     bias.CopyFrom(numpy_helper.from_array(value, bias.name))
-    from dataclasses import replace
-
-    from engine.network import network_sha256
-
     matching = replace(calibration, model_sha256=network_sha256(large, find_placement(large)))
     with pytest.raises(EngineError, match=r"'model\.model\.layer1\.0\.bias' has values out of"):
         quantize(large, matching, float_type="fp16")
     scales = {**calibration.scales, "relu": 1e6}
     with pytest.raises(EngineError, match="out of the range of float16"):
         quantize(model, replace(calibration, scales=scales))
+
+
+def test_fp16_refuses_activations_that_do_not_fit(model, calibration, surgered, tmp_path) -> None:
+    """Also where they are no input of a layer: here loc, behind a large weight."""
+    large = onnx.ModelProto()
+    large.CopyFrom(model)
+    weight = next(t for t in large.graph.initializer if t.name == "model.loc.2.weight")
+    value = numpy_helper.to_array(weight) * np.float32(3e4)
+    weight.CopyFrom(numpy_helper.from_array(value, weight.name))
+    path = tmp_path / "large.onnx"
+    onnx.save(large, path)
+    pixels = np.random.default_rng(6).uniform(-1.8, 2.2, (1, 3, 400, 400)).astype(np.float32)
+    found = calibrate(path, write_images(tmp_path, pixels))
+    head = heads(model)[2]
+    reached = np.abs(run(large, pixels, [head])[0]).max()
+    assert reached > 65504
+    with pytest.raises(EngineError, match=rf"'{head}' reaches {reached // 1000:.0f}.*type fp32"):
+        quantize(large, found, float_type="fp16")
+    assert quantize(large, found)
+
+
+# Weights next to which a bias is large
+
+
+@given(
+    hnp.arrays(np.float32, 6, elements=st.floats(0, 8, width=32) | st.sampled_from([1e-10, 1e-42])),
+    hnp.arrays(np.float32, 6, elements=st.floats(-1e4, 1e4, width=32)),
+    st.floats(2.0**-24, 1e4, width=32),
+    st.sampled_from(["fp32", "fp16"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_bias_fits_in_its_steps(largest, bias, input_scale, float_type) -> None:
+    weight = np.random.default_rng(0).uniform(-1, 1, (6, 4, 3, 3)).astype(np.float32)
+    weight[:, 0, 0, 0] = 1
+    weight *= largest[:, None, None, None]
+    scales = weight_scales(weight, bias, np.float32(input_scale), float_type)
+    step = np.float32(input_scale) * scales
+    assert (step >= (np.finfo(np.float32).tiny if float_type == "fp32" else 5.9e-8) * 0.999).all()
+    steps = np.abs(bias.astype(np.float64)) / step
+    # int32 with the largest sum of products that a 3x3 convolution of 512 channels can have
+    assert (steps + 127 * 127 * 512 * 9 < 2**31).all()
+    assert float_type == "fp32" or (steps < 65504).all()
+    # weights whose own steps do are rounded as finely as without a bias
+    own = weight_scales(weight)
+    fits = (np.abs(bias) < own * np.float64(input_scale) * 2**15) & (largest > 0)
+    fits &= own * np.float64(input_scale) > 1e-7
+    assert (scales[fits] == own[fits]).all()
+
+
+def test_tiny_weights_keep_their_bias(model, calibration, small_images) -> None:
+    """ONNX Runtime, which makes int32 of a bias, computes the same with its optimisation."""
+    tiny = onnx.ModelProto()
+    tiny.CopyFrom(model)
+    values = {t.name: t for t in tiny.graph.initializer}
+    name = "model.model.layer1.0"
+    weight, bias = (numpy_helper.to_array(values[f"{name}.{w}"]).copy() for w in ("weight", "bias"))
+    weight[:4] *= np.float32([1e-10, 1e-42, 0, 1e-4])[:, None, None, None]
+    bias[:4] = [3, 2, 1, 4]
+    for part, value in (("weight", weight), ("bias", bias)):
+        tensor = values[f"{name}.{part}"]
+        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    matching = replace(calibration, model_sha256=network_sha256(tiny, find_placement(tiny)))
+    for float_type in ("fp32", "fp16"):
+        quantized = quantize(tiny, matching, float_type=float_type)
+        pixels = to_int8(quantized, small_images[:1])
+        first = next(n for n in quantized.graph.node if n.op_type == "MaxPool").input[0]
+        plain, optimised = (
+            run(quantized, pixels, [first, *heads(model)], optimise=optimise)
+            for optimise in (False, True)
+        )
+        wanted = run(tiny, small_images[:1], ["relu"])[0][:, :4]
+        for found in (plain, optimised):
+            assert np.abs(found[0][:, :4].astype(np.float32) - wanted).max() < 0.05
+        assert snr_db(plain[1:], optimised[1:]) > 15
 
 
 def test_weight_channels_of_zeros() -> None:
@@ -405,7 +486,7 @@ def test_weight_channels_of_zeros() -> None:
 
 
 def test_int8_keeps_the_accuracy_of_the_demo_model(tmp_path) -> None:
-    """FP32 and INT8, entropy, through export, calibration, LoadGen and COCO mAP."""
+    """FP32 and INT8, by default, through export, calibration, LoadGen and COCO mAP."""
     weights = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
     if not weights.exists() or not (ROOT / "demo" / "data" / "val").is_dir():
         pytest.skip("the demo checkpoint or the demo images are not there")

@@ -9,17 +9,19 @@ import shutil
 import socket
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
-from small_benchmark import BENCHMARK, ROOT, VAL, small_benchmark, write_map
+from small_benchmark import BENCHMARK, CAL, ROOT, VAL, small_benchmark, write_map
 from triton_servers import server_command
 
 import harness.preprocess
 import harness.route
+from engine.files import file_sha256
 from harness.cli import main
 from harness.errors import HarnessError
 from harness.route import build_engine, build_int8, build_onnx, route_of
@@ -89,7 +91,7 @@ def route_steps(place: Path, monkeypatch) -> dict[str, str]:
     monkeypatch.chdir(place)
     lines: list[str] = []
     route = route_of(BENCHMARK, None, Path("build"), lines.append)
-    images = val_images(route, build_int8(route))
+    images = val_images(route, build_int8(route).path)
     assert len(images.files) >= VAL - 1
     said = dict(line.split(": ", 1) for line in lines)
     assert tuple(said) == STEPS
@@ -134,6 +136,31 @@ def test_make_run_goes_from_the_weights_to_results(place):
     assert results["small", BENCHMARK, "Offline", "PerformanceOnly"]["settings"]["batch_size"] == 2
     images = results["small", BENCHMARK, "Offline", "AccuracyOnly"]["accuracy"]["images_total"]
     assert images == VAL
+
+
+def test_make_calibrate_holds_int8_against_fp32(place):
+    done = make(place, "calibrate", f"--benchmarks={BENCHMARK}")
+    text = " ".join(done.stdout.split())
+    assert f"scales from {CAL} images by auto" in text and "Worst tensors" in text
+    found, wanted = map(int, re.search(r"INT8 finds (\d+) of (\d+) FP32 detections", text).groups())
+    assert (done.returncode == 0) == (found >= 0.8 * wanted), done.stderr
+    cache = place / "build" / "calibration" / f"{BENCHMARK}.json"
+    good = cache.read_bytes()
+    content = json.loads(good)
+    content["scales"] = {name: scale / 50 for name, scale in content["scales"].items()}
+    cache.write_text(json.dumps(content))
+    record = cache.with_name(f"{cache.name}.inputs.json")
+    kept = record.read_bytes()
+    record.write_bytes(kept.replace(sha256(good).hexdigest().encode(), file_sha256(cache).encode()))
+    try:
+        done = make(place, "calibrate", f"--benchmarks={BENCHMARK}")
+    finally:
+        cache.write_bytes(good)
+        record.write_bytes(kept)
+        make(place, "calibrate", f"--benchmarks={BENCHMARK}")
+    assert re.search(r"make: .* Error 1$", done.stderr.strip()), done.stderr
+    assert "FAILED: INT8 finds" in done.stdout and "look at these tensors" in done.stdout
+    assert "int8.onnx does not find what" in done.stderr
 
 
 def test_make_run_through_triton(place, monkeypatch):

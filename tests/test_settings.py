@@ -169,5 +169,8 @@ def test_batch_fits_the_engine():
     assert fitted(Offline(), None).batch == 8
     assert fitted(Offline(), 3).batch == 3
     assert fitted(Server(batch_size=3), 3).batch == 3
+    assert fitted(Offline(), 64, 32).batch == 32  # a plan's optimum
+    assert fitted(Offline(), 4, 32).batch == 4
+    assert fitted(Offline(batch_size=2), 64, 32).batch == 2
     with pytest.raises(HarnessError, match="batch size 4, but the engine takes at most 3"):
         fitted(Server(batch_size=4), 3)

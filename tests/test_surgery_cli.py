@@ -7,6 +7,8 @@ import onnx
 import pytest
 from graphs import IMAGE, UNCAPPED, Variant, assert_same_detections, detector, rows_of_three, run
 
+from engine.load import load_engine
+from engine.protocol import EngineError
 from graph_surgery.cli import main
 from graph_surgery.nms_function import OP_TYPE
 
@@ -38,6 +40,22 @@ def test_command_line(exported, tmp_path, monkeypatch, capsys):
         assert "codeType" in table
     heads = [table[: table.index(OP_TYPE)].rstrip() for table in tables]
     assert heads[0] == heads[1]
+
+
+def test_a_file_for_tensorrt_alone(exported, tmp_path, monkeypatch, capsys):
+    """The node without its definition: else it is the same, and ONNX Runtime says what it lacks."""
+    whole, other = tmp_path / "whole.onnx", tmp_path / "plugin.onnx"
+    command(monkeypatch, capsys, "nms", exported, whole)
+    for source in (exported, whole):
+        code, out, _ = command(monkeypatch, capsys, "nms", source, other, "--plugin-only")
+        assert code == 0
+        assert "only its plugin can run the file" in out
+        model, expected = onnx.load(other), onnx.load(whole)
+        assert [f.name for f in expected.functions] == [OP_TYPE]
+        del expected.functions[:]
+        assert model == expected
+    with pytest.raises(EngineError, match="lacks the definition of NMS_OPT_TRT, as files of"):
+        load_engine("onnxruntime", other)
 
 
 def test_a_surgered_model_without_its_function_is_not_copied(

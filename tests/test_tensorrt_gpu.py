@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from engine.backends import triton
+from engine.backends.triton_config import KNOWN_PARAMETER
 from engine.backends.triton_memory import SystemMemory
 from engine.build import BuildOptions, build
 from engine.known import KnownAnswers
@@ -273,10 +274,10 @@ def test_graphs_with_a_copy_stream_are_found_out(
         config.optimization.cuda.output_copy_stream = True
         path.write_text(text_format.MessageToString(config))
     with running_server(tritonserver, repository, tmp_path / "log") as server:
-        with pytest.raises(EngineError, match="set output_copy_stream: false"):
+        with pytest.raises(EngineError, match="take output_copy_stream out of"):
             triton.load(plan, device=server.url)
         known = lambda config, *_: KnownAnswers.from_text(  # noqa: E731
-            config.parameters[triton.KNOWN_PARAMETER].string_value
+            config.parameters[KNOWN_PARAMETER].string_value
         )
         monkeypatch.setattr(triton, "check_config", known)
         engine = triton.load(plan, device=server.url)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from triton_servers import server_command
 
-from engine.backends.triton import KNOWN_PARAMETER
+from engine.backends.triton_config import KNOWN_PARAMETER
 from engine.load import load_engine
 from engine.protocol import EngineError
 from harness.errors import RunFailedError
@@ -73,7 +73,7 @@ def serve(repository, tmp_path):
     ("when", "answer"),
     [
         ("before", "before"),
-        ("before, at every twelfth request", "(before if self.calls % 12 == 0 else found)"),
+        ("before, at every fifth request", "(before if self.calls % 5 == 0 else found)"),
     ],
 )
 def test_a_server_with_stale_answers(serve, exported, monkeypatch, when, answer):
@@ -115,7 +115,7 @@ def both(config):
 def test_a_configuration_that_makes_answers_wrong(serve, exported):
     """As in the repositories that were written before."""
     server = serve(lambda model: edit(model, both))
-    with pytest.raises(EngineError, match=r"set output_copy_stream: false in its config\.pbtxt"):
+    with pytest.raises(EngineError, match=r"take output_copy_stream out of its config\.pbtxt"):
         load_engine("triton", exported, device=server.url)
 
 

@@ -186,7 +186,7 @@ def open_session(
 def refusal(error: object) -> str:
     """Say why ONNX Runtime does not load a model, in one line."""
     text = one_line(error)
-    if _OPERATOR in text:
+    if _OPERATOR in text and "is not a registered function/op" in text:
         text = (
             f"it lacks the definition of {_OPERATOR}, as files of 'graph-surgery nms "
             "--plugin-only' do, which are for TensorRT; give the file that has it"

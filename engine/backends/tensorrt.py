@@ -77,8 +77,8 @@ def load(backend: str, model: Path, device: str) -> Engine:
         )
     if manifest.options.get("weight_streaming"):  # an option until 0.1
         raise EngineError(
-            f"{model}: built with --weight-streaming, which these networks have nothing for, and "
-            "TensorRT 10.6 does not load; build it again"
+            f"{model}: built with --weight-streaming, which is no option any more: TensorRT 10.6 "
+            "does not load such plans of these networks; build it again"
         )
     index = gpu_index(device)
     if index is None:

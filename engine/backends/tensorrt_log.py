@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Literal
@@ -60,9 +61,15 @@ def _shortened(message: str) -> str:
     return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}…"
 
 
+_turn = threading.RLock()
+"""Held while a call listens: Polygraphy's logger and standard output belong to all threads."""
+
+
 @contextmanager
 def polygraphy_log(verbosity: Verbosity) -> Iterator[ErrorLog]:
     """Send the messages of Polygraphy, and of TensorRT through it, to standard error.
+
+    Threads come one after the other.
 
     Yields
     ------
@@ -73,27 +80,28 @@ def polygraphy_log(verbosity: Verbosity) -> Iterator[ErrorLog]:
     from polygraphy.logger import logger as polygraphy_logger
 
     polygraphy_logger.COLORED_MODULE_PRESENT = False  # else it advises to install one
-    errors, stream = ErrorLog(), logging.StreamHandler(sys.stderr)
-    stream.setLevel(_LEVELS[verbosity])
-    if verbosity != "verbose":  # the first error becomes the one line of an EngineError
-        stream.addFilter(lambda record: record.levelno < logging.ERROR)
-        stream.addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))
-    logger = logging.getLogger("Polygraphy")
-    before = logger.level, logger.propagate, G_LOGGER.use_python_logging_system
-    logger.setLevel(1)
-    logger.propagate = False
-    for handler in (errors, stream):
-        logger.addHandler(handler)
-    G_LOGGER.use_python_logging_system = True
-    severity = {"verbose": G_LOGGER.EXTRA_VERBOSE, "info": G_LOGGER.INFO}
-    try:
-        with (
-            G_LOGGER.verbosity(severity.get(verbosity, G_LOGGER.WARNING)),
-            redirect_stdout(sys.stderr),  # Polygraphy prints some advice
-        ):
-            yield errors
-    finally:
+    with _turn:
+        errors, stream = ErrorLog(), logging.StreamHandler(sys.stderr)
+        stream.setLevel(_LEVELS[verbosity])
+        if verbosity != "verbose":  # the first error becomes the one line of an EngineError
+            stream.addFilter(lambda record: record.levelno < logging.ERROR)
+            stream.addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))
+        logger = logging.getLogger("Polygraphy")
+        before = logger.level, logger.propagate, G_LOGGER.use_python_logging_system
+        logger.setLevel(1)
+        logger.propagate = False
         for handler in (errors, stream):
-            logger.removeHandler(handler)
-        level, logger.propagate, G_LOGGER.use_python_logging_system = before
-        logger.setLevel(level)
+            logger.addHandler(handler)
+        G_LOGGER.use_python_logging_system = True
+        severity = {"verbose": G_LOGGER.EXTRA_VERBOSE, "info": G_LOGGER.INFO}
+        try:
+            with (
+                G_LOGGER.verbosity(severity.get(verbosity, G_LOGGER.WARNING)),
+                redirect_stdout(sys.stderr),  # Polygraphy prints some advice
+            ):
+                yield errors
+        finally:
+            for handler in (errors, stream):
+                logger.removeHandler(handler)
+            level, logger.propagate, G_LOGGER.use_python_logging_system = before
+            logger.setLevel(level)

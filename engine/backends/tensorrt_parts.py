@@ -53,7 +53,7 @@ def find_parts(trt: Any, capability: str | None) -> Parts:
     found.append(f"libnvinfer {version} ({library})")
     if not str(trt.__version__).startswith(version):
         lacking.append(f"bindings {trt.__version__} with libnvinfer {version}: install one version")
-    resources = sorted(_resources(library))
+    resources = sorted(set(_resources(library)))
     found.append(f"builder resources {', '.join(resources) or 'none'}")
     if not resources:
         lacking.append(f"no {_RESOURCES}, so 'engine build' fails")
@@ -62,8 +62,8 @@ def find_parts(trt: Any, capability: str | None) -> Parts:
     try:
         require_lean_runtime(trt)
         found.append("lean runtime")
-    except EngineError:
-        lacking.append("no lean runtime, so --version-compatible is refused")
+    except EngineError:  # few need it
+        found.append("no lean runtime (--version-compatible is refused)")
     plugin = library_path().with_name(PLUGIN)
     if not plugin.is_file():
         lacking.append(f"no {plugin}, so 'engine build' is refused: build-plugin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from engine.backends.triton_config import DTYPES, MODEL_NAME, check_config
 from engine.backends.triton_memory import (
     CALL_SECONDS,
     Place,
@@ -34,24 +36,13 @@ from engine.protocol import (
     check_images,
     one_line,
 )
-from engine.served import DETECTIONS, NUM_DETECTIONS, ServedModel, served_model
-
-MODEL_NAME = "ssd-resnet34"
-"""Name of the model on the server."""
-
-KNOWN_PARAMETER = "known_answers"
-"""Parameter of the configuration: `engine.known.KnownAnswers.to_text`."""
-
-_ANEW = "write its repository anew with 'harness triton-repository'"
+from engine.served import DETECTIONS, NUM_DETECTIONS, served_model
 
 START_UP_SECONDS = 300.0
 """Longest time for which a server that does not answer, or still loads, is waited for."""
 
 _POLL_SECONDS = 0.5
 _SIGN_OF_LIFE_SECONDS = 10.0  # without a result, until the server is asked whether it lives
-DTYPES = {"float32": "FP32", "int8": "INT8"}
-"""Triton's names of the types of images."""
-
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -138,55 +129,6 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
     if served.manifest is not None:
         manifest["opt_batch"] = min(served.manifest.opt_batch, config.max_batch_size)
     return TritonEngine(served.input, config.max_batch_size, manifest, client, transport, known)
-
-
-def check_config(config: Any, served: ServedModel, url: str) -> KnownAnswers:
-    """Check a server's model configuration against the model that a client means.
-
-    Returns
-    -------
-    KnownAnswers
-        Those in the configuration.
-
-    Raises
-    ------
-    EngineError
-        Naming what differs, or what of it makes answers wrong.
-    """
-
-    def same(what: str, theirs: object, ours: object) -> None:
-        if theirs != ours:
-            raise EngineError(
-                f"the Triton server {url} serves another {MODEL_NAME}: its {what} is {theirs}, "
-                f"that of {served.path} is {ours}"
-            )
-
-    spec = served.input
-    for key, value in served.identity().items():
-        same(key, config.parameters[key].string_value or "not told", value)
-    images = [(i.name, list(i.dims), _type_name(i.data_type)) for i in config.input]
-    same("input", images, [(spec.name, list(spec.shape), DTYPES[spec.dtype])])
-    missing = {DETECTIONS, NUM_DETECTIONS} - {output.name for output in config.output}
-    if missing:
-        raise EngineError(
-            f"the Triton server {url}: {MODEL_NAME} has no output {', '.join(sorted(missing))}"
-        )
-    if config.max_batch_size < 1:
-        raise EngineError(f"the Triton server {url}: {MODEL_NAME} has no max_batch_size")
-    cuda = config.optimization.cuda
-    if cuda.graphs and cuda.output_copy_stream:
-        # seen with Triton 2.51; each alone: triton-inference-server/server issues 8325, 8550, 5789
-        raise EngineError(
-            f"the Triton server {url}: {MODEL_NAME} has graphs and output_copy_stream, with which "
-            "Triton sends detections before they are written: set output_copy_stream: false in "
-            f"its config.pbtxt and configs/*.pbtxt and load it again, or {_ANEW}"
-        )
-    known = config.parameters[KNOWN_PARAMETER].string_value
-    if not known:
-        raise EngineError(
-            f"the Triton server {url}: {MODEL_NAME} has no known answers to check it by; {_ANEW}"
-        )
-    return KnownAnswers.from_text(known)
 
 
 @dataclass(frozen=True)
@@ -343,7 +285,10 @@ class TritonSession(Session):
         return detections, counts.reshape(request.images)
 
     def close(self) -> None:
-        """Release the memory of the requests."""
+        """Wait for what is in flight, for its memory may be read, and release the memory."""
+        for request in self._in_flight:
+            with contextlib.suppress(Exception):  # the server may be gone, or have refused it
+                request.answer.result(CALL_SECONDS)
         for place in self._places:
             place.close()
 
@@ -432,9 +377,3 @@ def _loading(client: Any, url: str) -> str:
             f"the Triton server {url} cannot serve {MODEL_NAME}: {model.reason or 'not loaded'}"
         )
     return f"is loading {MODEL_NAME}"
-
-
-def _type_name(data_type: int) -> str:
-    from tritonclient.grpc import model_config_pb2 as pb
-
-    return str(pb.DataType.Name(data_type)).removeprefix("TYPE_")

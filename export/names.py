@@ -1,0 +1,105 @@
+"""Names of a detector's classes: a checkpoint's own, a file's, or COCO's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from export.errors import ExportError
+
+NAMES_KEY = "class_names"
+"""ONNX metadata key: a JSON list, of which the L-th name is that of label L; 0, the background, has
+none."""
+
+_COCO = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
+    "fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, "
+    "elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, "
+    "skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, "
+    "apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, "
+    "potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell "
+    "phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
+    "teddy bear, hair drier, toothbrush"
+)
+COCO = tuple(_COCO.split(", "))
+"""COCO's 80 categories, in the order of its annotation files: label L is the L-th."""
+
+
+def choose_names(
+    file: Path | None, own: Sequence[str], num_classes: int
+) -> tuple[tuple[str, ...], str]:
+    """Choose the names of the labels 1, 2…, and say whose they are.
+
+    Parameters
+    ----------
+    file
+        Of the user, which counts before all others.
+    own
+        The checkpoint's; none: COCO's, if the number of classes is COCO's.
+    num_classes
+        Classes with background.
+
+    Returns
+    -------
+    names
+        ``num_classes - 1`` of them, or none when nobody has any.
+    source
+        For people.
+
+    Raises
+    ------
+    ExportError
+        When the file is unusable, or there are more or fewer names than classes.
+    """
+    if file is not None:
+        names, source = read_names(file), str(file)
+    elif own:
+        names, source = list(own), "the checkpoint's own"
+    elif num_classes == len(COCO) + 1:
+        names, source = list(COCO), f"COCO's, for {num_classes} classes; others: --names FILE"
+    else:
+        return (), "none known; give them with --names FILE"
+    if len(names) == num_classes and names[0].strip("_").lower() == "background":
+        del names[0]
+    if len(names) != num_classes - 1:
+        raise ExportError(
+            f"{len(names)} class names ({source}), the model has {num_classes} classes, with "
+            f"background: give {num_classes - 1} names, one a line, as --names FILE"
+        )
+    return tuple(names), source
+
+
+def read_names(path: Path) -> list[str]:
+    """Read a file of class names, one a line; empty lines do not count.
+
+    Raises
+    ------
+    ExportError
+        When it cannot be read or is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ExportError(f"{path}: cannot read the names: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{path}: no UTF-8 text with a class name a line") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def names_from_json(text: str) -> tuple[str, ...]:
+    """Names under `NAMES_KEY`; none when it is no list of texts."""
+    try:
+        return text_list(json.loads(text))
+    except ValueError:
+        return ()
+
+
+def text_list(value: object) -> tuple[str, ...]:
+    """Texts of a list, or of a dict of the numbers 0, 1…; none for anything else."""
+    if isinstance(value, dict) and sorted(value, key=str) == sorted(range(len(value)), key=str):
+        value = [value[number] for number in range(len(value))]
+    if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+        return tuple(value)
+    return ()
