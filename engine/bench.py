@@ -11,7 +11,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from engine.calibration import calibrate
 from engine.command import run_command
-from engine.environment import command_line, commit, cpu_count, cpu_name, now
+from engine.environment import command_line, commit, cpu_count, cpu_name, now, versions
 from engine.load import load_engine
 from engine.network import load_detector
 from engine.preprocessed import PreprocessedSet, load_preprocessed, quantize_images
@@ -53,7 +52,7 @@ def bench(
         "cpu": cpu_name(),
         "cpus": cpu_count(),
         "load_average": os.getloadavg()[0],
-        "versions": {name: metadata.version(name) for name in ("numpy", "onnx", "onnxruntime")},
+        "versions": versions("numpy", "onnx", "onnxruntime"),
         "models": {},
     }
     for model, folder in zip(models, data, strict=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ from engine.calibration import calibrate_all
 from engine.coco import coco_stats
 from engine.command import run_command
 from engine.compare import Truth, load_truth
-from engine.environment import command_line, commit, cpu_name, now
+from engine.environment import command_line, commit, cpu_name, now, versions
 from engine.load import load_engine
 from engine.network import load_detector
 from engine.preprocessed import (
@@ -170,7 +169,7 @@ def bench(
         "commit": commit(),
         "command": command_line(),
         "cpu": cpu_name(),
-        "versions": {name: metadata.version(name) for name in ("numpy", "onnx", "onnxruntime")},
+        "versions": versions("numpy", "onnx", "onnxruntime"),
         "model": model.name,
         "fp32": reference,
         "sets": {},

@@ -291,7 +291,7 @@ def _print_layers(layers: Sequence[LayerTime]) -> None:
         floor = ["", ""] if one.floor_ms is None else [f"{one.floor_ms:.4f}", f"{one.ratio:.1f}"]
         table.add_row(one.name, one.kernel, f"{one.ms:.4f}", f"{one.tops:.0f}", *floor)
     table.add_row("sum", "", f"{sum(one.ms for one in layers):.3f}", "", "", "")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def main() -> None:

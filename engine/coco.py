@@ -174,7 +174,8 @@ def coco_stats(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    categories = np.array([0, *(entry["id"] for entry in content["categories"])])
+    rows = rows[rows[:, 6] > 0]  # the background matches nothing, but a category may have the id 0
+    categories = np.array([entry["id"] for entry in content["categories"]], np.int64)
     slots = rows[:, 0].astype(np.int64)
     # float32 arithmetic as in accuracy-coco.py
     size = np.array([[image["height"], image["width"]] for image in images], np.float32)
@@ -193,7 +194,7 @@ def coco_stats(
         for number, (slot, category, box, score) in enumerate(
             zip(
                 slots.tolist(),
-                categories[rows[:, 6].astype(np.int64)].tolist(),
+                categories[rows[:, 6].astype(np.int64) - 1].tolist(),
                 boxes.tolist(),
                 rows[:, 5].tolist(),
                 strict=True,

@@ -7,10 +7,11 @@ import sys
 import typer
 
 from engine.protocol import EngineError
+from graph_surgery.errors import SurgeryError
 
 
 def run_command(app: typer.Typer, name: str | None = None) -> None:
-    """Run a command; an `EngineError` is one line on stderr and exit code 2.
+    """Run a command; what is wrong with its files is one line on stderr and exit code 2.
 
     Parameters
     ----------
@@ -19,6 +20,6 @@ def run_command(app: typer.Typer, name: str | None = None) -> None:
     """
     try:
         app(prog_name=name)
-    except EngineError as error:
+    except (EngineError, SurgeryError) as error:
         typer.echo(f"engine: error: {error}", err=True)
         sys.exit(2)

@@ -152,7 +152,8 @@ class Comparison:
     detections
         The detections.
     precision
-        mAP of the first and of the second side; None without annotations.
+        mAP of the first and of the second side; NaN where the images have no ground truth, None
+        without annotations.
     checks
         Figures against the tolerance.
     """
@@ -369,7 +370,7 @@ class _Detections:
         )
 
     def precision(self, truth: Truth) -> tuple[float, float]:
-        """Return the mAP of both sides."""
+        """Return the mAP of both sides; NaN where the images have no ground truth."""
         categories = len(truth.content["categories"])
         found = []
         for kept in self._rows:
@@ -379,7 +380,8 @@ class _Detections:
                     f"label {rows[:, 6].max():g} was detected, the annotations have "
                     f"{categories} categories"
                 )
-            found.append(coco_stats(truth.content, truth.images, rows)["AP"])
+            value = coco_stats(truth.content, truth.images, rows)["AP"]
+            found.append(value if value >= 0 else math.nan)
         return found[0], found[1]
 
 
@@ -395,6 +397,6 @@ def _checks(
         yield Check("worst head, median SNR in dB", worst, tolerance.snr, True)
     yield Check("share of detections matched", detections.share, tolerance.matched, True)
     yield Check("largest difference in score", detections.score_largest, tolerance.score, False)
-    if precision is not None:
+    if precision is not None and not math.isnan(precision[0]):
         bound = tolerance.precision * precision[0]
         yield Check("mAP of the second side", precision[1], bound, True)

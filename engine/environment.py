@@ -8,7 +8,18 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
+
+_STAND_INS = {
+    "onnxruntime": ("onnxruntime-gpu",),
+    "opencv-python-headless": (
+        "opencv-python",
+        "opencv-contrib-python-headless",
+        "opencv-contrib-python",
+    ),
+}
+"""Distributions that hold the same module."""
 
 
 def cpu_count() -> int:
@@ -73,6 +84,26 @@ def commit() -> str | None:
         return None
     head = git("rev-parse", "HEAD")
     return head and head + ("-dirty" if git("status", "--porcelain") else "")
+
+
+def distribution(name: str) -> tuple[str, str | None]:
+    """Name and version of an installed distribution, or of one that stands in for it.
+
+    The version is None where neither is installed, or their metadata are damaged.
+    """
+    for one in (name, *_STAND_INS.get(name, ())):
+        try:
+            version: str | None = metadata.version(one)
+        except (metadata.PackageNotFoundError, KeyError):
+            continue
+        if version is not None:
+            return one, version
+    return name, None
+
+
+def versions(*names: str) -> dict[str, str | None]:
+    """Versions of installed packages; see `distribution`."""
+    return {name: distribution(name)[1] for name in names}
 
 
 def now() -> str:

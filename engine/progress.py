@@ -25,7 +25,8 @@ def progress_bar(title: str) -> Iterator[Progress | None]:
         TimeElapsedColumn,
     )
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description}", markup=False)  # file names may hold [ ] and { }
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # no refreshing thread: it would take the GIL from the run ten times a second
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
         task = bar.add_task(title, total=None)

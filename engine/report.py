@@ -57,7 +57,10 @@ def comparison_tables(found: Comparison) -> Group:
     parts.append(detections)
     if found.precision is not None:
         first, second = found.precision
-        parts.append(f"mAP {first:.4f} and {second:.4f}, difference {second - first:+.4f}")
+        if math.isnan(first):
+            parts.append("The images have no ground truth, so there is no mAP.")
+        else:
+            parts.append(f"mAP {first:.4f} and {second:.4f}, difference {second - first:+.4f}")
     return Group(*parts, checks)
 
 

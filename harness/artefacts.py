@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 
 import engine
+from engine.environment import distribution
 from engine.files import file_sha256, write_atomically
 from engine.preprocessed import MANIFEST
 from harness.errors import HarnessError
@@ -98,21 +98,27 @@ def remake(artefact: Artefact, build: Callable[[], object], say: Say, reason: st
 
 
 def code_sha256(*patterns: str) -> str:
-    """Hash of the project's own source files, e.g. of ``export/*.py``."""
+    """Hash of the project's own source files, e.g. of ``export/*.py``.
+
+    Raises
+    ------
+    HarnessError
+        A pattern matches none: what was moved would no longer be watched.
+    """
     root = Path(engine.__file__).parent.parent
     digest = sha256()
     for pattern in patterns:
-        for path in sorted(root.glob(pattern)):
+        paths = sorted(root.glob(pattern))
+        if not paths:
+            raise HarnessError(f"{root / pattern}: no such file of the project")
+        for path in paths:
             digest.update(f"{path.relative_to(root)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
 def version(package: str) -> str:
-    """Version of an installed package; ``none`` where there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
+    """Version of an installed package, or of one that stands in; ``none`` where there is none."""
+    return distribution(package)[1] or "none"
 
 
 def _content(path: Path) -> Path:

@@ -17,7 +17,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +25,7 @@ import typer
 from numpy.typing import DTypeLike, NDArray
 
 from engine.backends.blocking import BlockingSession
-from engine.environment import command_line, commit, cpu_count, cpu_name, now
+from engine.environment import command_line, commit, cpu_count, cpu_name, now, versions
 from engine.files import write_atomically
 from engine.load import load_engine
 from engine.preprocessed import MEAN, STD
@@ -75,10 +74,7 @@ def bench(
         "cpu": cpu_name(),
         "cpus": cpu_count(),
         "load_average": os.getloadavg()[0],
-        "versions": {
-            name: metadata.version(name)
-            for name in ("mlcommons-loadgen", "numpy", "onnxruntime", "opencv-python-headless")
-        },
+        "versions": versions("mlcommons-loadgen", "numpy", "onnxruntime", "opencv-python-headless"),
         "engine": dict(loaded.manifest),
     }
     steps: dict[str, Callable[[], dict[str, object]]] = {

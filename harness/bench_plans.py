@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from engine.backends.triton import TritonEngine
 from engine.backends.triton import load as connect
 from engine.backends.triton_memory import SystemMemory
 from engine.build import BuildOptions, build
-from engine.environment import command_line, commit, cpu_count, cpu_name, gpu_name, now
+from engine.environment import command_line, commit, cpu_count, cpu_name, gpu_name, now, versions
 from engine.load import load_engine
 from engine.protocol import Engine
 from harness.bench import write_document
@@ -73,10 +72,7 @@ def bench(
         "gpu": gpu_name(),
         "cpu": cpu_name(),
         "cpus": cpu_count(),
-        "versions": {
-            name: metadata.version(name)
-            for name in ("mlcommons-loadgen", "onnxruntime", "tritonclient")
-        },
+        "versions": versions("mlcommons-loadgen", "onnxruntime", "tritonclient"),
         "largest_difference_of_mAP": max(abs(row.get("difference", 0.0)) for row in rows),
         "wrong": len(wrong),
         "runs": rows,

@@ -12,7 +12,6 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from engine.backends.triton import TritonEngine
 from engine.backends.triton import load as connect
-from engine.environment import command_line, commit, cpu_count, cpu_name, now
+from engine.environment import command_line, commit, cpu_count, cpu_name, now, versions
 from engine.load import load_engine
 from engine.protocol import Engine
 from harness.bench import RandomImages, run_once, write_document
@@ -60,10 +59,7 @@ def bench(
                 "cpu": cpu_name(),
                 "cpus": cpu_count(),
                 "load_average": os.getloadavg()[0],
-                "versions": {
-                    name: metadata.version(name)
-                    for name in ("mlcommons-loadgen", "onnxruntime", "tritonclient")
-                },
+                "versions": versions("mlcommons-loadgen", "onnxruntime", "tritonclient"),
                 "direct": dict(direct.manifest),
                 "triton": dict(triton.manifest),
                 **measure(direct, triton, batch, rounds, seconds),

@@ -132,13 +132,15 @@ def tune_command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="File to write.", show_default="configs/<machine>.toml"
+            "-o", "--output", help="File to write into.", show_default="configs/<machine>.toml"
         ),
     ] = None,
     weights: _Weights = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
-    """Measure the best settings of this machine, and write its system configuration.
+    """Measure the best settings of this machine, and put them into its system configuration.
+
+    The rest of that file, such as other versions and scenarios, stays as it is.
 
     Offline: the batch, the threads (on a CPU) and the streams of the highest throughput. Server:
     the highest arrival rate that LoadGen calls VALID, by bisection.
@@ -147,7 +149,7 @@ def tune_command(
     from harness.build_lock import locked
     from harness.route import DATASETS, route_of
     from harness.run_args import choice
-    from harness.tune import Tuning, config_path, config_text, tune, write_config
+    from harness.tune import Tuning, config_path, put, read_config, tune, write_config
 
     benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
     engine = choice(engine, BACKENDS, "engine")
@@ -159,13 +161,17 @@ def tune_command(
     path = output or config_path(benchmark, device)
     if not path.parent.is_dir():
         raise HarnessError(f"{path.parent}: no such folder to write {path.name} to")
+    with _one_line():
+        read_config(path, benchmark, device)  # what is wrong with it shows before the trials
     leave_in_order()
     with locked(build_dir), _one_line():
         try:
             found = tune(route_of(benchmark, weights, build_dir, typer.echo), tuning)
         except RunFailedError as error:
             leave(error)
-    write_config(path, config_text(benchmark, tuning, found))
+        document = read_config(path, benchmark, device)  # as it is now
+    put(document, tuning, found)
+    write_config(path, document.as_string())
     typer.echo(f"wrote {path}")
 
 

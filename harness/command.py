@@ -9,6 +9,7 @@ import typer
 
 from engine.leaving import leave_now
 from engine.protocol import EngineError
+from graph_surgery.errors import SurgeryError
 from harness.errors import HarnessError, RunFailedError
 
 
@@ -16,7 +17,7 @@ def run_command(app: typer.Typer) -> None:
     """Run a command; an error of the user is one line on stderr and exit code 2."""
     try:
         app()
-    except (HarnessError, EngineError) as error:
+    except (HarnessError, EngineError, SurgeryError) as error:
         _complain(error)
         sys.exit(2)
     except RunFailedError as error:

@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.environment import commit, cpu_count, cpu_name
+from engine.environment import commit, cpu_count, cpu_name, distribution
 from engine.probes import Gpu
 from harness.errors import HarnessError
-from harness.packages import PROJECT, Package, declared_packages, installed_version
+from harness.packages import PROJECT, Package, declared_packages
 from harness.resources import Resources, find_resources
 
 _TIMEOUT_S = 60.0
@@ -143,7 +143,7 @@ def examine(build_dir: Path) -> Report:
     abilities = (*_abilities(answers, bool(gpus.devices)), _triton_server(build_dir))
     return Report(
         project={
-            "version": installed_version(PROJECT),
+            "version": distribution(PROJECT)[1],
             "commit": commit(),
             "python": platform.python_version(),
             "executable": sys.executable,

@@ -123,10 +123,16 @@ def run_test(
                 sut.fail(_timeout(timeout_s))
         if sut.failure is None:
             settings = settings.estimated(sut.warm_up_seconds * settings.batch / batch)
+            try:
+                test = apply(settings, mode, directory / USER_CONF)
+            except BaseException:
+                sut.stop(_GRACE_SECONDS)
+                library.close()
+                raise
             thread = _StartTest(
                 sut=sut,
                 library=library,
-                test=apply(settings, mode, directory / USER_CONF),
+                test=test,
                 directory=directory,
                 audit=audit,
                 sizes=(total, settings.performance_sample_count),

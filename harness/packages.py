@@ -9,13 +9,9 @@ from importlib import metadata
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion, Version
 
-PROJECT = "ssd-resnet34-trt"
+from engine.environment import distribution
 
-_STAND_INS = {
-    "onnxruntime": ("onnxruntime-gpu",),
-    "opencv-python-headless": ("opencv-python",),
-}
-"""Distributions that hold the same module."""
+PROJECT = "ssd-resnet34-trt"
 
 
 @dataclass(frozen=True)
@@ -61,15 +57,6 @@ def declared_packages() -> dict[str, tuple[Package, ...]]:
     }
 
 
-def installed_version(name: str) -> str | None:
-    """Version of a distribution; None: not installed, or its metadata are damaged."""
-    try:
-        version: str | None = metadata.version(name)
-    except (metadata.PackageNotFoundError, KeyError):
-        return None
-    return version
-
-
 def _requirements(declared: list[str], extra: str) -> Iterator[Requirement]:
     """Yield what an extra adds to the dependencies, an extra within it resolved."""
     for text in declared:
@@ -88,11 +75,7 @@ def _requirements(declared: list[str], extra: str) -> Iterator[Requirement]:
 
 
 def _package(wanted: Requirement) -> Package:
-    name, version = wanted.name, installed_version(wanted.name)
-    for other in _STAND_INS.get(wanted.name, ()):
-        if version is None:
-            version = installed_version(other)
-            name = wanted.name if version is None else other
+    name, version = distribution(wanted.name)
     fits = version is not None and _fits(wanted, version)
     return Package(name, str(wanted.specifier), version, fits)
 

@@ -43,7 +43,7 @@ def find_results(directories: Sequence[Path]) -> Runs:
 
 def print_table(runs: Runs) -> None:
     """Print one table of all runs to stdout, and below it where their files are."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)  # paths and LoadGen's words may hold [ ]
     console.width = max(console.width, _MIN_WIDTH)  # better wrapped by the terminal than cut off
     table = Table(title="ssd-resnet34")
     for name in ("scenario", "mode", "LoadGen"):
@@ -60,7 +60,7 @@ def print_table(runs: Runs) -> None:
         if result.pictures:
             console.print(f"  pictures in {directory / result.pictures}", highlight=False)
         for message in (*result.errors, *result.warnings):
-            console.print(f"  {message}", markup=False, highlight=False)
+            console.print(f"  {message}", highlight=False)
 
 
 def to_json(runs: Runs) -> str:

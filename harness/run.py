@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,25 +121,26 @@ def run(
         raise HarnessError(f"{directory} exists; choose another log directory or remove it")
     partial = directory.with_name(f"{directory.name}.partial")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        (partial / SAMPLES).write_text("".join(f"{name}\n" for name in benchmark.source.files))
-        outcome = run_test(
-            benchmark.engines,
-            benchmark.source,
-            settings,
-            mode,
-            partial,
-            timeout_s=benchmark.timeout_s,
-            progress=progress,
-            audit=audit,
-        )
-        result = _result(benchmark, outcome, mode, partial)
-        if audit is not None:
-            result = dataclasses.replace(result, mode=audit.name)
-        result.write(partial)
-        partial.rename(directory)
+        with _error_kept(partial):
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            (partial / SAMPLES).write_text("".join(f"{name}\n" for name in benchmark.source.files))
+            outcome = run_test(
+                benchmark.engines,
+                benchmark.source,
+                settings,
+                mode,
+                partial,
+                timeout_s=benchmark.timeout_s,
+                progress=progress,
+                audit=audit,
+            )
+            result = _result(benchmark, outcome, mode, partial)
+            if audit is not None:
+                result = dataclasses.replace(result, mode=audit.name)
+            result.write(partial)
+            partial.rename(directory)
     except OSError as error:
         raise HarnessError(
             f"cannot write the run's files to {partial}: {error.strerror}"
@@ -146,14 +148,23 @@ def run(
     except RunFailedError as error:
         # LoadGen may have filled it with the empty answers that ended the run
         (partial / ACCURACY).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            (partial / ERROR).write_text("".join(traceback.format_exception(error)))
         raise RunFailedError(
             f"{settings.scenario} {audit.name if audit else mode}: {error}; "
             f"its unfinished logs: {partial}",
             error.exit_code,
         ) from error
     return result
+
+
+@contextlib.contextmanager
+def _error_kept(partial: Path) -> Iterator[None]:
+    """Leave the traceback of a failure in the folder of a run."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            (partial / ERROR).write_text("".join(traceback.format_exception(error)))
+        raise
 
 
 def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path) -> RunResult:

@@ -22,7 +22,7 @@ from harness.compliance_rules import map_line
 from harness.errors import HarnessError
 from harness.loadgen import USER_CONF
 from harness.loadgen_log import ACCURACY, DETAIL, SUMMARY
-from harness.result import RunResult
+from harness.result import RESULT, RunResult
 from harness.settings import MODEL, MODES
 from harness.system_description import (
     CALIBRATION,
@@ -41,6 +41,7 @@ KEPT = 4 * 1024
 """Bytes kept of each end of a longer one, as truncate_accuracy_log.py does."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?(?:-dirty)?")
 
 
 def write_submission(
@@ -75,7 +76,8 @@ def write_submission(
     Raises
     ------
     HarnessError
-        Bad names, a missing run, a scenario given twice, or a tree that is there already.
+        Bad names, also of a run's engine or commit, a missing run, a scenario given twice, or a
+        tree that is there already.
     """
     if division not in DIVISIONS:
         raise HarnessError(f"unknown division {division!r}; choose of: {', '.join(DIVISIONS)}")
@@ -147,10 +149,19 @@ def _check_bases(bases: Sequence[Base], division: str) -> None:
         if key in seen:
             raise HarnessError(f"{base.directory} and {seen[key]}: one run of {base.scenario} each")
         seen[key] = base.directory
-        base.run("PerformanceOnly")
+        for mode in MODES:
+            _check_result(*base.run(mode))
         directory, accuracy = base.run("AccuracyOnly")
         if accuracy.value is None:
             raise HarnessError(f"{directory} has no mAP; run it with a data set with annotations")
+
+
+def _check_result(directory: Path, result: RunResult) -> None:
+    """Check what names a folder, or goes to git: the file may be anybody's."""
+    _check_name(f"{directory / RESULT}: engine.backend", _implementation(result))
+    commit = result.commit
+    if commit is not None and not _COMMIT.fullmatch(str(commit)):
+        raise HarnessError(f"{directory / RESULT}: commit {commit!r} is none of git's")
 
 
 def _write_scenario(root: Path, base: Base, description: Description, notes: list[str]) -> None:
@@ -256,7 +267,7 @@ def _write_code(target: Path, bases: Sequence[Base], notes: list[str]) -> None:
     """Each implementation's sources at the commit that ran; where that is unknown, a pointer."""
     commits: dict[str, set[str]] = {}
     for base in bases:
-        for mode in ("PerformanceOnly", "AccuracyOnly"):
+        for mode in MODES:
             result = base.run(mode)[1]
             commits.setdefault(_implementation(result), set()).add(result.commit or "unknown")
     for implementation, names in commits.items():
@@ -284,7 +295,7 @@ def _archive(commit: str) -> bytes | None:
 
 
 def _implementation(result: RunResult) -> str:
-    return str(result.engine["backend"])
+    return str(result.engine.get("backend", ""))
 
 
 def _note_empty(notes: list[str], where: str, fields: Sequence[str]) -> None:

@@ -75,7 +75,8 @@ class Sut:
         self._outstanding: set[int] = set()
         self._last_progress = time.monotonic()
         self._ready = threading.Event()
-        self._together = threading.Barrier(len(engines) * streams)
+        self._together = threading.Condition(self._lock)
+        self._came = 0
         self._lanes = [
             _Lane(self, engine, number, opening)
             for engine, opening in ((engine, threading.Lock()) for engine in engines)
@@ -86,7 +87,8 @@ class Sut:
     @property
     def warm_up_seconds(self) -> float:
         """Seconds per full batch of the warm-up, all sessions together."""
-        return 1 / sum(1 / lane.warm_up_seconds for lane in self._lanes)
+        times = [lane.warm_up_seconds for lane in self._lanes]
+        return 1 / sum(1 / seconds for seconds in times if seconds)
 
     def start(self, warm_up: Sequence[int], sizes: Sequence[int] = ()) -> None:
         """Start the sessions, which first run the engines.
@@ -99,7 +101,15 @@ class Sut:
             Smaller batches to run before it.
         """
         for lane in self._lanes:
-            lane.start(warm_up, sizes, self._together)
+            lane.start(warm_up, sizes)
+
+    def come_together(self) -> bool:
+        """Wait until all sessions that are left have come here; False: the test has failed."""
+        with self._together:
+            self._came += 1
+            self._together.notify_all()
+            self._together.wait_for(lambda: self.failure or self._came >= self._working)
+            return self.failure is None
 
     def wait_ready(self, timeout: float) -> bool:
         """Wait for the end of all warm-ups, or a failure."""
@@ -147,15 +157,15 @@ class Sut:
                 self.failure = error
             ids = list(self._outstanding)
             self._outstanding.clear()
+            self._together.notify_all()
         self.batcher.close()
-        self._together.abort()
         _complete_empty(ids)
         self._ready.set()
 
     def warmed_up(self) -> None:
-        """Count a session that is ready."""
+        """Look whether all sessions that are left are ready."""
         with self._lock:
-            ready = all(lane.warm_up_seconds for lane in self._lanes)
+            ready = all(lane.warm_up_seconds or lane.lost for lane in self._lanes)
         if ready:
             self._ready.set()
 
@@ -165,8 +175,10 @@ class Sut:
             self._working -= 1
             left = self._working
             self.losses.append(f"{lane.name} was lost, {left} of {len(self._lanes)} left: {error}")
+            self._together.notify_all()
         if not left:
             self.fail(error)
+        self.warmed_up()  # the others may be
 
     def stalled_for(self) -> float:
         """Seconds without progress: of the slowest session's, or of all while samples are due."""
@@ -204,16 +216,14 @@ class _Lane:
         self._in_flight: SimpleQueue[tuple[Batch, float] | None] = SimpleQueue()
         self._drained = threading.Event()
         self._lock = threading.Lock()
-        self._lost = False
+        self.lost = False
         self._started: deque[float] = deque()
         self._last_result = 0.0
         self._threads: list[threading.Thread] = []
 
-    def start(
-        self, warm_up: Sequence[int], sizes: Sequence[int], together: threading.Barrier
-    ) -> None:
-        """See `Sut.start`; full batches run when all sessions have come to the barrier."""
-        self._thread(self._work, warm_up, sizes, together)
+    def start(self, warm_up: Sequence[int], sizes: Sequence[int]) -> None:
+        """See `Sut.start`; full batches run when all sessions have come so far."""
+        self._thread(self._work, warm_up, sizes)
 
     def busy_for(self, now: float) -> float:
         """Seconds that the oldest call into the engine has taken until now; 0 without one."""
@@ -221,7 +231,7 @@ class _Lane:
             oldest = self._started[0]
         except IndexError:
             return 0.0
-        return 0.0 if self._lost else now - max(oldest, self._last_result)
+        return 0.0 if self.lost else now - max(oldest, self._last_result)
 
     def join(self, deadline: float) -> None:
         """Wait for the threads, until a time of `time.monotonic` at the latest."""
@@ -234,9 +244,7 @@ class _Lane:
         self._threads.append(thread)
         thread.start()
 
-    def _work(
-        self, warm_up: Sequence[int], sizes: Sequence[int], together: threading.Barrier
-    ) -> None:
+    def _work(self, warm_up: Sequence[int], sizes: Sequence[int]) -> None:
         try:
             with running_on(self._cpus):
                 with self._opening:  # one after the other: engines need not expect anything else
@@ -244,7 +252,7 @@ class _Lane:
                     session = self._engine.session()
                     self._started.popleft()
                 with contextlib.closing(session):
-                    self._warm_up(session, warm_up, sizes, together)
+                    self._warm_up(session, warm_up, sizes)
                     self._thread(self._take_results, session)
                     self._sut.warmed_up()
                     try:
@@ -253,25 +261,22 @@ class _Lane:
                         self._sut.fail(error)
                     self._in_flight.put(None)
                     self._drained.wait()
+        except SessionLostError as error:  # in the warm-up: once the test runs, a batch is at hand
+            self._lose(None, error)
         except BaseException as error:
             self._sut.fail(error)
         # LoadGen's logger may still read what this thread logged, and crashes when it is gone
         self._sut.ended.wait()
 
-    def _warm_up(
-        self,
-        session: Session,
-        indices: Sequence[int],
-        sizes: Sequence[int],
-        together: threading.Barrier,
-    ) -> None:
+    def _warm_up(self, session: Session, indices: Sequence[int], sizes: Sequence[int]) -> None:
         """Run smaller batches, then measure full ones, of which the first may be slower."""
         begin = time.monotonic()
         for size in sizes:
             if time.monotonic() - begin > _SMALL_SECONDS:
                 break
             self._run(session, indices[:size], 1)
-        together.wait()
+        if not self._sut.come_together():
+            return
         begin = time.monotonic()
         seconds: list[float] = []
         while not seconds or (
@@ -302,10 +307,10 @@ class _Lane:
             self._slots.put(None)
         while True:
             self._slots.get()
-            batch = None if self._lost else sut.batcher.take()
+            batch = None if self.lost else sut.batcher.take()
             if batch is None:
                 return
-            if self._lost:  # while it waited
+            if self.lost:  # while it waited
                 sut.batcher.put_back(batch)
                 return
             images = sut.library.runs(batch.indices)
@@ -335,7 +340,7 @@ class _Lane:
     def _finish(self, session: Session, batch: Batch, started: float) -> None:
         """Take the result of the oldest batch in flight, and complete its samples."""
         sut = self._sut
-        if self._lost:
+        if self.lost:
             sut.batcher.put_back(batch)
             return
         try:
@@ -354,10 +359,11 @@ class _Lane:
         self._last_result = time.monotonic()
         return self._last_result
 
-    def _lose(self, batch: Batch, error: SessionLostError) -> None:
+    def _lose(self, batch: Batch | None, error: SessionLostError) -> None:
         """Give a batch to the other sessions; either thread may be the first to find out."""
         with self._lock:
-            first, self._lost = not self._lost, True
-        self._sut.batcher.put_back(batch)
+            first, self.lost = not self.lost, True
+        if batch is not None:
+            self._sut.batcher.put_back(batch)
         if first:
             self._sut.lose(self, error)

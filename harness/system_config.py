@@ -36,7 +36,7 @@ CONFIGS = Path("configs")
 DEFAULT_VERSION = "default"
 VERSIONS = (DEFAULT_VERSION, "triton", "maxq")
 
-_ENGINE_KEYS = {
+ENGINE_KEYS = {
     "engine": str,
     "device": str,
     "devices": list,
@@ -44,6 +44,7 @@ _ENGINE_KEYS = {
     "url": str,
     "serves": str,
 }
+"""What a version says of the engine, and its type."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
     HarnessError
         When there is no such file, it lacks the version, or it cannot be understood.
     """
-    files = {path: _read(path) for path in sorted(CONFIGS.glob("*.toml"))}
+    files = {path: read_tables(path) for path in sorted(CONFIGS.glob("*.toml"))}
     fitting = {p: t for p, t in files.items() if t["system"]["benchmark"] == benchmark}
     if name is not None:
         path = CONFIGS / f"{name}.toml"
@@ -140,18 +141,18 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
 
 def named_configs(benchmark: str, key: str, name: str) -> list[Path]:
     """Files in `CONFIGS` for a benchmark on the machine of exactly this ``gpu`` or ``cpu``."""
-    files = {path: _read(path)["system"] for path in sorted(CONFIGS.glob("*.toml"))}
+    files = {path: read_tables(path)["system"] for path in sorted(CONFIGS.glob("*.toml"))}
     return [p for p, s in files.items() if (s["benchmark"], s.get(key)) == (benchmark, name)]
 
 
 def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
-    settings = {key: value for key, value in table.items() if key not in _ENGINE_KEYS}
+    settings = {key: value for key, value in table.items() if key not in ENGINE_KEYS}
     check_tables(settings, f"{path} [{version}]")
-    chosen = {key: value for key, value in table.items() if key in _ENGINE_KEYS}
+    chosen = {key: value for key, value in table.items() if key in ENGINE_KEYS}
     for key, value in chosen.items():
-        if type(value) is not _ENGINE_KEYS[key] or value == 0:
+        if type(value) is not ENGINE_KEYS[key] or value == 0:
             raise HarnessError(
-                f"{path} [{version}]: {key} is {value!r}; a {_ENGINE_KEYS[key].__name__} expected"
+                f"{path} [{version}]: {key} is {value!r}; a {ENGINE_KEYS[key].__name__} expected"
             )
     if "devices" in chosen:
         devices = chosen["devices"] = tuple(chosen["devices"])
@@ -181,7 +182,14 @@ def _match(files: Mapping[Path, Mapping[str, Any]], key: str, here: str | None) 
     return max(found, key=lambda path: found[path], default=None)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_tables(path: Path) -> dict[str, Any]:
+    """Content of a file, its [system] and its versions' names checked.
+
+    Raises
+    ------
+    HarnessError
+        When it cannot be read, or is no configuration.
+    """
     try:
         tables = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -19,13 +19,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from engine.backends.triton import START_UP_SECONDS
+from engine.environment import distribution
 from engine.leaving import on_leaving
 from engine.progress import progress_bar
 from harness.command import run_command
@@ -204,6 +204,9 @@ def _free_port() -> int:
 @app.command()
 def install(folder: Annotated[Path, typer.Argument(help="Virtual environment to make.")]) -> None:
     """Install Triton Inference Server with its Python backend."""
+    _, version = distribution("onnxruntime")
+    if version is None:
+        raise HarnessError("ONNX Runtime is not installed, and Triton shall have the same one")
     venv = folder.absolute()
     if venv.exists() and not (venv / "pyvenv.cfg").is_file() and any(venv.iterdir()):
         raise HarnessError(f"{folder} is no virtual environment; name a new folder")
@@ -219,7 +222,7 @@ def install(folder: Annotated[Path, typer.Argument(help="Virtual environment to 
         "-q",
     )
     # same results need the same ONNX Runtime
-    _run(*pip, "numpy<2", f"onnxruntime=={metadata.version('onnxruntime')}")
+    _run(*pip, "numpy<2", f"onnxruntime=={version}")
     _run(*pip, "--no-deps", PACKAGE)
     (packages,) = (venv / "lib").glob("python3*/site-packages")
     server = packages / "pytriton" / "tritonserver"

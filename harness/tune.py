@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import tomlkit
+from tomlkit import TOMLDocument
+from tomlkit.items import InlineTable
 
 from engine.environment import cpu_count, cpu_name, gpu_name, now
 from engine.files import write_atomically
@@ -19,7 +23,13 @@ from harness.errors import HarnessError
 from harness.loadgen import Outcome, run_test
 from harness.route import Route, build_engine, build_int8, float_type
 from harness.settings import MODEL, Offline, Server, Settings
-from harness.system_config import CONFIGS, DEFAULT_VERSION, named_configs
+from harness.system_config import (
+    CONFIGS,
+    DEFAULT_VERSION,
+    ENGINE_KEYS,
+    named_configs,
+    read_tables,
+)
 from harness.targets import TIMEOUT_S, val_images
 
 SERVER_QUERIES = 1000
@@ -198,7 +208,7 @@ def _halves(number: int) -> Iterator[int]:
 def climb(
     measure: Callable[[int], float], largest: int, known: Mapping[int, float] | None = None
 ) -> dict[int, float]:
-    """Measure sizes 1, 2, 4, … until larger ones gain nothing, or the largest.
+    """Measure sizes 1, 2, 4, … and the largest, until larger ones gain nothing.
 
     Parameters
     ----------
@@ -216,14 +226,13 @@ def climb(
     """
     found: dict[int, float] = dict(known or {})
     size = 1
-    while size <= largest:
+    while True:
         if size not in found:
             found[size] = measure(size)
         best = max(found, key=lambda tried: found[tried])
-        if sum(tried > best for tried in found) >= _WORSE_IN_A_ROW:
-            break
-        size *= 2
-    return found
+        if size == largest or sum(tried > best for tried in found) >= _WORSE_IN_A_ROW:
+            return found
+        size = min(2 * size, largest)
 
 
 def highest_valid(valid: Callable[[float], bool], floor: float, ceiling: float) -> float | None:
@@ -277,33 +286,63 @@ def _machine(device: str) -> tuple[str, str]:
     return "gpu", name
 
 
-def config_text(benchmark: str, tuning: Tuning, found: Tuned) -> str:
-    """Content of the configuration file, see `harness.system_config`."""
-    key, name = _machine(tuning.device)
-    lines = [
-        f"# Measured by `harness tune` on {now()}, trials of {tuning.seconds:g} s.",
-        "[system]",
-        f"benchmark = {json.dumps(benchmark)}",
-        f"{key} = {json.dumps(name)}",
-        "",
-        f"[{DEFAULT_VERSION}]",
-        f"engine = {json.dumps(tuning.engine)}",
-        f"device = {json.dumps(tuning.device)}",
-        *([f"threads = {found.threads}"] if found.threads else []),
-        f"streams = {found.streams}",
-        "",
-        f"[{DEFAULT_VERSION}.Offline]",
-        f"batch_size = {found.offline_batch}",
-        f"target_qps = {found.offline_qps:.3f}",
-    ]
-    if found.server_qps is not None:
-        lines += [
-            "",
-            f"[{DEFAULT_VERSION}.Server]",
-            f"batch_size = {found.server_batch}",
-            f"target_qps = {found.server_qps:.3f}",
-        ]
-    return "\n".join(lines) + "\n"
+def read_config(path: Path, benchmark: str, device: str) -> TOMLDocument:
+    """Read the configuration file that the figures go into; without one, begin it.
+
+    Raises
+    ------
+    HarnessError
+        When it cannot be read, is for another benchmark or machine, or this one names no GPU.
+    """
+    key, name = _machine(device)
+    if not path.exists():
+        document = tomlkit.document()
+        document["system"] = {"benchmark": benchmark, key: name}
+        return document
+    system = read_tables(path)["system"]
+    if system["benchmark"] != benchmark or not name.startswith(system.get(key, "\n")):
+        raise HarnessError(f"{path} is not for {benchmark} on {name}; name another file with -o")
+    return tomlkit.parse(path.read_bytes())
+
+
+def put(document: TOMLDocument, tuning: Tuning, found: Tuned) -> None:
+    """Put into a configuration what was measured; all else, comments too, stays as it is."""
+    note = f"harness tune, {now()[:10]}, trials of {tuning.seconds:g} s"
+    default = _table(document, DEFAULT_VERSION)
+    engine = {"engine": tuning.engine, "device": tuning.device, "threads": found.threads}
+    for key in ENGINE_KEYS:  # those of another engine, or of more devices, would not fit it
+        if engine.get(key) is None:
+            default.pop(key, None)
+        else:
+            _set(default, key, engine[key], note)
+    _set(default, "streams", found.streams, note)
+    offline = {"batch_size": found.offline_batch, "target_qps": round(found.offline_qps, 3)}
+    measured: dict[str, dict[str, int | float]] = {"Offline": offline}
+    if found.server_batch is not None and found.server_qps is not None:
+        measured["Server"] = {
+            "batch_size": found.server_batch,
+            "batch_delay_ms": Server().batch_delay_ms,  # that of the trials
+            "target_qps": round(found.server_qps, 3),
+        }
+    for scenario, values in measured.items():
+        table = _table(default, scenario)
+        table.pop("streams", None)  # would go before those found
+        for key, value in values.items():
+            _set(table, key, value, note)
+
+
+def _table(parent: MutableMapping[str, Any], name: str) -> MutableMapping[str, Any]:
+    if name not in parent:
+        parent[name] = tomlkit.table() if not isinstance(parent, InlineTable) else {}
+    table: MutableMapping[str, Any] = parent[name]
+    return table
+
+
+def _set(table: MutableMapping[str, Any], key: str, value: object, note: str) -> None:
+    """Set a value, and beside it say where it is from, instead of what was said of the old one."""
+    table[key] = value
+    if not isinstance(table, InlineTable):  # which has no room for it
+        table[key].comment(note)
 
 
 def write_config(path: Path, text: str) -> None:

@@ -111,6 +111,7 @@ class PipelinedSession:
         self.batches: list[int] = []
         self.most_in_flight = 0
         self.taken = 0
+        self.closed = False
         self._engine = engine
         self._fault = engine.fault if faulty else ""
         self._in_flight: deque[int] = deque()
@@ -139,6 +140,7 @@ class PipelinedSession:
         return self._last
 
     def close(self):
+        self.closed = True
         self._given.put(None)
 
     def _work(self):
@@ -168,12 +170,13 @@ class PipelinedEngine:
 
     depth: int = 2
     seconds: float = 0.001
-    fault: str = ""  # "error", "memory", "lost" or "block", and " in submit" or " in result"
+    fault: str = ""  # "error", "memory", "lost" or "block" in "submit" or "result"; "lost in open"
     all_faulty: bool = False
     batches_before_fault: int = BATCHES_BEFORE_FAULT + 10
     device: str = "fake:0"
     max_batch: int = 16
     sessions: list[PipelinedSession] = field(default_factory=list)
+    lost: bool = False
 
     input_spec = InputSpec("image", SHAPE, "float32")
 
@@ -182,7 +185,11 @@ class PipelinedEngine:
         return {"backend": "fake", "onnx_sha256": "00", "device": self.device}
 
     def session(self):
-        session = PipelinedSession(self, self.all_faulty or not self.sessions)
+        faulty = self.all_faulty or not self.sessions
+        if faulty and self.fault == "lost in open" and not self.lost:
+            self.lost = not self.all_faulty
+            raise SessionLostError("the GPU has fallen off the bus")
+        session = PipelinedSession(self, faulty and not self.lost)
         self.sessions.append(session)
         return session
 

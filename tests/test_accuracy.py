@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from engine.coco import STATS
+from engine.coco import STATS, coco_stats
 from harness.accuracy import evaluate, read_accuracy_log
 from harness.errors import HarnessError
 
@@ -191,6 +191,25 @@ def test_background_rows_match_nothing(scene: Scene, tmp_path: Path) -> None:
     extra = payload([(sample, 0.0, 0.0, 0.5, 0.5, 0.999, 0)])
     result = check(scene, [(sample, data + extra), *scene.records[1:]], tmp_path)
     assert "1 rows have the background label" in result.warnings[0]
+
+
+def test_categories_numbered_from_zero() -> None:
+    """Label 1 is the first of them, and the background is none."""
+    boxes = [[0, 0, 50, 50], [50, 50, 50, 50]]
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 100, "width": 100}],
+        "categories": [{"id": number, "name": str(number)} for number in range(2)],
+        "annotations": [
+            {"id": 1 + c, "image_id": 1, "category_id": c, "bbox": b, "area": 2500, "iscrowd": 0}
+            for c, b in enumerate(boxes)
+        ],
+    }
+    rows = np.array([(0, 0, 0, 0.5, 0.5, 0.9, 1), (0, 0.5, 0.5, 1, 1, 0.9, 2)], np.float32)
+    assert coco_stats(content, content["images"], rows)["AP"] == pytest.approx(1)
+    rows[0, 6] = 0
+    assert coco_stats(content, content["images"], rows)["AP"] == pytest.approx(0.5)
+    rows[1, 6] = 0
+    assert coco_stats(content, content["images"], rows)["AP"] == 0
 
 
 def test_rows_of_another_sample_are_counted(scene: Scene, tmp_path: Path) -> None:

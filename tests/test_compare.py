@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
+from rich.console import Console
 
 from engine.compare import FLOAT_TOLERANCE, Tolerance, compare, load_truth
 from engine.matching import MARGIN, box_iou, match_detections
 from engine.preprocessed import quantize_images
 from engine.protocol import EngineError, InputSpec
+from engine.report import comparison_tables, write_json
 from engine.runners import IMAGES, open_side
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,9 +207,28 @@ def test_each_tolerance_fails_alone(tolerance, failing):
     assert [failing in check.what for check in found.checks if not check.passed] == [True]
 
 
-def test_nan_fails_and_is_null_in_json(tmp_path):
-    from engine.report import write_json
+@pytest.mark.parametrize("crowd", [True, False])
+def test_without_ground_truth_there_is_no_precision_to_fail(crowd, tmp_path):
+    """Also where all of it is to be ignored."""
+    path = tmp_path / "truth.json"
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 10, "width": 10}],
+        "annotations": [{**box, "iscrowd": 1}] if crowd else [],
+        "categories": [{"id": number, "name": str(number)} for number in range(1, 81)],
+    }
+    path.write_text(json.dumps(content))
+    sides = [Fixed(name, [outputs([CAT])]) for name in "ab"]
+    found = compare(*sides, blank(1), FLOAT_TOLERANCE, truth=load_truth(path, ["a.jpg"]))
+    assert found.passed
+    console = Console(file=io.StringIO())
+    console.print(comparison_tables(found))
+    assert "no ground truth" in console.file.getvalue()
+    write_json(tmp_path / "figures.json", found.to_dict())
+    assert json.loads((tmp_path / "figures.json").read_text())["precision"] == [None, None]
 
+
+def test_nan_fails_and_is_null_in_json(tmp_path):
     good = np.ones((1, 4, 1, 1), np.float32)
     found = compare(
         Fixed("a", [outputs([CAT], loc_0=good)] * 3),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,7 @@ from engine.backends.cudnn_tuning import (
     save_winners,
     tune,
 )
+from engine.files import write_atomically
 from engine.int8_graph import Window
 from engine.protocol import EngineError
 
@@ -167,7 +170,25 @@ def test_the_cache_returns_what_was_put_in(tmp_path):
     assert load_cache(path, MACHINE, tuned) == tuned
     assert load_cache(path, MACHINE, [LARGE]) == {LARGE: tuned[LARGE]}
     assert load_cache(path, MACHINE, [replace(LARGE, batch=2), replace(LARGE, relu=False)]) == {}
-    assert [file.name for file in path.parent.iterdir()] == ["cache.json"]
+    assert {file.name for file in path.parent.iterdir()} == {"cache.json", "cache.json.lock"}
+
+
+def test_who_saves_at_the_same_time_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "cache.json"
+
+    def slowly(path, content):
+        time.sleep(0.02)  # others may read and write meanwhile
+        write_atomically(path, content)
+
+    monkeypatch.setattr(cudnn_tuning, "write_atomically", slowly)
+    names = {f"layer {number}": str(number) for number in range(8)}
+    with ThreadPoolExecutor(len(names) + 1) as pool:
+        saved = [pool.submit(save_winners, path, MACHINE, {key: names[key]}) for key in names]
+        saved.append(pool.submit(save_cache, path, MACHINE, some_tuned()))
+        for one in saved:
+            one.result()
+    assert load_winners(path, MACHINE) == names
+    assert load_cache(path, MACHINE, some_tuned()) == some_tuned()
 
 
 def test_winners_lie_beside_the_plans(tmp_path):

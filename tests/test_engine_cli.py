@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from calibrated import write_surgered
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from engine.cli import app, main
 from engine.protocol import EngineError
 from engine.report import calibration_report
 from engine.sensitivity import LayerSensitivity, Noise, Sensitivity
+from harness.command import run_command as run_harness
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
@@ -389,6 +391,24 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, mess
     assert error.startswith("engine: error: ") and error.count("\n") == 1
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["engine", "harness"])
+def test_a_graph_that_contradicts_itself_is_one_line(exported, tmp_path, monkeypatch, capsys, name):
+    model = onnx.load(write_surgered(exported, tmp_path / "small.onnx"))
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    (weights,) = (t for t in model.graph.initializer if t.name == conv.input[1])
+    one_channel = onnx.numpy_helper.to_array(weights)[:, :1]
+    weights.CopyFrom(onnx.numpy_helper.from_array(one_channel, weights.name))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["calibrate", "wrong.onnx", "--data", "d", "-o", "c.json"]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        {"engine": main, "harness": lambda: run_harness(app)}[name]()
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.startswith(f"{name}: error: shape inference fails") and error.count("\n") == 1
 
 
 def test_unfit_data_is_refused(demo, tmp_path):

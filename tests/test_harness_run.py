@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import pytest
 from harness_fakes import SHAPE, FakeEngine, Memory, detect
 
+from engine.progress import progress_bar
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen import run_test
 from harness.loadgen_log import ACCURACY, DETAIL, SUMMARY, read_complete
-from harness.report import find_results
+from harness.report import find_results, print_table
 from harness.result import read_result
 from harness.run import Benchmark, run
 from harness.run_all import new_log_dir
@@ -148,6 +151,27 @@ def test_progress_is_told(tmp_path):
     assert completed == sorted(completed)
     assert 0 < completed[0] < completed[-1] == TOTAL
     assert {total for _, total in told} == {TOTAL}
+
+
+def test_the_table_shows_paths_and_messages_as_they_are(tmp_path, capsys):
+    """Rich would read [nightly] as a style and [/v1] as the end of one."""
+    folder = tmp_path / "[nightly]" / "[/v1]" / "[bold]"
+    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
+    result = run(benchmark, short("Offline"), "PerformanceOnly", folder)
+    print_table([(folder, replace(result, pictures="[red]", warnings=("an [unfit] [/word]",)))])
+    shown = capsys.readouterr().out
+    assert f"logs in {folder}\n" in shown
+    assert f"pictures in {folder}/[red]\n" in shown
+    assert "an [unfit] [/word]\n" in shown
+
+
+def test_a_progress_bar_shows_its_title_as_it_is(monkeypatch):
+    terminal = StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    with progress_bar("a[b] [/v1] {x}.zip") as progress:
+        progress(1, 2)
+    assert "a[b] [/v1] {x}.zip" in terminal.getvalue()
 
 
 def test_an_existing_run_is_kept(tmp_path):

@@ -15,7 +15,7 @@ from engine.protocol import InputSpec
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen import run_test
 from harness.loadgen_log import ACCURACY
-from harness.run import Benchmark, run
+from harness.run import ERROR, Benchmark, run
 from harness.settings import SCENARIOS, load_settings
 
 TOTAL = 75
@@ -116,6 +116,41 @@ def test_the_others_do_what_a_lost_session_had(scenario, fault, tmp_path):
     assert result.errors == ()
     (warning,) = result.warnings
     assert warning == ("session 0 on fake:0 was lost, 2 of 3 left: the GPU has fallen off the bus")
+
+
+@pytest.mark.parametrize("fault", ["lost in open", "lost in submit", "lost in result"])
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("scenario", ["Offline", "Server"])
+def test_the_others_go_on_without_a_session_lost_in_the_warm_up(scenario, before, fault, tmp_path):
+    engine = PipelinedEngine(fault=fault, batches_before_fault=before)
+    benchmark = Benchmark((engine,), Memory(TOTAL), None, 5)
+    settings = short(scenario, streams=3, batch_size=3)
+    result = run(benchmark, settings, "AccuracyOnly", tmp_path / "run")
+    assert_complete(tmp_path / "run")
+    assert result.warnings == (
+        "session 0 on fake:0 was lost, 2 of 3 left: the GPU has fallen off the bus",
+    )
+    assert all(session.closed for session in engine.sessions)
+
+
+@pytest.mark.parametrize("fault", ["lost in open", "lost in submit", "lost in result"])
+def test_a_warm_up_that_no_session_survives_ends_the_run(fault, tmp_path):
+    engine = PipelinedEngine(fault=fault, all_faulty=True, batches_before_fault=1)
+    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
+    with pytest.raises(RunFailedError, match="PerformanceOnly: the GPU has fallen off the bus"):
+        run(benchmark, short("Server", streams=3), "PerformanceOnly", tmp_path / "run")
+    assert "fallen off the bus" in (tmp_path / "run.partial" / ERROR).read_text()
+
+
+def test_settings_that_loadgen_refuses_leave_no_session_open(tmp_path):
+    engine = PipelinedEngine()
+    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
+    settings = short("SingleStream", streams=2, min_query_count=2**70)
+    with pytest.raises(HarnessError, match="LoadGen took min_query_count"):
+        run(benchmark, settings, "PerformanceOnly", tmp_path / "run")
+    assert [session.closed for session in engine.sessions] == [True, True]
+    partial = tmp_path / "run.partial"
+    assert "HarnessError: LoadGen took min_query_count" in (partial / ERROR).read_text()
 
 
 def test_a_performance_run_with_a_lost_session_counts(tmp_path):

@@ -23,6 +23,7 @@ import harness.preprocess
 import harness.route
 from engine.files import file_sha256
 from harness.cli import main
+from harness.errors import HarnessError
 from harness.route import build_engine, build_int8, build_onnx, route_of
 from harness.run_args import run_args
 from harness.targets import TARGETS, val_images
@@ -432,3 +433,10 @@ def test_fast_is_nvidias():
 
     for setting in settings_from({"min_duration_ms": 5}, ("Offline", "Server"), FAST):
         assert (setting.min_duration_ms, setting.min_query_count) == (60_000, 1)
+
+
+@pytest.mark.parametrize("pattern", ["engine/no_such.py", "no_such/*.py"])
+def test_code_that_is_not_there_is_an_error(pattern):
+    """A file that moved would else be watched no longer, and nobody would know."""
+    with pytest.raises(HarnessError, match=rf"{re.escape(pattern)}: no such file"):
+        harness.route.code_sha256("engine/coco.py", pattern)

@@ -476,6 +476,29 @@ def test_bad_names_are_refused(change, message, runs, tmp_path):
     assert not (tmp_path / "tree").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"commit": "--output=taken"}, "commit '--output=taken' is none of git's"),
+        ({"commit": "--remote=ssh://host/x"}, "is none of git's"),
+        ({"commit": "HEAD"}, "is none of git's"),
+        ({"commit": 3}, "commit 3 is none of git's"),
+        ({"engine": {"backend": "../../../fake"}}, "backend '../../../fake' is no folder name"),
+        ({"engine": {"backend": "/tmp/fake"}}, "backend '/tmp/fake' is no folder name"),  # noqa: S108
+        ({"engine": {}}, "backend '' is no folder name"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["PerformanceOnly", "AccuracyOnly"])
+def test_a_result_that_is_not_ours_is_refused(change, message, mode, runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "copy")
+    path = next((tmp_path / "copy" / "logs").rglob(f"{mode}/result.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(HarnessError, match=f"{mode}/result.json: .*{re.escape(message)}"):
+        submit(tmp_path / "copy", tmp_path)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "system.toml"])
+
+
 def test_a_tree_is_not_written_over_another(runs, tmp_path):
     submit(runs, tmp_path)
     with pytest.raises(HarnessError, match="exists; remove it"):

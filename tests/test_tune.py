@@ -8,19 +8,22 @@ import tomllib
 from dataclasses import dataclass, field
 
 import pytest
+from conftest import ROOT
 from harness_fakes import FakeEngine, Memory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import system_config as module
+from harness.cli import main
 from harness.settings import settings_from
 from harness.tune import (
     PRECISION,
     Tuned,
     Tuning,
     climb,
-    config_text,
     highest_valid,
+    put,
+    read_config,
     search,
     write_config,
 )
@@ -50,7 +53,7 @@ def test_bisection_ends_just_below_the_limit(limit, share, ceiling):
 def test_climb_finds_the_peak(peak, largest):
     found = climb(lambda size: -abs(size - 2**peak), largest)
     assert max(found) <= largest
-    assert max(found, key=found.get) == min(2**peak, 2 ** (largest.bit_length() - 1))
+    assert max(found, key=found.get) == min(2**peak, largest)
     assert len(found) <= peak + 3  # no more than two beyond the peak
 
 
@@ -141,9 +144,11 @@ def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
     folder = tmp_path / "configs"
     folder.mkdir()
     monkeypatch.setattr(module, "CONFIGS", folder)
-    text = config_text("ssd-resnet34-demo", Tuning("onnxruntime", "cpu", 64, 5), found)
-    write_config(folder / "here.toml", text)
-    assert tomllib.loads(text)["system"]["cpu"] == module.cpu_name()
+    path = folder / "here.toml"
+    document = read_config(path, "ssd-resnet34-demo", "cpu")
+    put(document, Tuning("onnxruntime", "cpu", 64, 5), found)
+    write_config(path, document.as_string())
+    assert tomllib.loads(path.read_text())["system"]["cpu"] == module.cpu_name()
     monkeypatch.setattr(module, "gpu_name", lambda: None)
     config = module.system_config("ssd-resnet34-demo", "default", None)
     assert (config.name, config.engine, config.threads) == ("here", "onnxruntime", found.threads)
@@ -151,3 +156,83 @@ def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
     assert (offline.streams, server.streams) == (found.streams, found.streams)
     assert (offline.batch_size, offline.target_qps) == (16, 48.25)
     assert (server.batch_size, server.target_qps) == (found.server_batch, found.server_qps)
+
+
+def tuned_file(path, monkeypatch, found):
+    """Let `harness tune` put `found` into the file of this machine at `path`."""
+    monkeypatch.setattr("harness.tune.tune", lambda *_: found)
+    files = [f"--build-dir={path.parent / 'build'}", f"--output={path}"]
+    monkeypatch.setattr("sys.argv", ["harness", "tune", *files, "--engine=cudnn", "--device=cuda"])
+    main()
+
+
+@pytest.mark.parametrize(
+    "name", [path.name for path in sorted((ROOT / "configs").glob("?[12]00*.toml"))]
+)
+def test_a_shipped_file_keeps_what_was_not_measured(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_bytes((ROOT / "configs" / name).read_bytes())
+    before = tomllib.loads(path.read_text())
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    monkeypatch.setattr("harness.tune.gpu_name", lambda: before["system"]["gpu"])
+    with pytest.raises(SystemExit, match="0"):
+        tuned_file(path, monkeypatch, Tuned(None, 2, 16, 48.25, 4, 20.5))
+    expected = {**before, "default": {**before["default"], "engine": "cudnn", "streams": 2}}
+    expected["default"]["Offline"] = {"batch_size": 16, "target_qps": 48.25}
+    expected["default"]["Server"] = {"batch_size": 4, "batch_delay_ms": 2.0, "target_qps": 20.5}
+    text = path.read_text()
+    assert tomllib.loads(text) == expected
+    assert [line for line in text.splitlines() if line.startswith("#")] == comments
+    (target,) = (line for line in text.splitlines() if line.startswith("target_qps = 20.5"))
+    assert "# harness tune, " in target  # not what was said of the old one
+
+
+@pytest.mark.parametrize(
+    "default",
+    [
+        "default = {engine = 'triton', url = 'a:1', Server = {target_qps = 4.0}}",
+        "[default.Server]\ntarget_qps = 4.0\n[triton]\nengine = 'triton'\n[default]\nurl = 'a:1'",
+        "default.Server.target_qps = 4.0\ndefault.threads = 3\ndefault.Offline.streams = 4",
+    ],
+    ids=["inline", "apart", "dotted"],
+)
+def test_any_way_to_write_it(tmp_path, monkeypatch, default):
+    """No rate was valid: Server's stays."""
+    path = tmp_path / "mine.toml"
+    default = default.split("\n", 1)
+    system = "system = {benchmark = 'ssd-resnet34', gpu = 'NVIDIA'}"
+    path.write_text("\n".join([system, *default]) + "\n")
+    before = tomllib.loads(path.read_text())
+    monkeypatch.setattr("harness.tune.gpu_name", lambda: "NVIDIA H100")
+    with pytest.raises(SystemExit, match="0"):
+        tuned_file(path, monkeypatch, Tuned(None, 2, 16, 48.25, None, None))
+    found = tomllib.loads(path.read_text())
+    assert found.pop("default") == {
+        "engine": "cudnn",
+        "device": "cuda",
+        "streams": 2,
+        "Offline": {"batch_size": 16, "target_qps": 48.25},
+        "Server": {"target_qps": 4.0},
+    }
+    before.pop("default")
+    assert found == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[system", "cannot read the configuration"),
+        ("[system]\nbenchmark = 'ssd-resnet34'\ngpu = 'NVIDIA A100'", "is not for ssd-resnet34 on"),
+        ("[system]\nbenchmark = 'ssd-resnet34-demo'\ngpu = ''", "is not for ssd-resnet34 on"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_before_the_trials(
+    tmp_path, monkeypatch, capsys, content, message
+):
+    path = tmp_path / "mine.toml"
+    path.write_text(content)
+    monkeypatch.setattr("harness.tune.gpu_name", lambda: "NVIDIA H100")
+    with pytest.raises(SystemExit, match="2"):
+        tuned_file(path, monkeypatch, None)
+    assert message in capsys.readouterr().err
+    assert path.read_text() == content

@@ -13,6 +13,7 @@ so does a largest batch of which half or more is known already.
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import zlib
@@ -139,12 +140,14 @@ def save_winners(path: Path, machine: Machine, winners: Mapping[str, str]) -> No
 
 
 def _save(path: Path, machine: Machine, part: str, entries: Mapping[str, object]) -> None:
-    parts = _read(path, machine)
-    parts[part] |= entries
-    text = json.dumps({"machine": _machine(machine), **parts}, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
+        with path.with_name(f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # what others save in between would be lost
+            parts = _read(path, machine)
+            parts[part] |= entries
+            text = json.dumps({"machine": _machine(machine), **parts}, indent=1) + "\n"
+            write_atomically(path, text.encode())
     except OSError as error:
         raise EngineError(f"{path}: cannot write it: {error.strerror}") from error
 

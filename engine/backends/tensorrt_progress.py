@@ -31,7 +31,7 @@ def build_progress(trt: Any) -> Iterator[tensorrt.IProgressMonitor]:
 
     console = Console(stderr=True)
     bars = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # names of layers
         BarColumn(),
         MofNCompleteColumn(),
         console=console,
