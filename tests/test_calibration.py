@@ -34,7 +34,7 @@ def surgered(exported, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(small_images, tmp_path_factory):
-    spread = small_images * np.float32([0.5, 3, 1])[:, None, None, None]
+    spread = small_images * np.float32([0.2, 1, 0.4])[:, None, None, None]
     return write_images(tmp_path_factory.mktemp("images"), spread)
 
 
@@ -80,6 +80,12 @@ def test_a_histogram_refuses_what_is_no_number(value) -> None:
 
 
 # A whole model
+
+
+def test_images_of_another_normalisation_are_not_clipped(surgered, small_images, tmp_path) -> None:
+    source = write_images(tmp_path, small_images * 3)
+    scale = calibrate(surgered, source).scales["image"]
+    assert scale * 127 == pytest.approx(3 * np.abs(small_images).max(), rel=1e-6)
 
 
 def test_scales_are_those_of_all_activations_at_once(surgered, images, calibrations) -> None:
