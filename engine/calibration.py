@@ -82,6 +82,7 @@ def calibrate_all(
             raise EngineError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     network = load_detector(model)
     placement = find_placement(network)
+    _check_float32(network, placement)
     count = check_images(placement, images, limit, batch)
     seen = observe(network, placement, images, count, batch=batch, progress=progress)
     common: dict[str, Any] = {
@@ -156,6 +157,19 @@ def is_current(
     return (cache.method, cache.images) == (method, count) and (
         cache.images_sha256 == images_sha256(images, count)
     )
+
+
+def _check_float32(network: onnx.ModelProto, placement: Placement) -> None:
+    """Refuse a network of another type before its images are run: it cannot be quantised."""
+    kinds = {tensor.name: tensor.data_type for tensor in network.graph.initializer}
+    for layer in placement.layers:
+        kind = kinds.get(layer.weight, onnx.TensorProto.FLOAT)
+        if kind != onnx.TensorProto.FLOAT:
+            name = onnx.TensorProto.DataType.Name(kind)
+            raise EngineError(
+                f"the weights of layer {layer.name!r} are {name}; quantisation starts from the "
+                "float32 network (its result may have float16 between: --float-type fp16)"
+            )
 
 
 def check_images(

@@ -114,7 +114,7 @@ class _Pass:
         self.largest = dict.fromkeys(placement.floats, 0.0)
         self.brightest = 0.0
         self.counting = ThreadPoolExecutor(cpus)
-        self._names = list(dict.fromkeys([*tensors, *placement.floats]))
+        self._names = list(dict.fromkeys([*tensors, *placement.floats, *placement.heads]))
         self._locks = {name: Lock() for name in (placement.image, *self._names)}
         model = heads_model(network, placement, self._names)
         self._session = open_session(model, max(1, cpus // at_once))
@@ -161,7 +161,7 @@ def _finds(heads: Sequence[NDArray[np.float32]], nms: Mapping[str, Any]) -> bool
     """
     classes = [c for c in range(nms["numClasses"]) if c != nms["backgroundLabelId"]]
     for head in heads[len(heads) // 2 :]:
-        logits = head.reshape(nms["numClasses"], -1)
+        logits = head.astype(np.float32, copy=False).reshape(nms["numClasses"], -1)
         if nms["confSigmoid"]:
             scores = 0.5 + 0.5 * np.tanh(0.5 * logits[classes])
         else:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
-from engine.calibration import calibrate, calibrate_all, is_current
+from engine.calibration import _check_float32, calibrate, calibrate_all, is_current
 from engine.calibration_cache import Calibration, parse_trt
 from engine.histogram import BINS, Histogram
 from engine.network import load_detector
@@ -80,6 +80,17 @@ def test_a_histogram_refuses_what_is_no_number(value) -> None:
 
 
 # A whole model
+
+
+def test_a_float16_network_is_refused_before_its_images_are_run(surgered) -> None:
+    model = onnx.load(surgered)
+    placement = find_placement(model)
+    for tensor in model.graph.initializer:
+        if tensor.name == placement.layers[-1].weight:
+            value = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    with pytest.raises(EngineError, match="are FLOAT16; quantisation starts from the float32 net"):
+        _check_float32(model, placement)
 
 
 def test_images_of_another_normalisation_are_not_clipped(surgered, small_images, tmp_path) -> None:
