@@ -372,7 +372,7 @@ def test_kernels_library(plugin_libraries):
 
 def test_trt_plugin_library(trt_plugin_library):
     """It has what trtexec --dynamicPlugins and Triton look for, and needs nothing of theirs."""
-    assert exports(trt_plugin_library) == {"getCreators", "setLoggerFinder"}
+    assert exports(trt_plugin_library) == {"getCreators", "nmsOptTrtHeaders", "setLoggerFinder"}
     assert needed(trt_plugin_library) <= NO_GPU_NEEDED | LOADER
     ctypes.CDLL(str(trt_plugin_library), os.RTLD_NOW)
 
