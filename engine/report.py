@@ -92,13 +92,18 @@ def worst_tensors(cache: Calibration) -> Table:
 def agreement_lines(found: Agreement, cache: Calibration) -> Group:
     """Say how far INT8 agrees with FP32; where it does not, with the tensors to look at."""
     if not found.detections:
-        return Group(f"FP32 detects nothing on {found.images} images: INT8 could not be checked")
+        return Group(
+            f"FP32 detects nothing on {found.images} images: INT8 could not be checked; give "
+            "images of what it is to find"
+        )
     line = (
         f"INT8 finds {found.matched} of {found.detections} FP32 detections on {found.images} "
-        f"calibration images again, {found.matched / found.detections:.3f} (at least {MIN_SHARE})"
+        f"images again, {found.matched / found.detections:.3f} (at least {MIN_SHARE})"
     )
     if found.passed:
         return Group(line)
+    if cache.warning is not None:
+        return Group(f"FAILED: {line}, likely for the calibration images: see the warning")
     return Group(f"FAILED: {line}; look at these tensors", worst_tensors(cache))
 
 

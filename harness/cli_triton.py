@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from harness.options import BuildDir
+
 
 def triton_repository(
     model: Annotated[
@@ -53,13 +55,16 @@ def triton_repository(
             show_default="MODEL itself",
         ),
     ] = None,
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Write a model repository that Triton Inference Server serves MODEL from.
 
     It holds what MODEL finds on two dozen generated pictures. By these known answers every client
     checks the server, under load, before it runs anything on it.
     """
+    from harness.errors import HarnessError
     from harness.triton_repository import write_repository
+    from harness.triton_server import find_server
 
     repository = write_repository(
         model,
@@ -71,5 +76,9 @@ def triton_repository(
         graphs=graphs,
         reference=reference,
     )
+    try:
+        server = str(find_server(build_dir))
+    except HarnessError:  # to be served elsewhere
+        server = "tritonserver"
     typer.echo(f"wrote {repository.path}; serve it with:")
-    typer.echo(f"tritonserver {shlex.join(repository.server_arguments)}")
+    typer.echo(shlex.join([server, *repository.server_arguments]))

@@ -132,7 +132,7 @@ def test_int8_is_held_against_fp32(demo, tmp_path):
     good = Calibration.load(demo / "cache.json")
     good.save(cache)
     code, out = engine(*command)
-    found = re.search(r"INT8 finds (\d+) of (\d+) FP32 detections on 16 calibration images", out)
+    found = re.search(r"INT8 finds (\d+) of (\d+) FP32 detections on 16 images", out)
     assert code == 0
     assert 0.8 <= int(found[1]) / int(found[2]) <= 1
     assert engine(*command)[1].startswith(f"{int8} is up to date INT8 finds {found[1]} of")

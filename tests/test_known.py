@@ -259,6 +259,23 @@ def last_slot(detections, counts, _):
     return detections, counts
 
 
+def shifted(detections, counts, _):
+    """Every box, by so little that each is still found."""
+    detections[..., 1:5] += 0.003
+    return detections, counts
+
+
+def dimmed(detections, counts, _):
+    detections[..., 5] *= 0.9
+    return detections, counts
+
+
+@pytest.mark.parametrize("spoil", [shifted, dimmed], ids=lambda spoil: spoil.__name__)
+def test_an_engine_that_is_a_little_wrong_everywhere_is_refused(engine, known, spoil):
+    with pytest.raises(EngineError, match="the server gives wrong answers: boxes overlap"):
+        check(WrongEngine(engine, spoil), known, 4)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [stale(), unwritten, half_written, swapped, under_load, not_numbers, last_slot],
