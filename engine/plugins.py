@@ -87,7 +87,11 @@ def headers_version(library: Path) -> str | None:
     function = getattr(_open(library), "nmsOptTrtHeaders", None)
     if function is None:
         return None
-    number = int(function())  # as getInferLibVersion() counts since TensorRT 10
+    return version_text(int(function()))
+
+
+def version_text(number: int) -> str:
+    """Return a version as ``10.14.1``, from the number that getInferLibVersion() gives since 10."""
     return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends.tensorrt_module import require_lean_runtime
-from engine.plugins import headers_version
+from engine.plugins import headers_version, version_text
 from engine.protocol import EngineError
 from plugin_cuda.build import PLUGIN
 from plugin_cuda.library import library_path
@@ -48,8 +48,7 @@ def find_parts(trt: Any, capability: str | None) -> Parts:
     library = loaded_library("libnvinfer.so")
     if library is None:
         return Parts(tuple(found), ("no libnvinfer in this process, so nothing works",))
-    number = int(ctypes.CDLL(str(library)).getInferLibVersion())
-    version = f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
+    version = version_text(int(ctypes.CDLL(str(library)).getInferLibVersion()))
     found.append(f"libnvinfer {version} ({library})")
     if not str(trt.__version__).startswith(version):
         lacking.append(f"bindings {trt.__version__} with libnvinfer {version}: install one version")
