@@ -40,17 +40,17 @@ test: .venv/installed
 
 # Ratios against peers in one run, to docs/measurements/. Wants a quiet machine.
 bench: demo_onnx
-	$(BIN)/python -m harness.bench $(DEMO) -o docs/measurements/harness.json
+	$(BIN)/python -m harness.bench harness $(DEMO) -o docs/measurements/harness.json
 	$(HARNESS) preprocess $(DEMO) --dataset demo
-	$(BIN)/python -m engine.bench $(DEMO) --images 64 -o docs/measurements/int8_demo.json \
+	$(BIN)/python -m engine.bench int8 $(DEMO) --images 64 -o docs/measurements/int8_demo.json \
 	  --data $(DEMO_DATA)/demo-cal/float32_400x400
-	$(BIN)/python -m engine.bench_calibration $(DEMO) -o docs/measurements/calibration_sets.json \
+	$(BIN)/python -m engine.bench calibration $(DEMO) -o docs/measurements/calibration_sets.json \
 	  --data $(DEMO_DATA)/demo-cal/float32_400x400 --val $(DEMO_DATA)/demo-val/float32_400x400 \
 	  --annotations demo/data/annotations/instances_val.json
 
 # Through a Triton server against the same engine without one, in turns.
 bench_triton: demo_onnx triton_server
-	$(BIN)/python -m harness.bench_triton $(DEMO) -o docs/measurements/triton.json
+	$(BIN)/python -m harness.bench triton $(DEMO) -o docs/measurements/triton.json
 
 # The NMS kernels against their peers, on a GPU: needs torch, torchvision, CuPy and matplotlib.
 bench_nms:
@@ -65,7 +65,7 @@ build_plugins: .venv/installed
 # Triton Inference Server without a container: its Python backend alone, in its own environment.
 triton_server: $(TRITON)
 $(TRITON): .venv/installed
-	$(BIN)/python -m harness.triton_server $(BUILD_DIR)/triton-server
+	$(BIN)/python -m harness.triton.server $(BUILD_DIR)/triton-server
 
 demo_onnx: .venv/installed
 	$(HARNESS) make onnx --benchmarks=ssd-resnet34-demo

@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from engine.command import run_command
-from engine.progress import progress_bar
-from engine.protocol import EngineError, InputSpec
+from engine.errors import EngineError
+from engine.protocol import InputSpec
+from engine.support.command import run_command
+from engine.support.progress import progress_bar
 
 app = typer.Typer(
     help="Calibrate, quantise, build and compare detectors.",
@@ -67,12 +68,12 @@ def calibrate(
     """
     from rich.console import Console
 
-    from engine.calibration import calibrate as calibrate_model
-    from engine.calibration import is_current
-    from engine.calibration_cache import Calibration
-    from engine.files import write_atomically
-    from engine.preprocessed import load_preprocessed
+    from engine.data.preprocessed import load_preprocessed
+    from engine.quantization.cache import Calibration
+    from engine.quantization.calibration import calibrate as calibrate_model
+    from engine.quantization.calibration import is_current
     from engine.report import calibration_report, warn
+    from engine.support.files import write_atomically
 
     _check_folder(output)
     source = load_preprocessed(data, _image_spec(model))
@@ -127,12 +128,12 @@ def quantize(
     A file that holds this graph already is left as it is. With --check the exit code is 1 when OUT
     finds less than 0.8 of what MODEL finds on the images (same label, IoU at least 0.5).
     """
-    from engine.calibration_cache import Calibration
-    from engine.files import write_atomically
-    from engine.network import load_detector
-    from engine.preprocessed import load_preprocessed
-    from engine.quantize import quantize as quantize_model
+    from engine.data.preprocessed import load_preprocessed
+    from engine.model import load_detector
+    from engine.quantization.cache import Calibration
+    from engine.quantization.quantize import quantize as quantize_model
     from engine.report import agreement_lines, warn
+    from engine.support.files import write_atomically
 
     _check_folder(output)
     images = None if check is None else load_preprocessed(check, _image_spec(model))
@@ -153,7 +154,7 @@ def quantize(
     if images is not None:
         from rich.console import Console
 
-        from engine.agreement import find_agreement
+        from engine.comparison.agreement import find_agreement
 
         found = find_agreement(model, output, images)
         Console().print(agreement_lines(found, calibration))
@@ -218,8 +219,8 @@ def build(
     ] = None,
 ) -> None:
     """Build an engine file of MODEL, and its manifest beside it."""
-    from engine.build import BuildOptions
-    from engine.build import build as build_engine
+    from engine.backends.tensorrt.build import BuildOptions
+    from engine.backends.tensorrt.build import build as build_engine
 
     if timing_cache is None and backend == "tensorrt":
         timing_cache = Path(os.environ.get("BUILD_DIR", "build")) / "engines" / "timing.cache"
@@ -289,7 +290,7 @@ def compare(
     at least 0.9), their scores, and, with annotations, the mAP of B, which may be 0.1 % below that
     of A, or 1 % where one of them is INT8.
     """
-    from engine.compare_files import compare_files
+    from engine.comparison.files import compare_files
 
     found, document = compare_files(
         first,
@@ -303,7 +304,8 @@ def compare(
     )
     from rich.console import Console
 
-    from engine.report import comparison_tables, write_json
+    from engine.report import comparison_tables
+    from engine.support.files import write_json
 
     Console().print(comparison_tables(found))
     if output is not None:
@@ -327,10 +329,11 @@ def sensitivity(
 
     from rich.console import Console
 
-    from engine.calibration_cache import Calibration
-    from engine.preprocessed import load_preprocessed
-    from engine.report import sensitivity_table, write_json
-    from engine.sensitivity import sensitivity as find_sensitivity
+    from engine.data.preprocessed import load_preprocessed
+    from engine.quantization.cache import Calibration
+    from engine.quantization.sensitivity import sensitivity as find_sensitivity
+    from engine.report import sensitivity_table
+    from engine.support.files import write_json
 
     source = load_preprocessed(data, _image_spec(model))
     with progress_bar("sensitivity") as progress:
@@ -362,8 +365,8 @@ def main() -> None:
 
 def _image_spec(model: Path) -> InputSpec:
     """Image input of a surgered FP32 model."""
-    from engine.network import load_detector
-    from engine.placement import find_placement
+    from engine.model import load_detector
+    from engine.quantization.placement import find_placement
 
     placement = find_placement(load_detector(model))
     return InputSpec(placement.image, placement.shape, "float32")

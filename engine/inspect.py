@@ -8,11 +8,11 @@ from pathlib import Path
 
 import onnx
 
-from engine.calibration_cache import Calibration, parse_trt
-from engine.files import file_sha256
+from engine.errors import EngineError
 from engine.manifest import check_engine, load_manifest, manifest_path
-from engine.network import load_detector
-from engine.protocol import EngineError
+from engine.model import load_detector
+from engine.quantization.cache import Calibration, parse_trt
+from engine.support.files import file_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
 from graph_surgery.nms_function import OP_TYPE

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from pkgutil import resolve_name
 
-from engine.protocol import Engine, EngineError
+from engine.errors import EngineError
+from engine.protocol import Engine
 
 _LOADERS = {
-    "onnxruntime": "engine.backends.onnxruntime:load",
-    "cudnn": "engine.backends.cudnn:load",
-    "tensorrt": "engine.backends.tensorrt:load_tensorrt",
-    "tensorrt-rtx": "engine.backends.tensorrt:load_tensorrt_rtx",
-    "triton": "engine.backends.triton:load",
+    "onnxruntime": "engine.backends.onnxruntime.engine:load",
+    "cudnn": "engine.backends.cudnn.engine:load",
+    "tensorrt": "engine.backends.tensorrt.engine:load_tensorrt",
+    "tensorrt-rtx": "engine.backends.tensorrt.engine:load_tensorrt_rtx",
+    "triton": "engine.backends.triton.engine:load",
 }
 
 BACKENDS = tuple(_LOADERS)

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import file_sha256, write_atomically
-from engine.protocol import EngineError, InputSpec
+from engine.errors import EngineError
+from engine.protocol import InputSpec
+from engine.support.files import file_sha256, write_atomically
 
 AMPERE = (8, 0)
 """Oldest compute capability that a hardware-compatible plan runs on (TensorRT's AMPERE_PLUS)."""

@@ -9,24 +9,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from engine.errors import EngineError
+
 DETECTION_FIELDS = 7
 """Columns of a detection row: image index, ymin, xmin, ymax, xmax, score, label."""
 
-
-class EngineError(Exception):
-    """A user-visible failure of an engine: what was wrong, where, what to do. One line."""
-
-
-def one_line(error: object) -> str:
-    """Return what an exception says, in one line."""
-    return " ".join(str(error).split())
-
-
-class SessionLostError(EngineError):
-    """A session cannot go on, as when its server or GPU is gone; other sessions may.
-
-    Its batches in flight are not done.
-    """
+INPUT_SCALE_KEY = "input_scale"
+"""ONNX metadata key that holds the real value of one step of an INT8 image input."""
 
 
 @dataclass(frozen=True)

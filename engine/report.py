@@ -1,24 +1,20 @@
-"""What the commands print and write."""
+"""What the commands print."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from engine.agreement import MIN_SHARE, Agreement
-from engine.calibration_cache import Calibration
-from engine.compare import Comparison
-from engine.files import write_atomically
-from engine.protocol import EngineError
-from engine.sensitivity import Sensitivity
-from engine.thresholds import METHODS
+from engine.comparison.agreement import MIN_SHARE, Agreement
+from engine.comparison.compare import Comparison
+from engine.quantization.cache import Calibration
+from engine.quantization.sensitivity import Sensitivity
+from engine.quantization.thresholds import METHODS
 
 _WORST = 8
 """Rows of the table of the worst tensors."""
@@ -138,32 +134,8 @@ def facts_table(title: str, facts: Mapping[str, object]) -> Table:
     return table
 
 
-def write_json(path: Path, document: Mapping[str, object]) -> None:
-    """Write a JSON file, whole or not at all; null stands for a number that is not finite.
-
-    Raises
-    ------
-    EngineError
-        When it cannot be written.
-    """
-    text = json.dumps(_finite(document), indent=2) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise EngineError(f"{path}: cannot write it: {error.strerror}") from error
-
-
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     return table
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,14 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 
 import engine
-from engine.environment import distribution
-from engine.files import file_sha256, write_atomically
-from engine.preprocessed import MANIFEST
+from engine.data.preprocessed import MANIFEST
+from engine.support.environment import distribution
+from engine.support.files import file_sha256, write_atomically
 from harness.errors import HarnessError
 
 Say = Callable[[str], None]
 
-TRANSFORM_CODE = "harness/transform.py"
+TRANSFORM_CODE = "harness/data/transform.py"
 """What turns an image into an input."""
 
 MISSING = "there is none"

@@ -7,16 +7,22 @@ from typing import NoReturn
 
 import typer
 
-from engine.leaving import leave_now
-from engine.protocol import EngineError
+from engine.errors import EngineError
+from engine.support.leaving import leave_now
 from graph_surgery.errors import SurgeryError
 from harness.errors import HarnessError, RunFailedError
 
 
-def run_command(app: typer.Typer) -> None:
-    """Run a command; an error of the user is one line on stderr and exit code 2."""
+def run_command(app: typer.Typer, name: str | None = None) -> None:
+    """Run a command; an error of the user is one line on stderr and exit code 2.
+
+    Parameters
+    ----------
+    name
+        Of the program in its help; None: what it was called by.
+    """
     try:
-        app()
+        app(prog_name=name)
     except (HarnessError, EngineError, SurgeryError) as error:
         _complain(error)
         sys.exit(2)

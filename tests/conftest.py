@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import ROOT
+
 # A background job is started with SIGINT ignored, and so would be all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +57,8 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def driver(trt_plugin_library, tmp_path_factory):
     """The TensorRT plugin's library, loaded by a driver that plays TensorRT."""
-    from plugin_driver import Driver, compile_driver
-
     from plugin_cuda.toolchain import find_nvcc, find_tensorrt_headers
+    from tests.support.plugin_driver import Driver, compile_driver
 
     headers = find_tensorrt_headers()
     library = compile_driver(tmp_path_factory.mktemp("driver"), find_nvcc().path, headers.path)
@@ -69,9 +68,8 @@ def driver(trt_plugin_library, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_model():
     """A narrow SSD-ResNet34 at 400x400 with random weights and sane activations."""
-    from random_model import random_model
-
     from export.config import SSDConfig
+    from tests.support.random_model import random_model
 
     return random_model(SSDConfig(image_size=400, width=4))
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.protocol import EngineError, Session
+from engine.errors import EngineError
+from engine.protocol import Session
 
 Detect = Callable[[NDArray[np.generic]], tuple[NDArray[np.float32], NDArray[np.int32]]]
 """Batch [N, *spec.shape] to detections and counts, see `engine.protocol.Session.result`."""

@@ -1,6 +1,6 @@
 """The little of CUDA that the engines on a GPU need, through cuda-python.
 
-Everything here needs a GPU; tests/test_cuda.py passed on one H100 with cuda-bindings 13.3.
+Everything here needs a GPU; its test passed on one H100 and one H200 with cuda-bindings 13.3.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from engine.protocol import EngineError
+from engine.errors import EngineError
 
 
 @dataclass(frozen=True)

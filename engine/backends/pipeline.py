@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda import Event, Stream, pinned, use_gpu
-from engine.protocol import DETECTION_FIELDS, EngineError, InputSpec, Session, check_images
+from engine.errors import EngineError
+from engine.protocol import DETECTION_FIELDS, InputSpec, Session, check_images
 
 DEPTH = 2
 """Batches in flight: one is computed, one is copied or waits."""

@@ -1,0 +1,151 @@
+"""ONNX Runtime: the engine that runs everywhere, and the reference for the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from engine.backends.blocking import BlockingSession
+from engine.backends.cuda import gpu_index
+from engine.backends.onnxruntime.session import (
+    check_batch,
+    describe,
+    find_provider,
+    input_spec,
+    open_session,
+)
+from engine.errors import EngineError, one_line
+from engine.protocol import DETECTION_FIELDS, InputSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from engine.backends.onnxruntime.cuda import SplitEngine
+
+_LOG = logging.getLogger(__name__)
+_OUTPUTS = ["detections", "num_detections"]
+
+
+def load(
+    model: Path, *, device: str = "cpu", threads: int | None = None
+) -> OnnxRuntimeEngine | SplitEngine:
+    """Load an ONNX detector whose outputs are ``detections`` and ``num_detections``.
+
+    With ``cuda``, a graph that ends in NMS_OPT_TRT is split before that node, which libnms_opt.so
+    takes over. Where that cannot be, ONNX Runtime runs the whole graph, and a warning says why.
+    The manifest's ``nms`` tells which of them it is.
+
+    Parameters
+    ----------
+    model
+        ONNX file with one image input, float32 or int8 [N, 3, H, W], H and W fixed. An int8 input
+        needs the metadata key `INPUT_SCALE_KEY`.
+    device
+        ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``.
+    threads
+        Threads within one operator; None: one for each CPU the process may use.
+
+    Raises
+    ------
+    EngineError
+        When ONNX Runtime is missing, has no such device, or the model is not such a detector.
+    """
+    if gpu_index(device) is None:
+        return load_whole(model, device=device, threads=threads)
+    from engine.backends.onnxruntime.cuda import load_split
+    from engine.backends.split import UnsplitError
+
+    try:
+        return load_split(model, device=device, threads=threads)
+    except UnsplitError as reason:
+        _LOG.warning(
+            "%s: ONNX Runtime does the postprocessing, many small operators and some of them on "
+            "the CPU, which is slow: %s",
+            model,
+            reason,
+        )
+    return load_whole(model, device=device, threads=threads)
+
+
+def load_whole(
+    model: Path, *, device: str = "cpu", threads: int | None = None
+) -> OnnxRuntimeEngine:
+    """Load a detector as `load` does; ONNX Runtime runs all of it.
+
+    Raises
+    ------
+    EngineError
+        As `load`.
+    """
+    provider = find_provider(model, device)
+    index = gpu_index(device)
+    options = {} if index is None else {"device_id": str(index)}
+    session = open_session(model, model, provider, options, threads)
+    spec, max_batch = input_spec(session, model)
+    _check_outputs(session, model)
+    manifest = describe(model, device, threads, spec, max_batch)
+    if index is not None:
+        manifest["nms"] = "ONNX Runtime"
+    return OnnxRuntimeEngine(spec, max_batch, manifest, session)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeEngine:
+    """A model in ONNX Runtime; see `engine.protocol.Engine`. Made by `load`."""
+
+    input_spec: InputSpec
+    max_batch: int | None
+    manifest: Mapping[str, object]
+    _session: onnxruntime.InferenceSession = field(repr=False)
+
+    def session(self) -> BlockingSession:
+        """Open a session; all sessions share the weights."""
+        spec, fixed = self.input_spec, self.max_batch
+
+        def detect(
+            images: NDArray[np.generic],
+        ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+            count = len(images)
+            if fixed is not None and count < fixed:
+                padding = np.zeros((fixed - count, *spec.shape), images.dtype)
+                images = np.concatenate([images, padding])
+            try:
+                detections, counts = self._session.run(_OUTPUTS, {spec.name: images})
+            except Exception as error:  # ORT's exceptions share no base class but Exception
+                raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
+            return detections[:count], counts[:count]
+
+        return BlockingSession(lambda images: check_batch(images, spec, fixed), detect)
+
+    def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Allocate ordinary memory."""
+        return np.empty(shape, dtype)
+
+
+def _check_outputs(session: onnxruntime.InferenceSession, model: Path) -> None:
+    found: dict[str, Any] = {item.name: item for item in session.get_outputs()}
+    for name, kind, rank in (
+        ("detections", "tensor(float)", 3),
+        ("num_detections", "tensor(int32)", 1),
+    ):
+        if name not in found:
+            raise EngineError(
+                f"{model}: no output {name!r} (it has: {', '.join(found)}); "
+                "export the model with 'export-onnx'"
+            )
+        if found[name].type != kind or len(found[name].shape) != rank:
+            raise EngineError(
+                f"{model}: output {name!r} is {found[name].type} {found[name].shape}; "
+                f"{kind} with {rank} dimension(s) expected"
+            )
+    width = found["detections"].shape[2]
+    if isinstance(width, int) and width != DETECTION_FIELDS:
+        raise EngineError(
+            f"{model}: rows of 'detections' have {width} columns; {DETECTION_FIELDS} expected"
+        )

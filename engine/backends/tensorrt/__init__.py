@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: building an engine file and running it."""

@@ -1,0 +1,381 @@
+"""Build an engine from a detector's ONNX file, and write its manifest beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from engine.backends.tensorrt.log import Verbosity
+from engine.backends.tensorrt.module import (
+    BACKENDS,
+    RTX,
+    import_tensorrt,
+    require_lean_runtime,
+)
+from engine.backends.tensorrt.plan import PlanRequest, build_plan
+from engine.backends.tensorrt.plugins import headers_version, is_registered, load_plugins
+from engine.errors import EngineError
+from engine.manifest import Manifest, plugin_library, save_engine
+from engine.model import load_detector
+from engine.protocol import INPUT_SCALE_KEY, InputSpec
+from engine.support.files import file_sha256
+from graph_surgery.nms_function import OP_TYPE
+from graph_surgery.pattern import find_nms_node
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build. Precision is no option: it is what the ONNX graph says.
+
+    Attributes
+    ----------
+    min_batch, opt_batch, max_batch
+        Optimisation profile of a dynamic batch; `opt_batch` None: the largest.
+    memory_pools
+        Memory pool, as ``workspace`` or ``tactic_shared_memory``, to its limit in bytes.
+    timing_cache
+        File that is read, when it exists, and extended. TensorRT only.
+    optimization_level
+        0 to 5: the time spent on searching; None: TensorRT's default.
+    tf32
+        Allow TF32 for what is float32 in the graph.
+    version_compatible
+        Also run on later releases of the same major version. TensorRT only, with its lean runtime.
+    hardware_compatible
+        Run on every GPU from Ampere on. TensorRT only.
+    strip_plan
+        Leave the weights out of the plan; it must be refitted before it runs. Needs a GPU.
+    refit
+        Keep the plan refittable. Needs a GPU.
+    verbosity
+        Least severe messages to show.
+    layer_info
+        File for the engine inspector's JSON; needs the GPU.
+    plugins
+        Plugin libraries to load first.
+    compute_capabilities
+        Targets of an ahead-of-time build, as ``8.9``; empty: the portable default. TensorRT-RTX
+        only.
+    device
+        GPU to build on. None: the first one for TensorRT, none for TensorRT-RTX.
+
+    Raises
+    ------
+    EngineError
+        For a value out of range.
+    """
+
+    min_batch: int = 1
+    opt_batch: int | None = None
+    max_batch: int = 64
+    memory_pools: Mapping[str, int] = field(default_factory=dict)
+    timing_cache: Path | None = None
+    optimization_level: int | None = None
+    tf32: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strip_plan: bool = False
+    refit: bool = False
+    verbosity: Verbosity = "warning"
+    layer_info: Path | None = None
+    plugins: tuple[Path, ...] = ()
+    compute_capabilities: tuple[str, ...] = ()
+    device: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_batch <= self.best_batch <= self.max_batch:
+            raise EngineError(
+                f"--min-batch {self.min_batch}, --opt-batch {self.best_batch}, --max-batch "
+                f"{self.max_batch}: 1 <= min <= opt <= max expected"
+            )
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise EngineError(f"--optimization-level {self.optimization_level}: 0 to 5 expected")
+        if self.device is not None and self.compute_capabilities:
+            raise EngineError("give --device or --compute-capability, not both")
+
+    @property
+    def best_batch(self) -> int:
+        """`opt_batch`, or what stands for it."""
+        return self.max_batch if self.opt_batch is None else self.opt_batch
+
+
+_ONLY = {
+    "timing_cache": "tensorrt",
+    "version_compatible": "tensorrt",
+    "hardware_compatible": "tensorrt",
+    "compute_capabilities": RTX,
+}
+"""Options that only one backend has."""
+
+_NEED_GPU = ("strip_plan", "refit", "layer_info")
+"""Options that TensorRT-RTX cannot serve without a GPU."""
+
+_IN_OTHER_LINES = {
+    *("min_batch", "opt_batch", "max_batch", "plugins", "compute_capabilities"),
+    *("verbosity", "layer_info"),
+}
+"""Options that have a line of their own in the manifest, or leave the engine as it is."""
+
+
+def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Manifest:
+    """Build an engine file and the manifest beside it.
+
+    Parameters
+    ----------
+    model
+        ONNX detector with an NMS_OPT_TRT node; strongly typed, with its Q/DQ nodes.
+    backend
+        ``tensorrt`` or ``tensorrt-rtx``. TensorRT builds on the GPU it builds for, TensorRT-RTX
+        also without one.
+    output
+        Engine file to write.
+    options
+        How to build.
+
+    Raises
+    ------
+    EngineError
+        When the backend is not installed or lacks an option, the model is no such detector, a
+        plugin library is unusable, or the build fails.
+    """
+    if backend not in BACKENDS:
+        raise EngineError(
+            f"no engine can be built for {backend!r}; choose one of: {', '.join(BACKENDS)}"
+        )
+    _check_options(backend, options)
+    for file in (output, options.layer_info):
+        if file is not None and not file.parent.is_dir():
+            raise EngineError(f"{file.parent}: no such folder to write {file.name} to")
+    detector = read_detector(model)
+    trt = import_tensorrt(backend)
+    gpu = None
+    if backend != RTX or options.device is not None:
+        from engine.backends.cuda import use_gpu
+
+        gpu = use_gpu(options.device or 0)
+    if options.timing_cache is not None:
+        try:
+            options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngineError(
+                f"{options.timing_cache.parent}: cannot make the folder ({error.strerror})"
+            ) from error
+    if options.version_compatible:
+        require_lean_runtime(trt)
+    load_plugins(trt, options.plugins)
+    _require_plugin(trt, model, detector)
+    request = PlanRequest(
+        model=model,
+        input_name=detector.spec.name,
+        shapes=_shapes(detector.spec, options),
+        config=_config(trt, backend, options),
+        memory_pools=options.memory_pools,
+        tf32=options.tf32,
+        timing_cache=options.timing_cache,
+        verbosity=options.verbosity,
+    )
+    start = time.monotonic()
+    plan = build_plan(trt, backend, request)
+    seconds = time.monotonic() - start
+    if options.layer_info is not None:
+        from engine.backends.tensorrt.engine import write_layer_info
+
+        write_layer_info(trt, plan, options.layer_info)
+    manifest = Manifest(
+        backend=backend,
+        version=str(trt.__version__),
+        gpu=gpu.name if gpu else None,
+        compute_capabilities=(gpu.compute_capability,) if gpu else options.compute_capabilities,
+        model=model.name,
+        onnx_sha256=file_sha256(model),
+        plugins=tuple(
+            plugin_library(output, library, headers_version(library)) for library in options.plugins
+        ),
+        metadata=detector.metadata,
+        engine_sha256=hashlib.sha256(plan).hexdigest(),
+        engine_bytes=len(plan),
+        input=detector.spec,
+        min_batch=options.min_batch,
+        opt_batch=options.best_batch,
+        max_batch=options.max_batch,
+        options=_set_options(options),
+        seconds=round(seconds, 3),
+    )
+    save_engine(output, plan, manifest)
+    return manifest
+
+
+@dataclass(frozen=True)
+class Detector:
+    """What the builder needs to know of an ONNX file.
+
+    Attributes
+    ----------
+    spec
+        Its image input.
+    metadata
+        Its metadata properties.
+    plugin_version, plugin_namespace
+        The plugin that its NMS_OPT_TRT node asks for.
+    """
+
+    spec: InputSpec
+    metadata: Mapping[str, str]
+    plugin_version: str
+    plugin_namespace: str
+
+
+def read_detector(path: Path) -> Detector:
+    """Read what the builder needs to know of an ONNX file.
+
+    Raises
+    ------
+    EngineError
+        When it is no ONNX file, has no NMS_OPT_TRT node, other outputs than that node's, or not
+        one image input with a dynamic batch, float32 or int8 with its scale in the metadata.
+    """
+    model = load_detector(path)
+    node = find_nms_node(model)
+    if node is None:
+        raise EngineError(f"{path}: no {OP_TYPE} node; run 'graph-surgery nms' on it first")
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    outputs = [value.name for value in model.graph.output]
+    if outputs != list(node.output):
+        raise EngineError(
+            f"{path}: outputs {', '.join(outputs)}; those of {OP_TYPE} ({', '.join(node.output)}) "
+            "and no others expected"
+        )
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return Detector(
+        image_input(path, model, metadata),
+        metadata,
+        attributes.get("plugin_version", b"1").decode(),
+        attributes.get("plugin_namespace", b"").decode(),
+    )
+
+
+def image_input(path: Path, model: onnx.ModelProto, metadata: Mapping[str, str]) -> InputSpec:
+    """Read the image input of a model from the file `path`, which is to be named in messages.
+
+    Raises
+    ------
+    EngineError
+        When it has not one image input with a dynamic batch, float32 or int8 with its scale in
+        the metadata.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs)
+        raise EngineError(f"{path}: one image input expected, found {len(inputs)}: {names}")
+    name, tensor = inputs[0].name, inputs[0].type.tensor_type
+    kinds: dict[int, Literal["float32", "int8"]] = {
+        onnx.TensorProto.FLOAT: "float32",
+        onnx.TensorProto.INT8: "int8",
+    }
+    kind = kinds.get(tensor.elem_type)
+    if kind is None:
+        found = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        raise EngineError(f"{path}: input {name!r} is {found}; float32 or int8 expected")
+    batch, *sizes = tensor.shape.dim or [None]
+    if len(sizes) != 3 or sizes[0].dim_value != 3 or not all(size.dim_value for size in sizes):
+        raise EngineError(f"{path}: input {name!r} is not [N, 3, H, W] with fixed H and W")
+    if batch.dim_value:
+        raise EngineError(
+            f"{path}: the batch of input {name!r} is fixed at {batch.dim_value}; export the model "
+            "with a dynamic batch"
+        )
+    scale = None
+    if kind == "int8":
+        try:
+            scale = float(metadata[INPUT_SCALE_KEY])
+        except (KeyError, ValueError) as error:
+            raise EngineError(
+                f"{path}: an int8 input without a number as metadata {INPUT_SCALE_KEY!r}; quantise "
+                "the model with 'engine quantize', which writes it"
+            ) from error
+    channels, height, width = (int(size.dim_value) for size in sizes)
+    return InputSpec(name, (channels, height, width), kind, scale)
+
+
+def _check_options(backend: str, options: BuildOptions) -> None:
+    for name, owner in _ONLY.items():
+        if getattr(options, name) and backend != owner:
+            instead = {
+                "hardware_compatible": "; give --compute-capability instead",
+                "compute_capabilities": "; it builds for the GPU it runs on",
+            }.get(name, "")
+            raise EngineError(f"{backend} has no option {_typed(name)}{instead}")
+    if backend == RTX and options.device is None:
+        for name in _NEED_GPU:
+            if getattr(options, name):
+                raise EngineError(
+                    f"{backend} needs a GPU for the option {_typed(name)}; name it with --device"
+                )
+
+
+def _typed(name: str) -> str:
+    """Return an option as the user types it."""
+    return "--" + name.replace("_", "-").replace("capabilities", "capability")
+
+
+def _require_plugin(trt: Any, model: Path, detector: Detector) -> None:
+    if not is_registered(trt, OP_TYPE, detector.plugin_version, detector.plugin_namespace):
+        raise EngineError(
+            f"{model}: the plugin {OP_TYPE} (version {detector.plugin_version}) is not registered; "
+            "give the library that 'build-plugin' makes: --plugin libnmsoptplugin.so"
+        )
+
+
+def _shapes(
+    spec: InputSpec, options: BuildOptions
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    return (
+        (options.min_batch, *spec.shape),
+        (options.best_batch, *spec.shape),
+        (options.max_batch, *spec.shape),
+    )
+
+
+def _config(trt: Any, backend: str, options: BuildOptions) -> dict[str, Any]:
+    """Translate options into arguments of Polygraphy's CreateConfig."""
+    config: dict[str, Any] = {
+        "refittable": options.refit,
+        "strip_plan": options.strip_plan,
+        "builder_optimization_level": options.optimization_level,
+    }
+    if backend == RTX:
+        config["use_gpu"] = options.device is not None
+        config["compute_capabilities"] = [_capability(trt, c) for c in options.compute_capabilities]
+        return config
+    config["version_compatible"] = options.version_compatible
+    if options.hardware_compatible:
+        config["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.timing_cache is not None:
+        config["load_timing_cache"] = str(options.timing_cache)
+    return config
+
+
+def _capability(rtx: Any, text: str) -> tuple[int, int]:
+    known = [name for name in rtx.ComputeCapability.__members__ if name.startswith("SM")]
+    if f"SM{text.replace('.', '')}" not in known or text.count(".") != 1:
+        names = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known)
+        raise EngineError(f"TensorRT-RTX cannot build for {text!r}; choose from: {names}")
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def _set_options(options: BuildOptions) -> dict[str, object]:
+    """Return the options that differ from their defaults and have no line of their own."""
+    values: dict[str, object] = {}
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if item.name not in _IN_OTHER_LINES and value not in (None, False, {}):
+            values[item.name] = str(value) if isinstance(value, Path) else value
+    return values

@@ -1,0 +1,82 @@
+"""What a model file holds, for a server that serves it and for the clients of that server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.backends.tensorrt.build import image_input
+from engine.errors import EngineError
+from engine.manifest import Manifest, load_manifest
+from engine.model import load_detector
+from engine.protocol import DETECTION_FIELDS, InputSpec
+from engine.support.files import file_sha256
+
+DETECTIONS, NUM_DETECTIONS = "detections", "num_detections"
+"""Names of the outputs."""
+
+_KEEP_TOP_K = 200
+"""Detections of an image, the benchmark's; the manifest of an engine does not repeat them."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A detector in a file.
+
+    Attributes
+    ----------
+    path
+        The file.
+    backend
+        Engine that loads it: ``onnxruntime``, or what the manifest beside an engine file says.
+    onnx_sha256
+        Content of the ONNX file that it is or was built from.
+    input
+        Image tensor that it takes.
+    keep_top_k
+        Rows of ``detections`` for each image.
+    manifest
+        Manifest beside an engine file; None for an ONNX file.
+    """
+
+    path: Path
+    backend: str
+    onnx_sha256: str
+    input: InputSpec
+    keep_top_k: int
+    manifest: Manifest | None
+
+    def identity(self) -> Mapping[str, str]:
+        """What servers and clients of one model agree on, as texts."""
+        scale = {} if self.input.scale is None else {"input_scale": repr(self.input.scale)}
+        return {"onnx_sha256": self.onnx_sha256, **scale}
+
+
+def served_model(path: Path) -> ServedModel:
+    """Describe an ONNX detector with a dynamic batch, or an engine with its manifest.
+
+    Raises
+    ------
+    EngineError
+        When it is neither, or damaged.
+    """
+    if path.suffix != ".onnx":
+        manifest = load_manifest(path)
+        return ServedModel(
+            path, manifest.backend, manifest.onnx_sha256, manifest.input, _KEEP_TOP_K, manifest
+        )
+    model = load_detector(path)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    sizes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in model.graph.output
+    }
+    match sizes.get(DETECTIONS), sizes.get(NUM_DETECTIONS):
+        case [_, int(keep_top_k), int(fields)], [_] if keep_top_k and fields == DETECTION_FIELDS:
+            spec = image_input(path, model, metadata)
+            return ServedModel(path, "onnxruntime", file_sha256(path), spec, keep_top_k, None)
+    raise EngineError(
+        f"{path}: no outputs {DETECTIONS} [N, keepTopK, {DETECTION_FIELDS}] and {NUM_DETECTIONS} "
+        "[N]; export the model with 'export-onnx'"
+    )

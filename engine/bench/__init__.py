@@ -1,0 +1,1 @@
+"""Measurements of engines: ``python -m engine.bench NAME``."""

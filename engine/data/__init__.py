@@ -1,0 +1,1 @@
+"""Images on disk, COCO annotations, and which detections are the same."""

@@ -1,0 +1,75 @@
+"""One preprocessed image as a .npy file.
+
+Every file of a set has the same header, so it is written and checked as bytes, and an image is
+read straight into its place in a batch.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.protocol import InputSpec
+from engine.support.files import write_atomically
+
+
+@lru_cache(maxsize=2)
+def _header(spec: InputSpec) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream,
+        {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(spec.dtype)),
+            "fortran_order": False,
+            "shape": spec.shape,
+        },
+    )
+    return stream.getvalue()
+
+
+def npy_path(directory: Path, name: str) -> Path:
+    """Where the image of this file name lies in a set."""
+    return directory / f"{name}.npy"
+
+
+def npy_bytes(spec: InputSpec) -> int:
+    """Size of the file of an image of this spec."""
+    return len(_header(spec)) + int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
+
+
+def has_npy_size(path: Path, spec: InputSpec) -> bool:
+    """Tell whether a file exists and is as long as an image of this spec; a quick check."""
+    try:
+        return path.stat().st_size == npy_bytes(spec)
+    except OSError:
+        return False
+
+
+def is_npy(path: Path, spec: InputSpec) -> bool:
+    """Tell whether a file exists and holds, by header and size, an image of this spec."""
+    if not has_npy_size(path, spec):
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_header(spec))) == _header(spec)
+
+
+def write_npy(path: Path, image: NDArray[np.generic], spec: InputSpec) -> None:
+    """Write a C-contiguous image of the spec's shape and dtype."""
+    write_atomically(path, _header(spec), image.data.cast("B"))
+
+
+def read_npy(path: Path, spec: InputSpec, out: NDArray[np.generic]) -> bool:
+    """Read an image into `out`, a C-contiguous array of the spec's shape and dtype.
+
+    Returns
+    -------
+    bool
+        False when the file holds anything else; `out` is undefined then.
+    """
+    header = _header(spec)
+    with path.open("rb", buffering=0) as file:
+        return file.read(len(header)) == header and file.readinto(out.data.cast("B")) == out.nbytes

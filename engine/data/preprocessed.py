@@ -1,0 +1,222 @@
+"""Preprocessed sets: a folder of .npy images with a manifest, made by `harness preprocess`.
+
+The manifest's image list is the truth about sample indices. A bad image that the user chose to
+skip is not in it, so later images have a lower index than their line in the map: look images up
+by name through ``PreprocessedSet.files``, never by position in the map.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.data.npy import has_npy_size, npy_path, read_npy
+from engine.errors import EngineError
+from engine.protocol import InputSpec
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
+MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
+"""Stands in the folder instead of the manifest as long as the set is unfinished."""
+
+MEAN = (0.485, 0.456, 0.406)
+"""RGB mean of the ImageNet normalisation, for values in [0, 1] (MLPerf reference dataset.py)."""
+STD = (0.229, 0.224, 0.225)
+"""RGB standard deviation that goes with `MEAN`."""
+PIXEL_RANGE = max(max(mean, 1 - mean) / std for mean, std in zip(MEAN, STD, strict=True))
+"""Largest magnitude that a pixel, 0 to 255, has once normalised; resizing stays within."""
+INTERPOLATION = "bilinear on float32"
+
+_FORMATS = {"float32": "fp32", "int8": "int8_linear"}
+"""Names of the command line, by dtype."""
+
+
+@dataclass(frozen=True)
+class PreprocessedSet:
+    """A complete set of preprocessed images.
+
+    Attributes
+    ----------
+    directory
+        Folder of the .npy files and the manifest.
+    files
+        Image file names; the position is the sample index.
+    spec
+        The input that the images were made for.
+    manifest
+        Content of the manifest file.
+    """
+
+    directory: Path
+    files: tuple[str, ...]
+    spec: InputSpec
+    manifest: Mapping[str, Any]
+
+    def load(self, indices: Sequence[int]) -> NDArray[np.generic]:
+        """Read images.
+
+        Parameters
+        ----------
+        indices
+            Sample indices, 0 <= index < len(files).
+
+        Returns
+        -------
+        ndarray
+            [len(indices), channels, height, width] of the spec's dtype, C-contiguous.
+
+        Raises
+        ------
+        EngineError
+            A file is missing, cut short or holds another shape or dtype.
+        """
+        batch = np.empty((len(indices), *self.spec.shape), self.spec.dtype)
+        self.read_into(batch, indices)
+        return batch
+
+    def read_into(self, batch: NDArray[np.generic], indices: Sequence[int]) -> None:
+        """Read images, as `load`, into memory that is there: C-contiguous, of that shape."""
+        for image, index in zip(batch, indices, strict=True):
+            path = npy_path(self.directory, self.files[index])
+            try:
+                intact = read_npy(path, self.spec, image)
+            except OSError as error:
+                raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+            if not intact:
+                raise EngineError(
+                    f"{path} is damaged or holds no {self.spec.dtype} {list(self.spec.shape)}; "
+                    "run `harness preprocess` again"
+                )
+
+
+def load_preprocessed(directory: Path, spec: InputSpec) -> PreprocessedSet:
+    """Open a set that `harness preprocess` made, and check it against an engine's input.
+
+    Parameters
+    ----------
+    directory
+        Folder of the set.
+    spec
+        The engine's input.
+
+    Returns
+    -------
+    PreprocessedSet
+        The set.
+
+    Raises
+    ------
+    EngineError
+        No complete set in `directory`; image size, dtype, scale or normalisation differ (names
+        both values); .npy files missing or of the wrong size.
+    """
+    wanted = transform_settings(spec)
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        names = tuple(entry["file"] for entry in manifest["images"])
+    except FileNotFoundError:
+        unfinished = (directory / JOURNAL).exists()
+        state = "is unfinished" if unfinished else "holds no preprocessed images"
+        raise EngineError(
+            f"{directory} {state}; run `harness preprocess MODEL --dataset NAME` first"
+        ) from None
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{path} is damaged; run `harness preprocess` again") from error
+    for key, value in wanted.items():
+        if manifest.get(key) != value:
+            raise EngineError(
+                f"{directory} was preprocessed with {key} {manifest.get(key)}, the engine takes "
+                f"{value}; run `harness preprocess MODEL --formats {_FORMATS[spec.dtype]}`"
+            )
+    broken = [name for name in names if not has_npy_size(npy_path(directory, name), spec)]
+    if broken:
+        raise EngineError(
+            f"{directory}: {len(broken)} of {len(names)} preprocessed files are missing or have a "
+            f"wrong size, the first is {broken[0]}.npy; run `harness preprocess` again"
+        )
+    return PreprocessedSet(directory, names, spec, manifest)
+
+
+def transform_settings(spec: InputSpec) -> dict[str, Any]:
+    """Everything that a .npy depends on besides its source image, JSON-serialisable.
+
+    Raises
+    ------
+    EngineError
+        No image can be made for this spec: not three channels, an INT8 input without a positive
+        scale, a float32 input with one.
+    """
+    if spec.shape[0] != 3:
+        raise EngineError(f"input {spec.name} takes {spec.shape[0]} channels; images have 3")
+    if spec.dtype == "int8" and not (spec.scale is not None and 0 < spec.scale < np.inf):
+        raise EngineError(f"INT8 input {spec.name} needs a positive scale, not {spec.scale}")
+    if spec.dtype == "float32" and spec.scale is not None:
+        raise EngineError(f"float32 input {spec.name} takes no scale, but has {spec.scale}")
+    return {
+        "format": 1,
+        "image_size": list(spec.shape[1:]),
+        "dtype": spec.dtype,
+        # graphs store scales as float32; compare what both sides can represent
+        "scale": None if spec.scale is None else float(np.float32(spec.scale)),
+        "mean": list(MEAN),
+        "std": list(STD),
+        "interpolation": INTERPOLATION,
+    }
+
+
+def quantize_images(images: NDArray[np.float32], spec: InputSpec) -> NDArray[np.generic]:
+    """Turn normalised images into what an input takes.
+
+    Parameters
+    ----------
+    images
+        float32 [..., *spec.shape].
+    spec
+        The input; int8: images / scale, rounded half to even, clipped to [-127, 127].
+    """
+    if spec.scale is None:
+        return images
+    steps: NDArray[np.float32] = np.clip(np.rint(images / np.float32(spec.scale)), -127, 127)
+    return steps.astype(np.int8)
+
+
+def preprocessing_sha256(shape: tuple[int, int, int]) -> str:
+    """Hash of what normalised images of this (channels, height, width) are."""
+    settings = transform_settings(InputSpec("image", shape, "float32"))
+    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def images_sha256(images: PreprocessedSet, count: int) -> str:
+    """Hash of the names and the values of the first `count` images, in their order."""
+    digest = sha256()
+    for index, name in enumerate(images.files[:count]):
+        hash_images(digest, [name], images.load([index]))
+    return digest.hexdigest()
+
+
+def hash_images(digest: Hash, names: Sequence[str], images: NDArray[np.generic]) -> None:
+    """Add images, C-contiguous, to the hash of a set; see `images_sha256`."""
+    for name, image in zip(names, images, strict=True):
+        digest.update(f"{name}\n".encode())
+        digest.update(image.data.cast("B"))
+
+
+def is_flat(image: NDArray[np.float32]) -> bool:
+    """Tell whether an image, float32 [3, H, W] and normalised, is one colour and little more.
+
+    Every channel stays within 8 of the 255 levels, which are too few for the edges of an object.
+    """
+    spread = np.ptp(image, axis=(1, 2)) * np.array(STD, np.float32)
+    return bool((spread <= 8 / 255).all())

@@ -1,0 +1,19 @@
+"""The room's errors."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """A user-visible failure of an engine: what was wrong, where, what to do. One line."""
+
+
+def one_line(error: object) -> str:
+    """Return what an exception says, in one line."""
+    return " ".join(str(error).split())
+
+
+class SessionLostError(EngineError):
+    """A session cannot go on, as when its server or GPU is gone; other sessions may.
+
+    Its batches in flight are not done.
+    """

@@ -1,0 +1,117 @@
+"""The network of a detector, from image to heads: cutting it out, hashing and running it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from engine.backends.onnxruntime.session import refusal
+from engine.errors import EngineError, one_line
+from engine.quantization.placement import Placement
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def network_sha256(model: onnx.ModelProto, placement: Placement) -> str:
+    """Hash of the nodes and weights between image and heads.
+
+    Neither metadata nor what follows the heads counts, nor in which form the file stores weights.
+    """
+    digest = sha256()
+    part = heads_model(model, placement)
+    for node in part.graph.node:
+        attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
+        digest.update(repr((node.op_type, node.input, node.output, attributes)).encode())
+    for tensor in sorted(part.graph.initializer, key=lambda tensor: tensor.name):
+        value = onnx.numpy_helper.to_array(tensor)
+        digest.update(repr((tensor.name, value.dtype.str, value.shape)).encode())
+        digest.update(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
+    return digest.hexdigest()
+
+
+def heads_model(
+    model: onnx.ModelProto, placement: Placement, tensors: Sequence[str] = ()
+) -> onnx.ModelProto:
+    """Cut a detector off behind its heads.
+
+    Parameters
+    ----------
+    tensors
+        Outputs of the result; none: the heads.
+    """
+    extractor = onnx.utils.Extractor(model)
+    outputs = tensors or placement.heads
+    for name in outputs:  # ONNX Runtime infers what the file does not say
+        extractor.value_infos.setdefault(name, onnx.ValueInfoProto(name=name))
+    part: onnx.ModelProto = extractor.extract_model([placement.image], list(outputs))
+    return part
+
+
+def open_session(
+    model: onnx.ModelProto, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Run a model in ONNX Runtime.
+
+    Parameters
+    ----------
+    threads
+        Threads of one run; None: one for each CPU of this process.
+
+    Raises
+    ------
+    EngineError
+        When ONNX Runtime refuses the model.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.log_severity_level = 3
+    # large outputs that live longer than a run fragment an arena, which never gives back
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    try:
+        return ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ORT's exceptions share no base class but Exception
+        raise EngineError(refusal(error)) from error
+
+
+def run(
+    session: onnxruntime.InferenceSession,
+    outputs: Sequence[str],
+    image: str,
+    batch: NDArray[np.generic],
+    where: str,
+) -> list[NDArray[np.float32]]:
+    """Run a session on a batch.
+
+    Parameters
+    ----------
+    outputs
+        Names of the tensors to return.
+    image
+        Name of the input.
+    batch
+        What it takes.
+    where
+        The first image of the batch, for a message.
+
+    Raises
+    ------
+    EngineError
+        When ONNX Runtime fails.
+    """
+    try:
+        found: list[NDArray[np.float32]] = session.run(list(outputs), {image: batch})
+    except Exception as error:  # ORT's exceptions share no base class but Exception
+        raise EngineError(f"ONNX Runtime failed on {where}: {one_line(error)}") from error
+    return found

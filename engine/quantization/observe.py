@@ -1,0 +1,172 @@
+"""The one pass over the calibration images: all that calibration learns from them.
+
+Images stream through ONNX Runtime a batch at a time; of the activations only histograms and largest
+values stay, so that what is kept does not grow with the number of images. A further method of
+calibration takes what it needs here, not by a pass of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from engine.data.preprocessed import PreprocessedSet, hash_images, is_flat
+from engine.errors import EngineError
+from engine.quantization.histogram import Histogram, magnitude
+from engine.quantization.network import heads_model, open_session, run
+from engine.quantization.placement import Placement
+from graph_surgery.nms_function import DOMAIN
+
+Progress = Callable[[int, int], None]
+"""Called with the images done and the images in all."""
+
+_SMALL = 640 * 640
+"""Up to so many pixels two batches are looked at side by side; memory holds what both activate."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What was seen on the images.
+
+    Attributes
+    ----------
+    images
+        Number of images.
+    images_sha256
+        Hash of what was read, as `engine.data.preprocessed.images_sha256`.
+    empty
+        Images that are flat, or in which the detector finds nothing.
+    brightest
+        Largest magnitude of the images.
+    histograms
+        Of every quantised activation but the image.
+    largest
+        Largest magnitude of every tensor of `Placement.floats`.
+    """
+
+    images: int
+    images_sha256: str
+    empty: int
+    brightest: float
+    histograms: Mapping[str, Histogram]
+    largest: Mapping[str, float]
+
+
+def observe(
+    network: onnx.ModelProto,
+    placement: Placement,
+    images: PreprocessedSet,
+    count: int,
+    *,
+    batch: int,
+    progress: Progress | None,
+) -> Observations:
+    """Run a surgered FP32 detector on the first `count` images, each read once.
+
+    Raises
+    ------
+    EngineError
+        When an image cannot be read, a value is NaN or infinite, or ONNX Runtime fails.
+    """
+    at_once = 2 if batch * math.prod(placement.shape[1:]) <= _SMALL else 1
+    pass_ = _Pass(network, placement, at_once)
+    digest, empty = sha256(), 0
+    waiting: deque[tuple[int, Future[int]]] = deque()
+    with ThreadPoolExecutor(at_once) as pool, pass_.counting:
+        for start in range(0, count, batch):
+            files = images.files[start : min(start + batch, count)]
+            pixels = images.load(range(start, start + len(files))).astype(np.float32, copy=False)
+            hash_images(digest, files, pixels)
+            waiting.append((start + len(files), pool.submit(pass_.look, files, pixels)))
+            while len(waiting) > (at_once if start + len(files) < count else 0):
+                done, task = waiting.popleft()
+                empty += task.result()
+                if progress is not None:
+                    progress(done, count)
+    return Observations(
+        *(count, digest.hexdigest(), empty),
+        *(pass_.brightest, pass_.histograms, pass_.largest),
+    )
+
+
+class _Pass:
+    """What batches are looked at with, `at_once` of them in threads of their own.
+
+    While one waits for its values to be counted, another runs, so that no CPU waits; ONNX Runtime's
+    threads would wait by spinning, at the cost of those that count.
+    """
+
+    def __init__(self, network: onnx.ModelProto, placement: Placement, at_once: int) -> None:
+        cpus = len(os.sched_getaffinity(0))
+        tensors = [name for name in placement.tensors if name != placement.image]
+        self.histograms = {name: Histogram() for name in tensors}
+        self.largest = dict.fromkeys(placement.floats, 0.0)
+        self.brightest = 0.0
+        self.counting = ThreadPoolExecutor(cpus)
+        self._names = list(dict.fromkeys([*tensors, *placement.floats, *placement.heads]))
+        self._locks = {name: Lock() for name in (placement.image, *self._names)}
+        model = heads_model(network, placement, self._names)
+        self._session = open_session(model, max(1, cpus // at_once))
+        (node,) = (node for node in network.graph.node if node.domain == DOMAIN)
+        self._nms = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        self._image, self._heads = placement.image, placement.heads
+
+    def look(self, files: Sequence[str], pixels: NDArray[np.float32]) -> int:
+        """Count the values of a batch; how many of its images show nothing."""
+        found = run(self._session, self._names, self._image, pixels, files[0])
+        values = {self._image: pixels, **dict(zip(self._names, found, strict=True))}
+        tasks = {name: self.counting.submit(self._add, name, v) for name, v in values.items()}
+        for name, task in tasks.items():
+            try:
+                task.result()
+            except ValueError as error:
+                raise EngineError(f"tensor {name!r}: {error}, for {', '.join(files)}") from error
+        return sum(
+            is_flat(image) or not _finds([values[head][index] for head in self._heads], self._nms)
+            for index, image in enumerate(pixels)
+        )
+
+    def _add(self, name: str, values: NDArray[np.float32]) -> None:
+        with self._locks[name]:
+            histogram = self.histograms.get(name)
+            if histogram is not None:
+                histogram.add(values)
+            top = magnitude(values) if histogram is None else histogram.largest
+            if name == self._image:
+                self.brightest = max(self.brightest, top)
+            if name in self.largest:
+                self.largest[name] = max(self.largest[name], top)
+
+
+def _finds(heads: Sequence[NDArray[np.float32]], nms: Mapping[str, Any]) -> bool:
+    """Tell whether any score of one image is above the threshold of its NMS_OPT_TRT.
+
+    Parameters
+    ----------
+    heads
+        Its loc, then its conf tensors [C * anchors, height, width].
+    nms
+        Attributes of the node.
+    """
+    classes = [c for c in range(nms["numClasses"]) if c != nms["backgroundLabelId"]]
+    for head in heads[len(heads) // 2 :]:
+        logits = head.astype(np.float32, copy=False).reshape(nms["numClasses"], -1)
+        if nms["confSigmoid"]:
+            scores = 0.5 + 0.5 * np.tanh(0.5 * logits[classes])
+        else:
+            power = np.exp(logits - logits.max(axis=0))
+            scores = power[classes] / power.sum(axis=0)
+        if (scores > nms["confidenceThreshold"]).any():
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Measurements of the harness: ``python -m harness.bench NAME``."""

@@ -1,0 +1,191 @@
+"""The commands behind the make targets: ``harness make`` and ``harness tune``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.load import BACKENDS
+from engine.support.leaving import leave_in_order
+from harness.cli.options import Backend, BuildDir
+from harness.command import leave
+from harness.errors import HarnessError, RunFailedError
+from harness.loadgen.settings import MODEL, MODES, SCENARIOS
+from harness.make.system_config import VERSIONS
+
+_Weights = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="WEIGHTS",
+        help="Checkpoint of ssd-resnet34, or its .onnx.",
+        show_default="models/ssd-resnet34/resnet34-ssd1200.pytorch in the build folder",
+    ),
+]
+_Batches = Annotated[int, typer.Option("--max-batch", min=1, help="Largest batch to try.")]
+
+
+def make_command(
+    context: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="One of: preprocess_data, calibrate, generate_engines, run_harness, run, onnx."
+        ),
+    ],
+    *,
+    benchmarks: Annotated[
+        str, typer.Option(help="Comma-separated, of: ssd-resnet34 (COCO), ssd-resnet34-demo.")
+    ] = MODEL,
+    scenarios: Annotated[
+        str, typer.Option(help=f"Comma-separated, of: {', '.join(SCENARIOS)}.")
+    ] = "Offline",
+    test_mode: Annotated[
+        str, typer.Option("--test_mode", help=f"Comma-separated, of: {', '.join(MODES)}.")
+    ] = "PerformanceOnly",
+    config_ver: Annotated[
+        str, typer.Option("--config_ver", help=f"One of: {', '.join(VERSIONS)}.")
+    ] = VERSIONS[0],
+    system: Annotated[
+        str | None,
+        typer.Option(help="Name of a file in configs/.", show_default="this machine's"),
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Run for 60 s: a trial.")] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of the GPUs to use together, as 0,1.",
+            show_default="of the system configuration",
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of each Triton server, comma-separated.",
+            show_default="of the system configuration, or one is started",
+        ),
+    ] = None,
+    streams: Annotated[
+        int | None,
+        typer.Option(
+            help="Sessions side by side on each device.",
+            show_default="of the system configuration",
+        ),
+    ] = None,
+    weights: _Weights = None,
+    build_dir: BuildDir = Path("build"),
+) -> None:
+    """Do what the make target TARGET stands for, from the weights on.
+
+    Each artefact is used again as long as everything that it was made from, and it itself, has the
+    recorded SHA-256; else it is rebuilt, and a line says why. `run` is generate_engines and
+    run_harness.
+    """
+    if context.args:
+        known = [name for option in context.command.params for name in option.opts]
+        raise HarnessError(
+            f"unknown argument {context.args[0]!r}; the arguments are: "
+            f"{', '.join(name for name in known if name.startswith('-'))}"
+        )
+    from harness.lock import locked
+    from harness.make.arguments import choice, run_args
+    from harness.make.route import route_of
+    from harness.make.targets import TARGETS
+
+    make = TARGETS[choice(target, tuple(TARGETS), "target")]
+    arguments = run_args(
+        benchmarks=benchmarks,
+        scenarios=scenarios,
+        test_mode=test_mode,
+        config_ver=config_ver,
+        system=system,
+        fast=fast,
+        devices=devices,
+        url=url,
+        streams=streams,
+    )
+    leave_in_order()
+    with locked(build_dir), _one_line():
+        make(
+            [route_of(name, weights, build_dir, typer.echo) for name in arguments.benchmarks],
+            arguments,
+        )
+
+
+def tune_command(
+    *,
+    benchmark: Annotated[str, typer.Option(help="ssd-resnet34 or ssd-resnet34-demo.")] = MODEL,
+    engine: Backend = BACKENDS[0],
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    max_batch: _Batches = 64,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            help="Least length of a trial. Server's have 1,000 queries at least; a rate that needs "
+            "over 120 s for them is not tried.",
+        ),
+    ] = 10.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="File to write into.", show_default="configs/<machine>.toml"
+        ),
+    ] = None,
+    weights: _Weights = None,
+    build_dir: BuildDir = Path("build"),
+) -> None:
+    """Measure the best settings of this machine, and put them into its system configuration.
+
+    The rest of that file, such as other versions and scenarios, stays as it is.
+
+    Offline: the batch, the threads (on a CPU) and the streams of the highest throughput. Server:
+    the highest arrival rate that LoadGen calls VALID, by bisection.
+    """
+    from engine.backends.cuda import gpu_index
+    from harness.lock import locked
+    from harness.make.arguments import choice
+    from harness.make.route import DATASETS, route_of
+    from harness.make.tune import Tuning, config_path, put, read_config, tune, write_config
+
+    benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
+    engine = choice(engine, BACKENDS, "engine")
+    if engine == "triton":
+        raise HarnessError("tune measures this machine; name the engine that the server runs")
+    if device != "cpu" and gpu_index(device) is None:
+        raise HarnessError(f"unknown device {device!r}; choose of: cpu, cuda, cuda:N")
+    tuning = Tuning(engine, device, max_batch, seconds)
+    path = output or config_path(benchmark, device)
+    if not path.parent.is_dir():
+        raise HarnessError(f"{path.parent}: no such folder to write {path.name} to")
+    with _one_line():
+        read_config(path, benchmark, device)  # what is wrong with it shows before the trials
+    leave_in_order()
+    with locked(build_dir), _one_line():
+        try:
+            found = tune(route_of(benchmark, weights, build_dir, typer.echo), tuning)
+        except RunFailedError as error:
+            leave(error)
+        document = read_config(path, benchmark, device)  # as it is now
+    put(document, tuning, found)
+    write_config(path, document.as_string())
+    typer.echo(f"wrote {path}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    rest = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command("make", context_settings=rest)(make_command)
+    app.command("tune")(tune_command)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Make a user error of a file that cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise HarnessError(f"{error.filename}: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""Data sets: which images, and preprocessing them."""

@@ -1,0 +1,173 @@
+"""Which images, in which order: map files, and where the images of a data set lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.data.coco import load_annotations, positions_by_name
+from engine.protocol import InputSpec
+from harness.errors import HarnessError
+
+MAPS = Path("data_maps")
+"""Folder of the map files, one folder per data set; relative to where the commands run."""
+
+_COCO_FOLDERS = {"val": "val2017", "cal": "train2017"}
+_BENCHMARK_SIZE = 1200
+_DEMO_SIZE = 400
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a data set.
+
+    Attributes
+    ----------
+    name
+        ``<data set>-<split>``, for instance ``coco-val``.
+    image_dir
+        Folder that holds the images of the map.
+    map_file
+        One file name per line; the line order is the sample order.
+    annotations
+        COCO instances JSON; None for a split without ground truth.
+    image_size
+        Height and width of the network input that the data set is meant for.
+    """
+
+    name: str
+    image_dir: Path
+    map_file: Path
+    annotations: Path | None
+    image_size: int = _BENCHMARK_SIZE
+
+
+def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
+    """Return the place of a data set's split.
+
+    Parameters
+    ----------
+    name
+        ``coco`` (downloaded to ``data/coco`` in `build_dir`), ``demo`` (shipped with the project),
+        or any other with map files in ``data_maps/<name>``: its images lie in
+        ``data/<name>/val`` and ``data/<name>/cal`` of `build_dir`, its annotations in
+        ``data/<name>/annotations/instances_val.json``.
+    split
+        ``val`` or ``cal``.
+    build_dir
+        The build folder. Map files and demo data lie relative to the repository root, which is
+        where the commands run.
+
+    Raises
+    ------
+    HarnessError
+        Unknown name or split.
+    """
+    if split not in ("val", "cal"):
+        raise HarnessError(f"unknown split {split!r}; the splits are val and cal")
+    size = _BENCHMARK_SIZE
+    data = build_dir / "data" / name
+    image_dir = data / split
+    annotations = data / "annotations" / "instances_val.json"
+    if name == "coco":
+        image_dir = data / _COCO_FOLDERS[split]
+        annotations = data / "annotations" / "instances_val2017.json"
+    elif name == "demo":
+        size = _DEMO_SIZE
+        image_dir = Path("demo") / "data" / split
+        annotations = Path("demo") / "data" / "annotations" / "instances_val.json"
+    elif name not in (there := sorted(path.name for path in MAPS.glob("*/"))):
+        raise HarnessError(
+            f"unknown data set {name!r}; a data set is a folder of {MAPS} with a val_map.txt or a "
+            f"cal_map.txt, and there are: {', '.join(there) or 'none'}"
+        )
+    return Dataset(
+        name=f"{name}-{split}",
+        image_dir=image_dir,
+        map_file=MAPS / name / f"{split}_map.txt",
+        annotations=annotations if split == "val" else None,
+        image_size=size,
+    )
+
+
+def preprocessed_dir(build_dir: Path, dataset: Dataset, spec: InputSpec) -> Path:
+    """Where the preprocessed images of a data set for an engine's input lie by default."""
+    _, height, width = spec.shape
+    return build_dir / "preprocessed_data" / dataset.name / f"{spec.dtype}_{height}x{width}"
+
+
+def check_annotated(dataset: Dataset) -> None:
+    """Make sure that the annotations, where there are any, know every image of the map.
+
+    Raises
+    ------
+    EngineError
+        The annotation file is damaged.
+    HarnessError
+        An image of the map is not in it.
+    """
+    if dataset.annotations is None or not dataset.annotations.exists():
+        return
+    images = load_annotations(dataset.annotations)["images"]
+    known = positions_by_name(images, dataset.annotations)
+    missing = [name for name in load_map(dataset.map_file) if name not in known]
+    if missing:
+        raise HarnessError(
+            f"{dataset.annotations} lacks {len(missing)} images of {dataset.map_file}, the first "
+            f"is {missing[0]}; a map and its annotations belong together"
+        )
+
+
+def load_map(path: Path) -> tuple[str, ...]:
+    """Read a map file: one image file name per line.
+
+    Parameters
+    ----------
+    path
+        UTF-8 text file.
+
+    Returns
+    -------
+    tuple of str
+        File names in line order, which is the order of sample indices.
+
+    Raises
+    ------
+    HarnessError
+        Missing, unreadable or empty file; a blank line, a path instead of a file name, or a name
+        that occurs twice. Names the file and the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise HarnessError(f"map file {path} not found; run from the repository root") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HarnessError(f"map file {path} cannot be read: {error}") from error
+    if not lines:
+        raise HarnessError(f"map file {path} is empty; it needs one image file name per line")
+    first_line: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        name = line.strip()
+        if not name:
+            raise HarnessError(f"{path}, line {number}: blank line; remove it")
+        if "/" in name or "\\" in name or name in (".", ".."):
+            raise HarnessError(
+                f"{path}, line {number}: {name!r} is a path; a map holds bare file names"
+            )
+        if name in first_line:
+            raise HarnessError(
+                f"{path}, line {number}: {name!r} stands in line {first_line[name]} already"
+            )
+        first_line[name] = number
+    return tuple(first_line)
+
+
+def category_names(annotations: Path) -> tuple[str, ...]:
+    """Return the category names; the label of a detection is its position here plus 1.
+
+    Raises
+    ------
+    EngineError
+        The annotation file is missing or damaged.
+    """
+    return tuple(str(entry["name"]) for entry in load_annotations(annotations)["categories"])

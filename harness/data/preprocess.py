@@ -1,0 +1,296 @@
+"""Preprocessed sets: every image of a map as a .npy file, once, with a manifest.
+
+A set that is interrupted is resumed: a journal names every image that is done together with the
+size, modification time and SHA-256 of its source. An image is done again when its source has
+changed, when its .npy lacks bytes or holds another shape or dtype, or when the transform differs.
+A source of the same size and time has not changed; with the same size and another time, as a copy
+has, its hash decides. (A change that keeps both size and time is not noticed; ``overwrite`` is
+there for that.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.data.npy import is_npy, npy_bytes, npy_path
+from engine.data.preprocessed import (
+    JOURNAL,
+    MANIFEST,
+    PreprocessedSet,
+    load_preprocessed,
+    transform_settings,
+)
+from engine.protocol import InputSpec
+from engine.support.files import file_sha256, write_atomically
+from harness.artefacts import TRANSFORM_CODE, code_sha256
+from harness.data.dataset import Dataset, load_map
+from harness.data.pool import Job, run
+from harness.data.transform import Source
+from harness.disk import require_space
+from harness.errors import HarnessError
+from harness.lock import locked
+
+BAD_IMAGES = "bad_images.txt"
+
+_NAMED = 5  # bad images that the error message names; BAD_IMAGES names all
+
+
+def preprocess(
+    dataset: Dataset,
+    spec: InputSpec,
+    out_dir: Path,
+    *,
+    workers: int,
+    overwrite: bool,
+    skip_bad: bool,
+    progress: bool,
+) -> PreprocessedSet:
+    """Preprocess a data set in parallel processes, or finish what an earlier call began.
+
+    Parameters
+    ----------
+    dataset
+        Images and their order.
+    spec
+        The engine's input.
+    out_dir
+        Folder of the result, one per data set and input spec; made when absent.
+    workers
+        Number of processes.
+    overwrite
+        Do every image again.
+    skip_bad
+        Leave missing and corrupt images out of the set (the manifest names them) instead of
+        stopping. Sample indices are positions in ``PreprocessedSet.files`` in any case.
+    progress
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    PreprocessedSet
+        The complete set.
+
+    Raises
+    ------
+    HarnessError
+        Bad images (after all others are done; counted, and listed in ``bad_images.txt``), no
+        image folder, a disk without room for all (nothing is written then) or full, a worker
+        that died.
+    EngineError
+        An unusable spec.
+    """
+    if workers < 1:
+        raise HarnessError(f"{workers} workers; at least 1 is needed")
+    files = load_map(dataset.map_file)
+    if not dataset.image_dir.is_dir():
+        raise HarnessError(
+            f"image folder {dataset.image_dir} not found; download the data set {dataset.name}"
+        )
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out_dir, error) from error
+    with locked(out_dir):  # two that write into one set would mix their images
+        return _preprocess(
+            dataset,
+            files,
+            spec,
+            out_dir,
+            workers=workers,
+            overwrite=overwrite,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+
+
+def _preprocess(
+    dataset: Dataset,
+    files: tuple[str, ...],
+    spec: InputSpec,
+    out_dir: Path,
+    *,
+    workers: int,
+    overwrite: bool,
+    skip_bad: bool,
+    progress: bool,
+) -> PreprocessedSet:
+    settings = _settings(spec)
+    try:
+        for leftover in out_dir.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        (out_dir / BAD_IMAGES).unlink(missing_ok=True)
+        earlier = {} if overwrite else _read_finished(out_dir, settings)
+        finished = {
+            name: source
+            for name in files
+            if name in earlier
+            and is_npy(npy_path(out_dir, name), spec)
+            and (source := _unchanged(dataset.image_dir / name, earlier[name]))
+        }
+        bad: dict[str, str] = {}
+        if len(finished) < len(files):
+            todo = [name for name in files if name not in finished]
+            absent = sum(
+                not npy_path(out_dir, name).exists() and (dataset.image_dir / name).exists()
+                for name in todo
+            )
+            require_space(out_dir, absent * npy_bytes(spec))
+            # the manifest goes first: without it the folder never passes for a complete set
+            _write_text(out_dir / JOURNAL, _lines([settings, *_entries(finished)]))
+            (out_dir / MANIFEST).unlink(missing_ok=True)
+            job = Job(dataset.image_dir, out_dir, spec)
+            with (out_dir / JOURNAL).open("a", encoding="utf-8") as journal:
+                for results in run(job, todo, workers=workers, progress=progress):
+                    good = {name: r for name, r in results.items() if isinstance(r, Source)}
+                    bad |= {name: r for name, r in results.items() if isinstance(r, str)}
+                    finished |= good
+                    journal.write(_lines(_entries(good)))
+                    journal.flush()
+        bad = {name: bad[name] for name in files if name in bad}
+        if bad:
+            _write_text(out_dir / BAD_IMAGES, "".join(f"{name}\t{bad[name]}\n" for name in bad))
+        if bad and not (skip_bad and finished):
+            raise HarnessError(_describe_bad(bad, len(files), dataset.image_dir, out_dir))
+        manifest = {
+            "dataset": dataset.name,
+            "map_sha256": file_sha256(dataset.map_file),
+            **settings,
+            "images": _entries({name: finished[name] for name in files if name in finished}),
+            "bad": [{"file": name, "reason": reason} for name, reason in bad.items()],
+        }
+        _write_text(out_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        (out_dir / JOURNAL).unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(out_dir, error) from error
+    files = tuple(name for name in files if name in finished)
+    return PreprocessedSet(out_dir, files, spec, manifest)
+
+
+def _unwritable(out_dir: Path, error: OSError) -> HarnessError:
+    return HarnessError(
+        f"cannot write {error.filename or out_dir}: {error.strerror}; mend that and run "
+        "again, finished images are kept"
+    )
+
+
+def open_current(dataset: Dataset, spec: InputSpec, directory: Path) -> PreprocessedSet:
+    """Open a preprocessed set, unless the data set has changed since.
+
+    Images whose sources are not there any more count as unchanged.
+
+    Parameters
+    ----------
+    dataset
+        Where the images came from.
+    spec
+        The engine's input.
+    directory
+        Folder of the set.
+
+    Raises
+    ------
+    EngineError
+        No complete set for this input, see `load_preprocessed`.
+    HarnessError
+        The map lists other images, or in another order; images have changed.
+    """
+    found = load_preprocessed(directory, spec)
+    again = "run `harness preprocess` again"
+    try:
+        bad = {entry["file"] for entry in found.manifest["bad"]}
+        sources = [(entry["file"], _source(entry)) for entry in found.manifest["images"]]
+    except (KeyError, TypeError) as error:
+        raise HarnessError(f"{directory / MANIFEST} is damaged; {again}") from error
+    if found.files != tuple(name for name in load_map(dataset.map_file) if name not in bad):
+        raise HarnessError(
+            f"{directory} was preprocessed by another map than {dataset.map_file} is now; {again}"
+        )
+    changed = [
+        name
+        for name, source in sources
+        if (path := dataset.image_dir / name).exists() and not _unchanged(path, source)
+    ]
+    if changed:
+        raise HarnessError(
+            f"{len(changed)} of {len(sources)} images in {dataset.image_dir} have changed since "
+            f"{directory} was made, the first is {changed[0]}; {again}"
+        )
+    return found
+
+
+def _settings(spec: InputSpec) -> dict[str, Any]:
+    """What finished images must have in common."""
+    import cv2
+
+    # for resuming alone: other code, and an OpenCV that rounds differently, make an image again
+    return {
+        **transform_settings(spec),
+        "opencv": cv2.__version__,
+        "code_sha256": code_sha256(TRANSFORM_CODE),
+    }
+
+
+def _describe_bad(bad: Mapping[str, str], total: int, image_dir: Path, out_dir: Path) -> str:
+    named = ", ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:_NAMED])
+    rest = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    return (
+        f"{len(bad)} of {total} images in {image_dir} cannot be used: {named}{rest}; all are "
+        f"listed in {out_dir / BAD_IMAGES}; restore them, or leave them out with --skip-bad"
+    )
+
+
+def _unchanged(path: Path, before: Source) -> Source | None:
+    """State of a source that is what it was, None for any other."""
+    try:
+        state = path.stat()
+        if state.st_size != before.size:
+            return None
+        if state.st_mtime_ns != before.mtime_ns and file_sha256(path) != before.sha256:
+            return None
+    except OSError:
+        return None
+    return before._replace(mtime_ns=state.st_mtime_ns)
+
+
+def _entries(sources: Mapping[str, Source]) -> list[dict[str, object]]:
+    return [{"file": name, **source._asdict()} for name, source in sources.items()]
+
+
+def _source(entry: Mapping[str, Any]) -> Source:
+    return Source(*(entry[field] for field in Source._fields))
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())
+
+
+def _lines(entries: Iterable[Mapping[str, object]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+def _read_finished(out_dir: Path, settings: Mapping[str, Any]) -> dict[str, Source]:
+    """Images that the manifest, or else the journal, calls finished with the same settings."""
+    try:
+        if (out_dir / MANIFEST).exists():
+            head = json.loads((out_dir / MANIFEST).read_bytes())
+            entries = head["images"]
+        else:
+            head, *entries = _read_journal(out_dir / JOURNAL)
+        if any(head[key] != value for key, value in settings.items()):
+            return {}
+        return {entry["file"]: _source(entry) for entry in entries}
+    except (ValueError, KeyError, TypeError):  # damaged: nothing is known to be finished
+        return {}
+
+
+def _read_journal(path: Path) -> Iterator[Any]:
+    """Lines of a journal up to one that a crash cut short."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return

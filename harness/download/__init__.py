@@ -1,0 +1,1 @@
+"""Downloads: the benchmark's data and models."""

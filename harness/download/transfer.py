@@ -1,0 +1,333 @@
+"""One file over HTTP: resumed after a break, whole or absent under its own name.
+
+What has arrived lies in ``NAME.part``; ``NAME.part.json`` says which version of the file it is
+(RFC 9110: ETag and Last-Modified), so that a later request asks for the rest of that version only.
+Proxies come from the environment (``http_proxy``, ``https_proxy``, ``no_proxy``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from email.message import Message
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Any
+
+from engine.support.files import file_sha256, write_atomically
+from engine.support.progress import Progress
+from harness.disk import require_space
+from harness.errors import HarnessError
+
+TIMEOUT = 30.0
+"""Seconds without a byte after which a connection counts as broken."""
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds before the tries that follow a failed one; begun anew whenever a try got further."""
+_LONGEST_WAIT = 60.0  # whatever Retry-After says
+_CHUNK = 1 << 18
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+
+Notify = Callable[[str], None]
+"""Takes one line about what happens, for instance a try that failed."""
+
+
+class StatusError(HarnessError):
+    """The server answered, and its answer is no: an HTTP status that another try will not change.
+
+    Attributes
+    ----------
+    status
+        HTTP status code.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class StoppedError(Exception):
+    """The transfer was told to stop; what has arrived is kept."""
+
+
+class _BrokenError(Exception):
+    """A try that failed, though the next may not."""
+
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Which version of which file a part belongs to; `size` is that of the whole file."""
+
+    url: str
+    size: int | None
+    etag: str | None
+    last_modified: str | None
+
+    @property
+    def validator(self) -> str | None:
+        """What If-Range takes: a strong ETag or a date (RFC 9110, section 13.1.5)."""
+        if self.etag is not None and not self.etag.startswith("W/"):
+            return self.etag
+        return self.last_modified
+
+    def continued_by(self, rest: _Version) -> bool:
+        """Whether an answer with a range of bytes is of this version, as far as it says."""
+        tags = ((self.etag, rest.etag), (self.last_modified, rest.last_modified))
+        same = all(None in pair or pair[0] == pair[1] for pair in tags)
+        return same and self.size == rest.size
+
+
+class _Part:
+    """The bytes of a file that have arrived so far, and the version they are of."""
+
+    def __init__(self, target: Path) -> None:
+        self.path = target.with_name(f"{target.name}.part")
+        self._note = target.with_name(f"{target.name}.part.json")
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def version(self, url: str) -> _Version | None:
+        """The version of the part, if it is one of `url` that can be continued; else None."""
+        try:
+            found = _Version(**json.loads(self._note.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        if found.url != url or found.validator is None or not isinstance(found.size, int):
+            return None
+        return found if 0 < self.size <= found.size else None
+
+    def begin(self, version: _Version) -> None:
+        self.discard()  # first the bytes, then the note: never old bytes under a new note
+        write_atomically(self._note, json.dumps(asdict(version)).encode())
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
+
+    def finish(self, target: Path) -> None:
+        self.path.replace(target)
+        self._note.unlink(missing_ok=True)
+
+
+def fetch(
+    url: str,
+    target: Path,
+    *,
+    sha256: str | None = None,
+    size: int | None = None,
+    spare: int = 0,
+    notify: Notify,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> str:
+    """Download a file.
+
+    Parameters
+    ----------
+    url
+        http or https.
+    target
+        Where the file appears once it is complete and checked; its folder exists.
+    sha256
+        Expected SHA-256 in hex; None where it is not known.
+    size
+        Expected size in bytes; None where it is not known.
+    spare
+        Bytes that must stay free on the disk besides the file itself.
+    notify
+        Told about failed tries.
+    progress
+        Called with the bytes that have arrived and, where the server says it, their final number.
+    stop
+        Ends the transfer when it is set.
+
+    Returns
+    -------
+    str
+        SHA-256 of the file in hex.
+
+    Raises
+    ------
+    HarnessError
+        The server refuses (`StatusError`), is not reached in the tries of `WAITS`, or sends
+        another file than the expected one; the disk is too full.
+    StoppedError
+        `stop` was set.
+    OSError
+        The file cannot be written.
+    """
+    stop = stop or threading.Event()
+    part = _Part(target)
+    furthest, tries = part.size, 0
+    while True:
+        try:
+            _receive(url, part, size=size, spare=spare, progress=progress, stop=stop)
+            break
+        except _BrokenError as error:
+            if part.size > furthest:
+                furthest, tries = part.size, 0
+            if tries == len(WAITS):
+                raise HarnessError(
+                    f"{url}: {error}, in {tries + 1} tries; run the command again later, it goes "
+                    "on where this one stopped, or take another server with --mirror"
+                ) from error
+            wait = max(WAITS[tries], min(error.wait, _LONGEST_WAIT))
+            notify(f"{target.name}: {error}; next try in {wait:g} s")
+            tries += 1
+            if stop.wait(wait):
+                raise StoppedError from error
+    found = file_sha256(part.path)
+    if sha256 not in (None, found):
+        part.discard()
+        raise HarnessError(
+            f"{url} is not the expected {target.name}: its SHA-256 is {found}, not {sha256}; "
+            "nothing was kept. Try again or take another server with --mirror"
+        )
+    part.finish(target)
+    return found
+
+
+def arrived(target: Path) -> int:
+    """Bytes of a file that are on the disk already, be it complete or not."""
+    return target.stat().st_size if target.exists() else _Part(target).size
+
+
+def _receive(
+    url: str,
+    part: _Part,
+    *,
+    size: int | None,
+    spare: int,
+    progress: Progress | None,
+    stop: threading.Event,
+) -> None:
+    """One request; returns when the part is the whole file."""
+    old = part.version(url)
+    start = part.size if old else 0
+    if old and start == old.size:
+        return  # complete, but the run ended before it was checked
+    headers = {"User-Agent": "ssd-resnet34-trt", "Accept-Encoding": "identity"}
+    if old and old.validator:
+        headers |= {"Range": f"bytes={start}-", "If-Range": old.validator}
+    with _request(url, headers, part) as response:
+        new = _version(url, response)
+        _check_answer(url, response, new, size)
+        if response.status != 206:
+            part.begin(new)
+            start = 0
+        # a server may overlook If-Range, or send another range than the one asked for
+        elif old is None or not old.continued_by(new) or _range_start(response.headers) != start:
+            part.discard()
+            raise _BrokenError("the file changed on the server, it is fetched from the start")
+        require_space(part.path.parent, (new.size or size or 0) - start + spare)
+        received = start
+        with part.path.open("ab") as file:
+            for chunk in _chunks(response):
+                file.write(chunk)
+                received += len(chunk)
+                if progress is not None:
+                    progress(received, new.size)
+                if stop.is_set():
+                    raise StoppedError
+    if new.size is not None and received < new.size:
+        raise _BrokenError(f"the connection broke after {received} of {new.size} bytes")
+    if new.size is not None and received > new.size:
+        part.discard()
+        raise _BrokenError(f"the server sent more than the {new.size} bytes it announced")
+
+
+def _check_answer(url: str, response: HTTPResponse, new: _Version, size: int | None) -> None:
+    """Refuse what cannot be the file before any of it is kept."""
+    headers = response.headers
+    problem = None
+    if headers.get_content_type() == "text/html":
+        problem = "the server sends a web page, not the file"
+    elif headers.get("Content-Encoding", "identity") != "identity":
+        problem = f"the server sends the file encoded ({headers['Content-Encoding']})"
+    elif new.size is None and response.status != 206 and not response.chunked:
+        problem = "the server names no length, so a broken file would not be noticed"
+    elif new.size == 0:
+        problem = "the file on the server is empty"
+    elif None not in (size, new.size) and size != new.size:
+        problem = f"the file on the server has {new.size} bytes, not {size}"
+    if problem:
+        raise HarnessError(f"{url}: {problem}; take another server with --mirror")
+
+
+@contextmanager
+def _request(url: str, headers: dict[str, str], part: _Part) -> Iterator[HTTPResponse]:
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http(s), see apply_mirror
+    try:
+        # an opener of our own: the module's common one keeps the proxies of its first use
+        response: HTTPResponse = urllib.request.build_opener().open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        with error:
+            reason = f"{error.code} {error.reason}"
+            if error.code == 416:
+                part.discard()
+                raise _BrokenError("the file changed on the server") from error
+            if error.code in (408, 429) or error.code >= 500:
+                raise _BrokenError(reason, _retry_after(error.headers)) from error
+            raise StatusError(error.code, f"{url}: the server answers {reason}") from error
+    except (HTTPException, OSError) as error:
+        raise _network_error(url, error) from error
+    with response:
+        yield response
+
+
+def _chunks(response: HTTPResponse) -> Iterator[bytes]:
+    while True:
+        try:
+            chunk = response.read1(_CHUNK)
+        except (HTTPException, OSError) as error:
+            raise _BrokenError(_reason(error)) from error
+        if not chunk:
+            return
+        yield chunk
+
+
+def _network_error(url: str, error: Exception) -> Exception:
+    cause = getattr(error, "reason", error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return HarnessError(f"{url}: the server's certificate is not trusted: {cause}")
+    return _BrokenError(_reason(cause))
+
+
+def _reason(error: object) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer in {TIMEOUT:g} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _version(url: str, response: HTTPResponse) -> _Version:
+    headers = response.headers
+    length: str | None = headers["Content-Length"]
+    if response.status == 206:
+        found = _CONTENT_RANGE.fullmatch(headers["Content-Range"] or "")
+        length = found[2] if found else None
+    size = int(length) if length is not None and length.isdecimal() else None
+    return _Version(url, size, headers["ETag"], headers["Last-Modified"])
+
+
+def _range_start(headers: Message[str, str]) -> int | None:
+    found = _CONTENT_RANGE.fullmatch(headers["Content-Range"] or "")
+    return int(found[1]) if found else None
+
+
+def _retry_after(headers: Any) -> float:
+    seconds = str(headers["Retry-After"] or "")  # the form with a date is left to WAITS
+    return float(seconds) if seconds.isdecimal() else 0.0

@@ -1,0 +1,1 @@
+"""One LoadGen test: settings, SUT, QSL, logs."""

@@ -1,0 +1,261 @@
+"""One LoadGen test: from settings to complete log files, or to an error, but never to a hang."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlperf_loadgen as lg
+
+from engine.errors import EngineError
+from engine.protocol import Engine
+from engine.support.progress import Progress
+from harness.errors import HarnessError, RunFailedError
+from harness.loadgen.audit import Audit
+from harness.loadgen.log import DetailLog, read_complete
+from harness.loadgen.numa import gpu_cpus, running_on
+from harness.loadgen.qsl import SampleLibrary, SampleSource
+from harness.loadgen.settings import (
+    Mode,
+    MultiStream,
+    Server,
+    Settings,
+    SingleStream,
+    apply,
+    fitted,
+)
+from harness.loadgen.sut import Sut
+
+USER_CONF = "user.conf"
+AUDIT_CONFIG = "audit.config"
+
+_POLL_SECONDS = 0.2
+_POLLS_PER_REPORT = 5  # drawing takes the GIL for some milliseconds, which the latencies feel
+_GRACE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a complete test left.
+
+    Attributes
+    ----------
+    detail
+        LoadGen's detail log.
+    settings
+        As used, estimates filled in.
+    batch_seconds
+        Seconds of each batch from its submission to its result, in order of the results.
+    losses
+        One sentence for each session that was lost.
+    """
+
+    detail: DetailLog
+    settings: Settings
+    batch_seconds: tuple[float, ...]
+    losses: tuple[str, ...]
+
+
+def run_test(
+    engines: Sequence[Engine],
+    source: SampleSource,
+    settings: Settings,
+    mode: Mode,
+    directory: Path,
+    *,
+    timeout_s: float,
+    progress: Progress | None = None,
+    audit: Audit | None = None,
+) -> Outcome:
+    """Run one LoadGen test and read its logs back.
+
+    Parameters
+    ----------
+    engines
+        The engine under test, on every device.
+    source
+        Preprocessed images that fit the engine's input.
+    settings
+        Scenario and its settings; None values are estimated in a warm-up.
+    mode
+        ``PerformanceOnly`` or ``AccuracyOnly``.
+    directory
+        Existing folder for user.conf and LoadGen's logs.
+    timeout_s
+        Longest time in seconds that the engine may take for one batch.
+    progress
+        Called about once a second and at the end.
+    audit
+        Compliance test that the run belongs to.
+
+    Raises
+    ------
+    HarnessError
+        When the engine or LoadGen refuses the settings, or its logs are not complete.
+    RunFailedError
+        When the engine fails, does not answer in time, or the user interrupts.
+    """
+    limit = min((engine.max_batch for engine in engines if engine.max_batch), default=None)
+    best = [int(str(e.manifest["opt_batch"])) for e in engines if "opt_batch" in e.manifest]
+    settings = fitted(settings, limit, min(best, default=None))
+    library = SampleLibrary(source, engines[0])
+    batch = min(settings.batch, limit or settings.batch)
+    sut = Sut(
+        engines,
+        library,
+        batch=batch,
+        max_wait_s=settings.max_wait_s,
+        streams=settings.streams,
+        one_by_one=isinstance(settings, SingleStream | MultiStream),
+    )
+    total = len(source.files)
+    warm_up = [index % total for index in range(batch)]
+    cpus = gpu_cpus(str(engines[0].manifest.get("device")))
+    try:
+        with running_on(cpus):
+            library.load(warm_up)
+        # an engine may have to prepare for every size of a batch, and Server brings them all
+        sut.start(warm_up, range(1, batch) if isinstance(settings, Server) else ())
+        while not sut.wait_ready(_POLL_SECONDS):
+            if sut.stalled_for() > timeout_s:
+                sut.fail(_timeout(timeout_s))
+        if sut.failure is None:
+            settings = settings.estimated(sut.warm_up_seconds * settings.batch / batch)
+            try:
+                test = apply(settings, mode, directory / USER_CONF)
+            except BaseException:
+                sut.stop(_GRACE_SECONDS)
+                library.close()
+                raise
+            thread = _StartTest(
+                sut=sut,
+                library=library,
+                test=test,
+                directory=directory,
+                audit=audit,
+                sizes=(total, settings.performance_sample_count),
+                cpus=cpus,
+            )
+            _watch(sut, thread, timeout_s, _reporter(sut, progress, settings, mode, total))
+        sut.stop(_GRACE_SECONDS)
+        _raise_failure(sut)
+        library.close()  # after a failure a session may still read it
+    except KeyboardInterrupt:
+        raise RunFailedError("interrupted", exit_code=130) from None
+    return Outcome(
+        read_complete(directory, accuracy=mode == "AccuracyOnly"),
+        settings,
+        tuple(sut.batch_seconds),
+        tuple(sut.losses),
+    )
+
+
+class _StartTest(threading.Thread):
+    """StartTest on its own thread, so that the caller's can watch it and take signals."""
+
+    def __init__(
+        self,
+        *,
+        sut: Sut,
+        library: SampleLibrary,
+        test: Any,
+        directory: Path,
+        audit: Audit | None,
+        sizes: tuple[int, int],
+        cpus: frozenset[int] | None,
+    ) -> None:
+        super().__init__(name="loadgen", daemon=True)
+        self._sut = sut
+        self._library = library
+        self._test = test
+        self._directory = directory
+        self._audit = audit
+        self._sizes = sizes
+        self._cpus = cpus
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Run the test; nothing is raised, an error is the SUT's failure."""
+        try:
+            with running_on(self._cpus):  # it loads the samples
+                self._run()
+        except BaseException as error:
+            self._sut.fail(error)
+        finally:
+            self.ended.set()
+
+    def _run(self) -> None:
+        output = lg.LogOutputSettings()
+        output.outdir = str(self._directory)
+        log = lg.LogSettings()
+        log.log_output = output
+        log.enable_trace = False  # hundreds of megabytes
+        qsl = lg.ConstructQSL(*self._sizes, self._load, self._library.unload)
+        sut = lg.ConstructSUT(self._sut.issue, self._sut.flush)
+        # the empty name: LoadGen would else obey an audit.config in the working directory
+        config = ""
+        if self._audit is not None:
+            config = str(self._directory / AUDIT_CONFIG)
+            Path(config).write_text(self._audit.config)
+            self._test.test05 = self._audit.other_seeds
+        lg.StartTestWithLogSettings(sut, qsl, self._test, log, config)
+        lg.DestroySUT(sut)
+        lg.DestroyQSL(qsl)
+
+    def _load(self, indices: list[int]) -> None:
+        try:
+            self._library.load(indices)
+        except BaseException as error:  # an exception in a callback kills LoadGen
+            self._sut.fail(error)
+
+
+def _watch(sut: Sut, test: _StartTest, timeout_s: float, report: Callable[[], None]) -> None:
+    """Start the test and stay until it ends or fails."""
+    test.start()
+    polls = 0
+    while not test.ended.wait(_POLL_SECONDS):
+        if sut.failure is None and sut.stalled_for() > timeout_s:
+            sut.fail(_timeout(timeout_s))
+        if sut.failure is not None:
+            # All samples are completed, so LoadGen may end by itself; if not, it is left behind.
+            if not test.ended.wait(_GRACE_SECONDS):
+                _raise_failure(sut)
+            return
+        polls += 1
+        if polls % _POLLS_PER_REPORT == 0:
+            report()
+    report()
+
+
+def _reporter(
+    sut: Sut, progress: Progress | None, settings: Settings, mode: Mode, total: int
+) -> Callable[[], None]:
+    def report() -> None:
+        if progress is None:
+            return
+        known = None
+        if mode == "AccuracyOnly":
+            known = total
+        elif settings.scenario == "Offline":
+            known = sut.issued or None
+        progress(sut.completed, known)
+
+    return report
+
+
+def _timeout(seconds: float) -> EngineError:
+    return EngineError(
+        f"no sample was completed for {seconds:g} s; give a slow engine more time with --timeout"
+    )
+
+
+def _raise_failure(sut: Sut) -> None:
+    error = sut.failure
+    if error is None:
+        return
+    if isinstance(error, EngineError | HarnessError):
+        raise RunFailedError(str(error)) from error
+    raise RunFailedError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error

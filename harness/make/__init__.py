@@ -1,0 +1,1 @@
+"""The make targets: the route of a benchmark, system configurations, tuning."""

@@ -1,0 +1,340 @@
+"""The route of a benchmark: weights, ONNX, preprocessed images, calibration, INT8, engine.
+
+Every function makes one artefact with all that it needs, and rebuilds exactly what is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from engine.data.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
+from engine.errors import EngineError
+from engine.protocol import InputSpec
+from engine.quantization.thresholds import METHODS
+from engine.support.files import file_sha256, write_atomically
+from harness.artefacts import (
+    TRANSFORM_CODE,
+    Artefact,
+    Say,
+    code_sha256,
+    make,
+    remake,
+    stale,
+    version,
+)
+from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
+from harness.errors import HarnessError
+from harness.loadgen.settings import MODEL
+
+if TYPE_CHECKING:
+    from engine.quantization.cache import Calibration
+
+DEMO = f"{MODEL}-demo"
+DATASETS = {MODEL: "coco", DEMO: "demo"}
+"""Benchmark to its data set."""
+
+WEIGHTS = Path("models") / MODEL / "resnet34-ssd1200.pytorch"
+"""The benchmark's weights in the build folder."""
+
+_DEMO_WEIGHTS = Path("demo") / f"{DEMO}.safetensors"
+_INT8_SUFFIX = {"fp32": "int8", "fp16": "int8.fp16"}
+_CALIBRATION_CODE = (
+    *("calibration", "calibration_cache", "histogram", "network", "observe", "placement"),
+    *("preprocessed", "thresholds"),
+)
+_STDERR = 2  # file descriptor
+_PLUGIN = Path("plugins") / "libnmsoptplugin.so"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a benchmark's artefacts lie, and how to report on them.
+
+    Attributes
+    ----------
+    benchmark
+        Key of `DATASETS`.
+    weights
+        Checkpoint, or an ONNX detector that needs no export.
+    build_dir
+        The build folder.
+    say
+        Takes one line for each artefact.
+    """
+
+    benchmark: str
+    weights: Path
+    build_dir: Path
+    say: Say
+
+
+def route_of(benchmark: str, weights: Path | None, build_dir: Path, say: Say) -> Route:
+    """Return the route of a benchmark; `weights` are ssd-resnet34's, the demo brings its own."""
+    if benchmark == DEMO:
+        return Route(benchmark, _DEMO_WEIGHTS, build_dir, say)
+    return Route(benchmark, weights or build_dir / WEIGHTS, build_dir, say)
+
+
+def build_onnx(route: Route) -> Path:
+    """Weights to the surgered FP32 ONNX file.
+
+    Raises
+    ------
+    HarnessError
+        When the weights are missing, or a command fails (it has said why).
+    """
+    if not route.weights.is_file():
+        raise HarnessError(
+            f"{route.weights}: no such weights; put them there (make download_model) or name yours "
+            "with WEIGHTS"
+        )
+    folder = route.build_dir / "onnx"
+    detector = route.weights
+    if detector.suffix != ".onnx":
+        detector = folder / f"{route.benchmark}.onnx"
+        exported = Artefact(
+            "export-onnx",
+            detector,
+            {
+                "weights": file_sha256(route.weights),
+                "code": code_sha256("export/*.py"),
+                "torch": version("torch"),
+            },
+        )
+        make(
+            exported,
+            lambda: _command("export", "--weights", route.weights, "-o", detector, "--force"),
+            route.say,
+        )
+    surgered = Artefact(
+        "graph-surgery",
+        folder / f"{route.benchmark}.nms.onnx",
+        {
+            "ONNX": file_sha256(detector),
+            "code": code_sha256("graph_surgery/*.py"),
+            "onnx": version("onnx"),
+        },
+    )
+    return make(
+        surgered, lambda: _command("graph_surgery", "nms", detector, surgered.path), route.say
+    )
+
+
+def float_type(backend: str) -> Literal["fp32", "fp16"]:
+    """Type between the INT8 islands of the graph that a backend takes.
+
+    TensorRT is strongly typed, and runs as float32 what the graph says is float32.
+    """
+    return "fp16" if backend.startswith("tensorrt") else "fp32"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An INT8 detector and what it was made from.
+
+    Attributes
+    ----------
+    path
+        INT8 ONNX file.
+    model
+        Surgered FP32 ONNX file.
+    images
+        float32 calibration images.
+    calibration
+        Its scales.
+    """
+
+    path: Path
+    model: Path
+    images: PreprocessedSet
+    calibration: Calibration
+
+
+def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quantized:
+    """Weights and calibration images to the calibration cache and the INT8 ONNX file.
+
+    `between` is the type of the tensors between the INT8 islands. What speaks against the
+    calibration is said before it is used.
+
+    Raises
+    ------
+    HarnessError, EngineError
+        When a step fails.
+    """
+    from engine.model import load_detector
+    from engine.quantization.cache import Calibration
+    from engine.quantization.placement import find_placement
+    from engine.quantization.quantize import quantize
+    from engine.report import warn
+
+    model = build_onnx(route)
+    placement = find_placement(load_detector(model))
+    images = preprocess(route, "cal", InputSpec(placement.image, placement.shape, "float32"))
+    cache = build_cache(route, model, images)
+    calibration = Calibration.load(cache.path)
+    warn(calibration)
+    quantized = Artefact(
+        "quantize",
+        route.build_dir / "onnx" / f"{route.benchmark}.{_INT8_SUFFIX[between]}.onnx",
+        {
+            "ONNX": file_sha256(model),
+            "calibration": file_sha256(cache.path),
+            "code": code_sha256(
+                "engine/quantization/quantize.py",
+                "engine/quantization/placement.py",
+                "engine/quantization/network.py",
+            ),
+        },
+    )
+
+    def build() -> None:
+        graph = quantize(load_detector(model), calibration, float_type=between)
+        write_atomically(quantized.path, graph.SerializeToString(deterministic=True))
+
+    return Quantized(make(quantized, build, route.say), model, images, calibration)
+
+
+def build_cache(route: Route, model: Path, images: PreprocessedSet) -> Artefact:
+    """Make the calibration cache of a surgered model from preprocessed images."""
+    cache = Artefact(
+        "calibrate",
+        route.build_dir / "calibration" / f"{route.benchmark}.json",
+        {
+            "ONNX": file_sha256(model),
+            "calibration images": _images_sha256(images),
+            "method": METHODS[0],
+            "code": code_sha256(*(f"engine/{name}.py" for name in _CALIBRATION_CODE)),
+            "onnxruntime": version("onnxruntime"),
+        },
+    )
+
+    def build() -> None:
+        from engine.quantization.calibration import calibrate
+        from engine.support.progress import progress_bar
+
+        with progress_bar("calibrate") as progress:
+            calibrate(model, images, progress=progress).save(cache.path)
+
+    make(cache, build, route.say)
+    return cache
+
+
+def preprocess(route: Route, split: str, spec: InputSpec) -> PreprocessedSet:
+    """Preprocess a split of the benchmark's data set, or what has changed in it.
+
+    Raises
+    ------
+    HarnessError, EngineError
+        See `harness.data.preprocess.preprocess`.
+    """
+    from harness.data.preprocess import open_current
+    from harness.data.preprocess import preprocess as preprocess_images
+
+    data = known_dataset(DATASETS[route.benchmark], split, route.build_dir)
+    check_annotated(data)
+    directory = preprocessed_dir(route.build_dir, data, spec)
+    images = Artefact(
+        f"preprocess {data.name}",
+        directory,
+        {
+            "map": file_sha256(data.map_file) if data.map_file.is_file() else "",
+            "image format": sha256(json.dumps(transform_settings(spec)).encode()).hexdigest(),
+            "code": code_sha256(TRANSFORM_CODE),
+            "opencv": version("opencv-python-headless"),
+        },
+    )
+    reason = stale(images)
+    if reason is None:
+        try:
+            open_current(data, spec, directory)
+        except (EngineError, HarnessError) as error:
+            reason = str(error).partition("; ")[0]
+    if reason is None:
+        route.say(f"{images.step}: reused {directory}")
+    else:
+        remake(
+            images,
+            lambda: preprocess_images(
+                data,
+                spec,
+                directory,
+                workers=len(os.sched_getaffinity(0)),
+                overwrite=False,  # it notices itself what is stale
+                skip_bad=False,
+                progress=sys.stderr.isatty(),
+            ),
+            route.say,
+            reason,
+        )
+    return load_preprocessed(directory, spec)
+
+
+def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> Path:
+    """INT8 ONNX to the file that a backend loads: an engine, or the ONNX itself.
+
+    Parameters
+    ----------
+    route
+        The benchmark.
+    model
+        INT8 ONNX file.
+    backend
+        Key of `engine.load.BACKENDS`.
+    batch
+        Largest batch, and the one to tune for; None for a backend that takes any.
+
+    Raises
+    ------
+    EngineError
+        When the engine cannot be built.
+    """
+    if batch is None:
+        route.say(f"engine: {backend} runs {model} as it is")
+        return model
+    from engine.backends.tensorrt.build import BuildOptions, build
+    from engine.backends.tensorrt.module import import_tensorrt
+    from engine.support.environment import gpu_name
+
+    folder = route.build_dir / "engines"
+    plugin = route.build_dir / _PLUGIN
+    built = Artefact(
+        f"engine batch {batch}",
+        folder / f"{route.benchmark}.{backend}.b{batch}.engine",
+        {
+            "ONNX": file_sha256(model),
+            "backend": f"{backend} {import_tensorrt(backend).__version__}",
+            "GPU": gpu_name() or "none",
+            "plugin": file_sha256(plugin) if plugin.exists() else "none",
+            "code": code_sha256(
+                "engine/backends/tensorrt/build.py", "engine/backends/tensorrt/plan.py"
+            ),
+        },
+    )
+    options = BuildOptions(
+        max_batch=batch,
+        timing_cache=folder / "timing.cache" if backend == "tensorrt" else None,
+        plugins=(plugin,) if plugin.exists() else (),
+    )
+    return make(built, lambda: build(model, backend, built.path, options), route.say)
+
+
+def _images_sha256(images: PreprocessedSet) -> str:
+    """Hash of the names and contents of the sources, and of what turned them into input."""
+    sources = [(entry["file"], entry["sha256"]) for entry in images.manifest["images"]]
+    turned = {key: value for key, value in images.manifest.items() if key != "images"}
+    return sha256(json.dumps([sources, turned, code_sha256(TRANSFORM_CODE)]).encode()).hexdigest()
+
+
+def _command(room: str, *arguments: str | Path) -> None:
+    """Run the command of a room that this one must not import; what it prints goes to stderr."""
+    command = [sys.executable, "-m", room, *map(str, arguments)]
+    done = subprocess.run(command, stdout=_STDERR, check=False)
+    if done.returncode != 0:
+        raise HarnessError(f"python -m {room} failed with exit code {done.returncode}; see above")

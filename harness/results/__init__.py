@@ -1,0 +1,1 @@
+"""Runs and what comes of them: result.json, accuracy, tables, pictures."""

@@ -1,0 +1,172 @@
+"""COCO mAP of an accuracy run, by the rules of MLPerf's ``accuracy-coco.py --use-inv-map``.
+
+Rules kept (MLPerf Inference v2.0, vision/classification_and_detection/tools/accuracy-coco.py):
+the first record of a sample counts and repeated ones are skipped; a payload of fewer than seven
+floats is an image without detections; boxes are scaled in float32 by the image size that the
+annotation file gives; label L is the L-th category of the annotation file; only the images that
+occur in the log are evaluated.
+
+Where that script crashes or silently miscounts, this module stops with an error: unreadable
+logs, payloads that are no whole rows, NaN, labels outside 0..C, unknown samples. Where it carries
+on and the number stays meaningful, the same number comes with a warning: rows that name another
+sample than their record, rows of the background label, coordinates that look like pixels, images
+that are not in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.data.coco import coco_stats, load_annotations, positions_by_name
+from harness.errors import HarnessError
+from harness.loadgen.accuracy_log import AccuracyLog, read_accuracy_log
+
+_FAR = 4.0  # unclipped boxes reach a little over the edge; pixel coordinates reach hundreds
+
+
+@dataclass(frozen=True)
+class AccuracyResult:
+    """Accuracy of a run.
+
+    Attributes
+    ----------
+    mAP
+        Average precision over IoU 0.50..0.95, all areas, 100 detections per image; a fraction.
+        -1 when the images seen have no ground truth.
+    AP50
+        The same at IoU 0.50 alone.
+    stats
+        COCOeval's twelve numbers by name, `STATS`; -1 where no ground truth falls in the class.
+    images_seen
+        Images that the log holds; only these are evaluated.
+    images_total
+        Images in the annotation file.
+    detections
+        Detection rows evaluated.
+    duplicates
+        Records skipped because their sample came before.
+    empties
+        Images seen that have no detections.
+    warnings
+        One sentence for each thing that a reader of the number must know.
+    """
+
+    mAP: float  # noqa: N815 - the field's name for it
+    AP50: float
+    stats: Mapping[str, float]
+    images_seen: int
+    images_total: int
+    detections: int
+    duplicates: int
+    empties: int
+    warnings: tuple[str, ...]
+
+
+def evaluate(
+    log_path: Path, annotations: Path, files: Sequence[str] | None = None
+) -> AccuracyResult:
+    """Evaluate an accuracy log against COCO annotations.
+
+    Parameters
+    ----------
+    log_path
+        ``mlperf_log_accuracy.json`` of any benchmark run.
+    annotations
+        COCO instances JSON.
+    files
+        Image file name of each sample index. None: the sample index is the position in the
+        annotation file's ``images``, as in MLPerf's own scripts.
+
+    Returns
+    -------
+    AccuracyResult
+        The numbers.
+
+    Raises
+    ------
+    HarnessError
+        Unreadable log or annotations, a sample index without an image, a label without a
+        category.
+    """
+    log = read_accuracy_log(log_path)
+    content = load_annotations(annotations)
+    images = _images_of_samples(log, log_path, content, annotations, files)
+    categories = len(content["categories"])
+    labels = log.rows[:, 6]
+    wrong = (labels != np.trunc(labels)) | (labels < 0) | (labels > categories)
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise HarnessError(
+            f"{log_path}: {wrong.sum()} detection rows have a label outside 1.."
+            f"{categories}, the first is {labels[first]:g} of qsl_idx "
+            f"{log.rows[first, 0]:.0f}; were padding rows logged, or other annotations used?"
+        )
+    slot_of_sample = np.zeros(max(log.samples) + 1, np.int64)
+    slot_of_sample[list(log.samples)] = np.arange(len(log.samples))
+    rows = log.rows.copy()
+    rows[:, 0] = slot_of_sample[log.rows[:, 0].astype(np.int64)]
+    stats = coco_stats(content, images, rows)
+    total = len(content["images"])
+    return AccuracyResult(
+        mAP=stats["AP"],
+        AP50=stats["AP50"],
+        stats=stats,
+        images_seen=len(images),
+        images_total=total,
+        detections=len(rows),
+        duplicates=log.duplicates,
+        empties=log.empties,
+        warnings=_warnings(log, content, total, stats["AP"]),
+    )
+
+
+def _images_of_samples(
+    log: AccuracyLog,
+    log_path: Path,
+    content: Mapping[str, Any],
+    annotations: Path,
+    files: Sequence[str] | None,
+) -> list[dict[str, Any]]:
+    """The annotation file's image of each of the log's samples."""
+    images = content["images"]
+    known = len(images) if files is None else len(files)
+    for sample in log.samples:
+        if sample >= known:
+            raise HarnessError(
+                f"{log_path}: qsl_idx {sample} is out of range, the data set has {known} images; "
+                "does the log belong to it?"
+            )
+    if files is None:
+        return [images[sample] for sample in log.samples]
+    positions = positions_by_name(images, annotations)
+    missing = [files[sample] for sample in log.samples if files[sample] not in positions]
+    if missing:
+        raise HarnessError(
+            f"{annotations} lacks {len(missing)} images of the log, the first is {missing[0]}"
+        )
+    return [images[positions[files[sample]]] for sample in log.samples]
+
+
+def _warnings(
+    log: AccuracyLog, content: Mapping[str, Any], total: int, average_precision: float
+) -> tuple[str, ...]:
+    seen = len(log.samples)
+    # COCOeval asks for the categories of the annotation file alone
+    background = int((log.rows[:, 6] == 0).sum())
+    remote = int((np.abs(log.rows[:, 1:5]) > _FAR).any(axis=1).sum())
+    zero_id = any(entry["id"] == 0 for entry in content["annotations"])
+    cases = [
+        (seen < total, f"only {seen} of {total} images were seen; mAP is over these alone"),
+        (log.mismatches, f"{log.mismatches} rows name another sample than their record"),
+        (background, f"{background} rows have the background label 0 and match nothing"),
+        (remote, f"{remote} rows have coordinates far outside 0..1; they must be normalised"),
+        (not len(log.rows), "no image has a detection"),
+        (average_precision < 0, "the images seen have no ground truth, so mAP is undefined (-1)"),
+        (zero_id, "annotation id 0 never counts as matched; number annotations from 1"),
+    ]
+    return tuple(text for applies, text in cases if applies)

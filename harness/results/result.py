@@ -1,0 +1,164 @@
+"""result.json: everything one run is reported from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.support.environment import cpu_count, cpu_name
+from harness.errors import HarnessError
+from harness.loadgen.settings import MODEL
+from harness.loadgen.test import Outcome
+
+RESULT = "result.json"
+
+_METRICS = {
+    "Offline": ("samples per second", "result_samples_per_second", 1.0),
+    "Server": ("completed samples per second", "result_completed_samples_per_sec", 1.0),
+    "SingleStream": ("90th percentile latency (ms)", "result_90.00_percentile_latency_ns", 1e-6),
+    "MultiStream": (
+        "99th percentile latency (ms)",
+        "result_99.00_percentile_per_query_latency_ns",
+        1e-6,
+    ),
+}
+"""Scenario to metric name, key in the detail log, and factor."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run.
+
+    Attributes
+    ----------
+    scenario, mode
+        The LoadGen test.
+    metric, value
+        Name and value of the figure that counts: samples per second, a latency in milliseconds, or
+        mAP (0..1) in an accuracy run. The value is None when no annotations were given.
+    valid
+        LoadGen's verdict of a performance run; None in an accuracy run.
+    samples_per_second
+        Throughput of a performance run.
+    latency_ms
+        LoadGen's query latencies: min, mean, max, p50, p90, p95, p97, p99, p99.9, in milliseconds.
+    batch_latency_ms
+        The same of single batches in the engine.
+    errors
+        LoadGen's errors, and what an INVALID run missed.
+    warnings
+        What a reader of the accuracy must know, and the sessions that were lost.
+    accuracy
+        Result of the evaluation of an accuracy run.
+    pictures
+        Folder of the pictures of detections, relative to the run's folder.
+    dataset
+        Name and number of the samples.
+    engine
+        The engine's manifest, and the devices it ran on.
+    settings
+        Ours, and those that LoadGen reports as effective.
+    versions
+        Of the software and the machine.
+    command
+        What the user ran.
+    commit
+        Git commit of the project when it runs from a checkout, with ``-dirty`` when changed.
+    finished
+        End of the run, ISO 8601, UTC.
+    """
+
+    scenario: str
+    mode: str
+    metric: str
+    value: float | None
+    valid: bool | None
+    samples_per_second: float | None
+    latency_ms: Mapping[str, float]
+    batch_latency_ms: Mapping[str, float]
+    errors: tuple[str, ...]
+    warnings: tuple[str, ...]
+    accuracy: Mapping[str, Any] | None
+    pictures: str | None
+    dataset: Mapping[str, Any]
+    engine: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    command: str
+    commit: str | None
+    finished: str
+
+    def write(self, directory: Path) -> None:
+        """Write the file into the folder of a run."""
+        document = {"benchmark": MODEL, **dataclasses.asdict(self)}
+        (directory / RESULT).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def read_result(path: Path) -> RunResult:
+    """Read a result.json.
+
+    Raises
+    ------
+    HarnessError
+        When it cannot be read or is none of ours.
+    """
+    try:
+        document = json.loads(path.read_text())
+        del document["benchmark"]
+        for key in ("errors", "warnings"):
+            document[key] = tuple(document[key])
+        return RunResult(**document)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise HarnessError(f"{path}: not a result of 'harness run': {error}") from error
+
+
+def performance_figures(outcome: Outcome) -> dict[str, Any]:
+    """Fields of `RunResult` that a performance run's logs give."""
+    values = outcome.detail.values
+    scenario = outcome.settings.scenario
+    metric, key, factor = _METRICS[scenario]
+    value = values[key] * factor
+    if scenario == "SingleStream":
+        throughput = values["result_qps_with_loadgen_overhead"]
+    elif scenario == "MultiStream":
+        throughput = outcome.settings.batch / (values["result_mean_query_latency_ns"] * 1e-9)
+    else:
+        throughput = value
+    return {"metric": metric, "value": value, "samples_per_second": throughput}
+
+
+def latency_summary(seconds: tuple[float, ...]) -> dict[str, float]:
+    """Min, mean, max and percentiles of durations (seconds), in milliseconds."""
+    if not seconds:
+        return {}
+    ms = np.array(seconds) * 1000
+    summary = {"min": ms.min(), "mean": ms.mean(), "max": ms.max()}
+    for percent in (50, 90, 95, 97, 99, 99.9):
+        # the inverted CDF is what LoadGen reports: a value that occurred
+        summary[f"p{percent:g}"] = np.percentile(ms, percent, method="inverted_cdf")
+    return {name: round(float(value), 6) for name, value in summary.items()}
+
+
+def versions(loadgen: str) -> dict[str, str]:
+    """Versions of the software, and the machine."""
+    try:
+        project = metadata.version("ssd-resnet34-trt")
+    except metadata.PackageNotFoundError:
+        project = "not installed"
+    return {
+        "project": project,
+        "loadgen": loadgen,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpus": str(cpu_count()),
+    }

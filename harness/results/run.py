@@ -1,0 +1,241 @@
+"""A benchmark run: LoadGen tests, evaluation, pictures and result.json, in one folder per test."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.protocol import Engine
+from engine.support.environment import command_line, commit, now
+from engine.support.progress import Progress
+from harness.data.dataset import Dataset, category_names, load_map
+from harness.errors import HarnessError, RunFailedError
+from harness.loadgen.accuracy_log import read_accuracy_log
+from harness.loadgen.audit import Audit
+from harness.loadgen.log import ACCURACY
+from harness.loadgen.qsl import SampleSource
+from harness.loadgen.settings import Mode, Settings
+from harness.loadgen.test import Outcome, run_test
+from harness.results.accuracy import evaluate
+from harness.results.pictures import draw_detections
+from harness.results.result import RunResult, latency_summary, performance_figures, versions
+
+PICTURES = "pictures"
+
+SAMPLES = "samples.txt"
+"""Map file of a run: the image of each sample, which is not the data set's where some were bad."""
+ERROR = "error.txt"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What all tests of a run share.
+
+    Attributes
+    ----------
+    engines
+        The engine under test, on every device.
+    source
+        Preprocessed images that fit the engine.
+    dataset
+        Where the images and annotations are; None: accuracy runs are not evaluated.
+    timeout_s
+        Longest time in seconds that the engine may take for one batch.
+    pictures
+        Number of images on which an accuracy run draws its detections.
+
+    Raises
+    ------
+    HarnessError
+        When the engines are not one and the same.
+    """
+
+    engines: tuple[Engine, ...]
+    source: SampleSource
+    dataset: Dataset | None
+    timeout_s: float
+    pictures: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the engines may stand for each other."""
+        first, *others = self.engines
+        for other in others:
+            if other.input_spec != first.input_spec:
+                raise HarnessError(
+                    f"the engines take different images: {first.input_spec}, {other.input_spec}"
+                )
+            hashes = [engine.manifest.get("onnx_sha256") for engine in (first, other)]
+            if hashes[0] != hashes[1]:
+                raise HarnessError(
+                    f"the engines come from different models: SHA-256 {hashes[0]}, {hashes[1]}"
+                )
+
+    @property
+    def manifest(self) -> dict[str, object]:
+        """The first engine's manifest, with the ``devices`` of all instead of its ``device``."""
+        manifests = [dict(engine.manifest) for engine in self.engines]
+        devices = [manifest.pop("device", None) for manifest in manifests]
+        return {**manifests[0], "devices": devices}
+
+
+def run(
+    benchmark: Benchmark,
+    settings: Settings,
+    mode: Mode,
+    directory: Path,
+    progress: Progress | None = None,
+    *,
+    audit: Audit | None = None,
+) -> RunResult:
+    """Run one test and leave its logs and result.json.
+
+    All is written to ``<directory>.partial``, which gets its name only when it is complete. After
+    a failure it stays, with the traceback in `ERROR`.
+
+    Parameters
+    ----------
+    benchmark
+        Engine and data.
+    settings, mode
+        The test.
+    directory
+        Folder to be made.
+    progress
+        Called about once a second during the test.
+    audit
+        Compliance test that a performance run belongs to; its name becomes the result's mode.
+
+    Raises
+    ------
+    HarnessError
+        When `directory` exists or cannot be written, or the logs are not complete.
+    RunFailedError
+        When the engine fails, does not answer in time, or the user interrupts.
+    """
+    if directory.exists():
+        raise HarnessError(f"{directory} exists; choose another log directory or remove it")
+    partial = directory.with_name(f"{directory.name}.partial")
+    try:
+        with _error_kept(partial):
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            (partial / SAMPLES).write_text("".join(f"{name}\n" for name in benchmark.source.files))
+            outcome = run_test(
+                benchmark.engines,
+                benchmark.source,
+                settings,
+                mode,
+                partial,
+                timeout_s=benchmark.timeout_s,
+                progress=progress,
+                audit=audit,
+            )
+            result = _result(benchmark, outcome, mode, partial)
+            if audit is not None:
+                result = dataclasses.replace(result, mode=audit.name)
+            result.write(partial)
+            partial.rename(directory)
+    except OSError as error:
+        raise HarnessError(
+            f"cannot write the run's files to {partial}: {error.strerror}"
+        ) from error
+    except RunFailedError as error:
+        # LoadGen may have filled it with the empty answers that ended the run
+        (partial / ACCURACY).unlink(missing_ok=True)
+        raise RunFailedError(
+            f"{settings.scenario} {audit.name if audit else mode}: {error}; "
+            f"its unfinished logs: {partial}",
+            error.exit_code,
+        ) from error
+    return result
+
+
+@contextlib.contextmanager
+def _error_kept(partial: Path) -> Iterator[None]:
+    """Leave the traceback of a failure in the folder of a run."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            (partial / ERROR).write_text("".join(traceback.format_exception(error)))
+        raise
+
+
+def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path) -> RunResult:
+    detail = outcome.detail
+    if mode == "AccuracyOnly":
+        figures = _accuracy_figures(benchmark, outcome, directory)
+    else:
+        figures = performance_figures(outcome)
+    dataset = benchmark.dataset
+    return RunResult(
+        **{
+            "scenario": outcome.settings.scenario,
+            "mode": mode,
+            "valid": detail.valid,
+            "samples_per_second": None,
+            "latency_ms": {} if mode == "AccuracyOnly" else detail.latency_ms,
+            "batch_latency_ms": latency_summary(outcome.batch_seconds),
+            "errors": detail.complaints,
+            "warnings": (*_skipped(benchmark), *outcome.losses),
+            "accuracy": None,
+            "pictures": None,
+            "dataset": {
+                "name": dataset.name if dataset else None,
+                "samples": len(benchmark.source.files),
+            },
+            "engine": benchmark.manifest,
+            "settings": {
+                **dataclasses.asdict(outcome.settings),
+                "timeout_s": benchmark.timeout_s,
+                "loadgen": detail.effective,
+            },
+            "versions": versions(str(detail.values.get("loadgen_version"))),
+            "command": command_line(),
+            "commit": commit(),
+            "finished": now(),
+            **figures,
+        }
+    )
+
+
+def _accuracy_figures(benchmark: Benchmark, outcome: Outcome, directory: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = {"metric": "mAP", "value": None}
+    dataset = benchmark.dataset
+    if dataset is None or dataset.annotations is None:
+        return figures
+    files = benchmark.source.files
+    log = directory / ACCURACY
+    accuracy = evaluate(log, dataset.annotations, files)
+    figures["value"] = accuracy.mAP
+    figures["accuracy"] = dataclasses.asdict(accuracy)
+    figures["warnings"] = (*_skipped(benchmark), *outcome.losses, *accuracy.warnings)
+    if benchmark.pictures:
+        draw_detections(
+            dataset.image_dir,
+            files,
+            read_accuracy_log(log).rows,
+            category_names(dataset.annotations),
+            directory / PICTURES,
+            limit=benchmark.pictures,
+            annotations=dataset.annotations,
+        )
+        figures["pictures"] = PICTURES
+    return figures
+
+
+def _skipped(benchmark: Benchmark) -> tuple[str, ...]:
+    """Say so when the preprocessed set lacks images of the map."""
+    if benchmark.dataset is None:
+        return ()
+    expected, present = len(load_map(benchmark.dataset.map_file)), len(benchmark.source.files)
+    if expected == present:
+        return ()
+    return (f"the preprocessed set holds {present} of the {expected} images of the map",)

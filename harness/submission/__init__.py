@@ -1,0 +1,1 @@
+"""Compliance tests and submission trees."""

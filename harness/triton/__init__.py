@@ -1,0 +1,1 @@
+"""Triton servers and the model repositories that they serve."""

@@ -1,0 +1,209 @@
+"""The ONNX Runtime engine, on small graphs made here."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from engine.errors import EngineError
+from engine.load import load_engine
+from engine.protocol import InputSpec
+
+SIZE = 4
+KEEP = 3
+
+
+def tiny_model(
+    path,
+    *,
+    batch="batch",
+    kind=TensorProto.FLOAT,
+    metadata=None,
+    function=False,
+    shape=(3, SIZE, SIZE),
+    outputs=("detections", "num_detections"),
+    count_kind=TensorProto.INT32,
+):
+    """Each image's mean m gives KEEP rows (0, m, m, m, m, m, m), of which one is valid."""
+    to_float = helper.make_node("Cast", ["image"], ["real"], to=TensorProto.FLOAT)
+    nodes = [
+        to_float,
+        helper.make_node("ReduceMean", ["real", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Unsqueeze", ["mean", "last"], ["column"]),
+        helper.make_node("Unsqueeze", ["column", "last"], ["cube"]),
+        helper.make_node("Mul", ["cube", "mask"], ["detections"]),
+        helper.make_node("Shape", ["mean"], ["count"]),
+        helper.make_node(
+            "ConstantOfShape",
+            ["count"],
+            ["num_detections"],
+            value=helper.make_tensor("v", count_kind, [1], [1]),
+        ),
+    ]
+    mask = np.ones((1, KEEP, 7), np.float32)
+    mask[..., 0] = 0
+    constants = {
+        "axes": np.array([1, 2, 3]),
+        "last": np.array([-1]),
+        "mask": mask,
+    }
+    functions = []
+    if function:
+        constant_nodes = [
+            helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
+            for name, value in constants.items()
+        ]
+        functions = [
+            helper.make_function(
+                "trt.plugins",
+                "NMS_OPT_TRT",
+                ["image"],
+                ["detections", "num_detections"],
+                constant_nodes + nodes,
+                [helper.make_opsetid("", 18)],
+            )
+        ]
+        nodes = [
+            helper.make_node(
+                "NMS_OPT_TRT", ["image"], ["detections", "num_detections"], domain="trt.plugins"
+            )
+        ]
+        constants = {}
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("image", kind, [batch, *shape])],
+        [
+            value
+            for value in (
+                helper.make_tensor_value_info("detections", TensorProto.FLOAT, [batch, KEEP, 7]),
+                helper.make_tensor_value_info("num_detections", count_kind, [batch]),
+            )
+            if value.name in outputs
+        ],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(
+        graph,
+        functions=functions,
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("trt.plugins", 1)],
+        ir_version=10,
+    )
+    helper.set_model_props(model, metadata or {})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("function", [False, True], ids=["plain", "NMS_OPT_TRT"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_infers_float32(batch, function, tmp_path):
+    engine = load_engine("onnxruntime", tiny_model(tmp_path / "m.onnx", function=function))
+    assert engine.input_spec == InputSpec("image", (3, SIZE, SIZE), "float32", None)
+    assert engine.max_batch is None
+    images = np.random.default_rng(0).random((batch, 3, SIZE, SIZE), np.float32)
+    detections, counts = engine.session().infer(images)
+    assert detections.dtype == np.float32 and detections.shape == (batch, KEEP, 7)
+    assert counts.dtype == np.int32 and counts.tolist() == [1] * batch
+    means = images.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(detections[:, 0, 1:], np.tile(means[:, None], 6), rtol=1e-5)
+
+
+def test_infers_int8_with_its_scale(tmp_path):
+    path = tiny_model(
+        tmp_path / "m.onnx", kind=TensorProto.INT8, metadata={"input_scale": "0.0207"}
+    )
+    engine = load_engine("onnxruntime", path, threads=1)
+    assert engine.input_spec == InputSpec("image", (3, SIZE, SIZE), "int8", 0.0207)
+    images = np.full((2, 3, SIZE, SIZE), -5, np.int8)
+    detections, _ = engine.session().infer(images)
+    assert (detections[:, :, 5] == -5).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_fixed_batch_takes_fewer_images(count, tmp_path):
+    engine = load_engine("onnxruntime", tiny_model(tmp_path / "m.onnx", batch=4))
+    assert engine.max_batch == 4
+    images = np.arange(count, dtype=np.float32)[:, None, None, None] * np.ones((3, SIZE, SIZE))
+    detections, counts = engine.session().infer(images.astype(np.float32))
+    assert counts.shape == (count,)
+    assert detections[:, 0, 5].tolist() == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((5, 3, SIZE, SIZE), np.float32), "batch of 5 .* fixed at 4"),
+        (np.zeros((1, 3, SIZE, SIZE), np.float64), "float64, the model takes float32"),
+        (np.zeros((1, 3, SIZE, SIZE), np.int8), "int8, the model takes float32"),
+        (np.zeros((1, 3, SIZE, 2), np.float32), r"shape \(1, 3, 4, 2\)"),
+        (np.zeros((3, SIZE, SIZE), np.float32), r"shape \(3, 4, 4\)"),
+        (np.zeros((0, 3, SIZE, SIZE), np.float32), r"shape \(0, 3, 4, 4\)"),
+    ],
+)
+def test_wrong_images_are_refused(images, message, tmp_path):
+    engine = load_engine("onnxruntime", tiny_model(tmp_path / "m.onnx", batch=4))
+    with pytest.raises(EngineError, match=message):
+        engine.session().infer(images)
+
+
+def test_manifest_names_the_file_by_its_hash(tmp_path):
+    path = tiny_model(tmp_path / "m.onnx")
+    manifest = load_engine("onnxruntime", path, threads=1).manifest
+    assert manifest["onnx_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifest["backend"] == "onnxruntime"
+    assert manifest["provider"] == "CPUExecutionProvider"
+    assert manifest["threads"] == 1
+
+
+INT8 = TensorProto.INT8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": INT8}, "int8 input without the metadata 'input_scale'"),
+        ({"kind": INT8, "metadata": {"input_scale": "often"}}, "'often'"),
+        ({"kind": INT8, "metadata": {"input_scale": "-1"}}, "'-1'"),
+        ({"kind": INT8, "metadata": {"input_scale": "nan"}}, "'nan'"),
+        ({"kind": TensorProto.UINT8}, "float32 or int8 expected"),
+        ({"shape": (3, "h", SIZE)}, "fixed H and W"),
+        ({"shape": (1, SIZE, SIZE)}, r"\[N, 3, H, W\]"),
+        ({"outputs": ("detections",)}, "no output 'num_detections'"),
+        ({"count_kind": TensorProto.INT64}, "tensor.int32. with 1 dimension"),
+    ],
+)
+def test_other_models_are_refused(options, message, tmp_path):
+    path = tiny_model(tmp_path / "m.onnx", **options)
+    with pytest.raises(EngineError, match=message) as refusal:
+        load_engine("onnxruntime", path)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_broken_and_missing_files_are_refused(tmp_path):
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(tiny_model(tmp_path / "m.onnx").read_bytes()[:100])
+    with pytest.raises(EngineError, match=r"broken\.onnx: ONNX Runtime cannot load it"):
+        load_engine("onnxruntime", broken)
+    with pytest.raises(EngineError, match="no such model file"):
+        load_engine("onnxruntime", tmp_path / "none.onnx")
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(EngineError, match="unknown engine 'tenserrt'"):
+        load_engine("tenserrt", tmp_path / "m.onnx")
+    with pytest.raises(EngineError, match="unknown device 'tpu'"):
+        load_engine("onnxruntime", tiny_model(tmp_path / "m.onnx"), device="tpu")
+
+
+def test_a_missing_cuda_provider_is_one_sentence(tmp_path):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has the CUDA provider")
+    with pytest.raises(EngineError, match="has no CUDAExecutionProvider; install"):
+        load_engine("onnxruntime", tiny_model(tmp_path / "m.onnx"), device="cuda")

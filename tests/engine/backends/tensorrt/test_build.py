@@ -1,0 +1,475 @@
+"""What `engine build` and loading an engine settle before TensorRT is needed."""
+
+from __future__ import annotations
+
+import _ctypes
+import json
+import sys
+from copy import copy
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.backends.tensorrt.build import BuildOptions, build, read_detector
+from engine.backends.tensorrt.engine import check_batch
+from engine.backends.tensorrt.plugins import headers_version, load_plugins
+from engine.errors import EngineError
+from engine.load import load_engine
+from engine.manifest import (
+    Machine,
+    Manifest,
+    check_engine,
+    check_machine,
+    check_plugins,
+    load_manifest,
+    manifest_path,
+    plugin_library,
+    save_engine,
+)
+from engine.protocol import InputSpec
+from graph_surgery.files import load, save
+from graph_surgery.replace import insert_nms
+from plugin_cuda.toolchain import find_tensorrt_headers
+from tests.support.int8_models import write_int8
+
+PLAN = b"a plan that no TensorRT made"
+HERE = Machine("tensorrt", "10.16.1.11", "NVIDIA H100 80GB HBM3", "9.0")
+
+
+@pytest.fixture(scope="module")
+def surgered(exported, tmp_path_factory):
+    path = tmp_path_factory.mktemp("surgered") / "small.nms.onnx"
+    save(insert_nms(load(exported)).model, path)
+    return path
+
+
+def manifest(**changes):
+    return replace(
+        Manifest(
+            backend=HERE.backend,
+            version=HERE.version,
+            gpu=HERE.gpu,
+            compute_capabilities=(HERE.compute_capability,),
+            model="model.onnx",
+            onnx_sha256="1" * 64,
+            plugins=(),
+            metadata={"calibration_method": "entropy"},
+            engine_sha256=sha256(PLAN).hexdigest(),
+            engine_bytes=len(PLAN),
+            input=InputSpec("image", (3, 400, 400), "int8", 0.02),
+            min_batch=1,
+            opt_batch=8,
+            max_batch=16,
+            options={},
+            seconds=1.5,
+        ),
+        **changes,
+    )
+
+
+def edited(path, change):
+    model = onnx.load(path)
+    change(model)
+    return model
+
+
+# The detector
+
+
+@pytest.mark.parametrize("float_type", ["fp32", "fp16"])
+def test_detector_of_a_quantised_file(surgered, tmp_path, float_type):
+    path = write_int8(surgered, tmp_path / "int8.onnx", float_type)
+    detector = read_detector(path)
+    assert detector.spec == InputSpec("image", (3, 400, 400), "int8", 1 / 16)
+    assert (detector.plugin_version, detector.plugin_namespace) == ("1", "")
+    assert detector.metadata["calibration_method"] == "entropy"
+
+
+def test_model_without_the_node(exported, tmp_path):
+    with pytest.raises(EngineError, match=r"no NMS_OPT_TRT node; run 'graph-surgery nms'"):
+        build(exported, "tensorrt-rtx", tmp_path / "e.engine", BuildOptions())
+
+
+def fix_batch(model):
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+
+
+def make_double(model):
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+
+
+def forget_scale(model):
+    del model.metadata_props[:]
+
+
+def add_output(model):
+    model.graph.output.add().CopyFrom(model.graph.output[0])
+    model.graph.output[-1].name = model.graph.node[0].output[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (fix_batch, "batch of input 'image' is fixed at 4"),
+        (make_double, "is UINT8; float32 or int8 expected"),
+        (forget_scale, "without a number as metadata 'input_scale'"),
+        (add_output, "and no others expected"),
+    ],
+)
+def test_unusable_detectors(surgered, tmp_path, monkeypatch, change, message):
+    path = write_int8(surgered, tmp_path / "int8.onnx", "fp32")
+    model = edited(path, change)
+    monkeypatch.setattr(
+        "engine.backends.tensorrt.build.load_detector", lambda _: model
+    )  # not all are valid ONNX
+    with pytest.raises(EngineError, match=message):
+        read_detector(path)
+
+
+def test_not_an_onnx_file(tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"\x08" * 40)
+    with pytest.raises(EngineError, match=r"m\.onnx: "):
+        read_detector(path)
+    with pytest.raises(EngineError, match="cannot read"):
+        read_detector(tmp_path / "none.onnx")
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_batch": 0}, "--min-batch 0, --opt-batch 64, --max-batch 64"),
+        ({"opt_batch": 9, "max_batch": 8}, "--opt-batch 9, --max-batch 8"),
+        ({"min_batch": 3, "opt_batch": 2}, "--min-batch 3, --opt-batch 2"),
+        ({"optimization_level": 6}, "--optimization-level 6"),
+        (
+            {"device": 0, "compute_capabilities": ("8.9",)},
+            "--device or --compute-capability, not both",
+        ),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(EngineError, match=message):
+        BuildOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("tensorrt-rtx", {"timing_cache": Path("c")}, "tensorrt-rtx has no option --timing-cache"),
+        ("tensorrt-rtx", {"version_compatible": True}, "no option --version-compatible"),
+        (
+            "tensorrt-rtx",
+            {"hardware_compatible": True},
+            "--hardware-compatible; give --compute-cap",
+        ),
+        ("tensorrt", {"compute_capabilities": ("9.0",)}, "no option --compute-capability;"),
+        ("tensorrt-rtx", {"refit": True}, "needs a GPU for the option --refit"),
+        ("tensorrt-rtx", {"strip_plan": True}, "needs a GPU for the option --strip-plan"),
+        ("tensorrt-rtx", {"layer_info": Path("l.json")}, "needs a GPU for the option --layer-info"),
+        ("onnxruntime", {}, "no engine can be built for 'onnxruntime'"),
+    ],
+)
+def test_options_that_a_backend_lacks(tmp_path, backend, options, message):
+    with pytest.raises(EngineError, match=message):
+        build(tmp_path / "m.onnx", backend, tmp_path / "e.engine", BuildOptions(**options))
+
+
+def test_output_folder_is_missing(tmp_path):
+    with pytest.raises(EngineError, match=r"no such folder to write e\.engine to"):
+        build(tmp_path / "m.onnx", "tensorrt", tmp_path / "no" / "e.engine", BuildOptions())
+
+
+@pytest.mark.parametrize(
+    ("backend", "module"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")]
+)
+def test_tensorrt_is_not_installed(surgered, tmp_path, monkeypatch, backend, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(EngineError, match=f"'{backend}' needs {module}: pip install") as caught:
+        build(surgered, backend, tmp_path / "e.engine", BuildOptions())
+    assert "\n" not in str(caught.value)
+    save_engine(tmp_path / "e.engine", PLAN, manifest(backend=backend))
+    with pytest.raises(EngineError, match=f"needs {module}: pip install"):
+        load_engine(backend, tmp_path / "e.engine", device="cuda")
+
+
+# The manifest
+
+
+def test_manifest_round_trip(tmp_path):
+    engine = tmp_path / "m.engine"
+    library = tmp_path / "plugins" / "libnms.so"
+    library.parent.mkdir()
+    library.write_bytes(b"code")
+    saved = manifest(plugins=(plugin_library(engine, library, "10.6.0"),), options={"tf32": True})
+    save_engine(engine, PLAN, saved)
+    assert load_manifest(engine) == saved
+    assert check_engine(engine, saved) == PLAN
+    assert check_plugins(engine, saved) == (library,)
+
+    moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "-moved"))
+    engine = moved / "m.engine"
+    assert check_plugins(engine, load_manifest(engine)) == (moved / "plugins" / "libnms.so",)
+
+
+def test_no_manifest(tmp_path):
+    engine = tmp_path / "m.engine"
+    with pytest.raises(EngineError, match="no such engine file"):
+        load_engine("tensorrt", engine, device="cuda")
+    engine.write_bytes(PLAN)
+    with pytest.raises(EngineError, match=r"no manifest m\.engine\.json beside it"):
+        load_engine("tensorrt", engine, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not the manifest"),
+        ("{}", "no line 'input'"),
+        (b"\xff\xfe\x00", "not JSON"),
+    ],
+)
+def test_damaged_manifest(tmp_path, text, message):
+    engine = tmp_path / "m.engine"
+    engine.write_bytes(PLAN)
+    manifest_path(engine).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(EngineError, match=message):
+        load_manifest(engine)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@given(line=st.sampled_from(sorted(manifest().to_dict())), value=JSON)
+def test_any_line_may_hold_anything(tmp_path_factory, line, value):
+    engine = tmp_path_factory.getbasetemp() / "fuzzed.engine"
+    content = {**manifest().to_dict(), line: value}
+    manifest_path(engine).write_text(json.dumps(content))
+    engine.write_bytes(PLAN)
+    try:
+        found = load_manifest(engine)
+    except EngineError as error:
+        assert "\n" not in str(error)
+    else:
+        assert json.dumps(found.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (PLAN[:-1], "truncated: it has 27 bytes, its manifest says 28"),
+        (PLAN + b".", "not the engine: it has 29 bytes"),
+        (PLAN.upper(), "engine_sha256 of its manifest is another"),
+        (b"", "truncated: it has 0 bytes"),
+    ],
+)
+def test_engine_is_not_the_one_of_the_manifest(tmp_path, plan, message):
+    engine = tmp_path / "m.engine"
+    save_engine(engine, PLAN, manifest())
+    engine.write_bytes(plan)
+    with pytest.raises(EngineError, match=message):
+        load_engine("tensorrt", engine, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("built", "message"),
+    [
+        ({"backend": "tensorrt-rtx"}, "backend tensorrt-rtx, here it is tensorrt"),
+        ({"version": "10.15.0.1"}, r"version 10\.15\.0\.1, here it is 10\.16\.1\.11"),
+        (
+            {"version": "11.4.0.106", "options": {"version_compatible": True}},
+            r"version 11\.4\.0\.106, here",
+        ),
+        (
+            {"version": "10.17.0.1", "options": {"version_compatible": True}},
+            r"version 10\.17\.0\.1, here",
+        ),
+        ({"gpu": "NVIDIA H100 PCIe"}, "gpu NVIDIA H100 PCIe, here it is NVIDIA H100 80GB HBM3"),
+        ({"gpu": "A100", "compute_capabilities": ("8.0",)}, "compute_capabilities 8.0, here"),
+        (
+            {"gpu": None, "compute_capabilities": ("8.0", "8.6", "8.9", "12.0")},
+            "compute_capabilities 8.0, 8.6, 8.9, 12.0, here it is 9.0",
+        ),
+    ],
+)
+def test_engine_of_another_machine(built, message):
+    with pytest.raises(EngineError, match=message):
+        check_machine(Path("m.engine"), manifest(**built), HERE)
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        {},
+        {"version": "10.12.0.1", "options": {"version_compatible": True}},
+        {
+            "gpu": "A100",
+            "compute_capabilities": ("8.0",),
+            "options": {"hardware_compatible": True},
+        },
+        {"gpu": None, "compute_capabilities": ("8.9", "9.0")},
+        {"gpu": None, "compute_capabilities": ()},
+    ],
+)
+def test_engine_that_runs_here(built):
+    check_machine(Path("m.engine"), manifest(**built), HERE)
+
+
+def test_hardware_compatible_means_ampere_or_later():
+    turing = replace(HERE, compute_capability="7.5")
+    built = manifest(options={"hardware_compatible": True})
+    with pytest.raises(EngineError, match=r"8\.0 or later, here it is 7\.5"):
+        check_machine(Path("m.engine"), built, turing)
+
+
+def test_plugin_library_of_an_engine(tmp_path):
+    engine, library = tmp_path / "m.engine", tmp_path / "libnms.so"
+    library.write_bytes(b"one")
+    save_engine(engine, PLAN, manifest(plugins=(plugin_library(engine, library),)))
+    library.write_bytes(b"two")
+    with pytest.raises(EngineError, match="is not the one it was built with"):
+        load_engine("tensorrt", engine, device="cuda")
+    library.unlink()
+    with pytest.raises(EngineError, match="is missing; build the plugin"):
+        load_engine("tensorrt", engine, device="cuda")
+
+
+def test_stripped_engine_and_wrong_device(tmp_path):
+    engine = tmp_path / "m.engine"
+    save_engine(engine, PLAN, manifest(options={"strip_plan": True}))
+    with pytest.raises(EngineError, match=r"its weights were stripped.*without --strip-plan"):
+        load_engine("tensorrt", engine, device="cuda")
+    save_engine(engine, PLAN, manifest(options={"weight_streaming": True}))  # of an older release
+    with pytest.raises(EngineError, match="built with --weight-streaming"):
+        load_engine("tensorrt", engine, device="cuda")
+    save_engine(engine, PLAN, manifest())
+    for device in ("cpu", "cuda:x", "cuda:", "tpu"):
+        with pytest.raises(EngineError, match="runs on a GPU, not on"):
+            load_engine("tensorrt", engine, device=device)
+
+
+def test_unwritable_engine(tmp_path):
+    (tmp_path / "m.engine").mkdir()
+    with pytest.raises(EngineError, match="cannot write it"):
+        save_engine(tmp_path / "m.engine", PLAN, manifest())
+    assert not manifest_path(tmp_path / "m.engine").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# Plugin libraries
+
+
+class FakeCreator:
+    """A creator; `kind` is its interface."""
+
+    plugin_version, plugin_namespace = "1", ""
+
+    def __init__(self, name, kind="V3ONE"):
+        self.name = name
+        self.interface_info = SimpleNamespace(kind=f"PLUGIN CREATOR_{kind}")
+
+
+class FakeTensorRT(ModuleType):
+    """A registry without an order, which takes a library's creators, or none."""
+
+    __version__ = "10.16"
+
+    def __init__(self, new, there=()):
+        super().__init__("tensorrt")
+        self.there, self.new = list(there), new
+
+    @property
+    def all_creators(self):  # objects of their own at every call, as in TensorRT's bindings
+        return sorted((copy(one) for one in self.there), key=lambda one: one.name)
+
+    def get_plugin_registry(self):
+        return self
+
+    def load_library(self, path):
+        self.there += self.new
+        return path if self.new else None
+
+    def deregister_library(self, handle):
+        assert handle
+        for one in self.new:
+            self.there.remove(one)
+
+
+def test_plugin_library_that_cannot_be_used(tmp_path, monkeypatch):
+    trt = FakeTensorRT([])
+    with pytest.raises(EngineError, match="no such plugin library"):
+        load_plugins(trt, [tmp_path / "none.so"])
+    text = tmp_path / "text.so"
+    text.write_text("no library")
+    with pytest.raises(EngineError, match=r"cannot load the plugin library: .*text\.so"):
+        load_plugins(trt, [text])
+    with pytest.raises(EngineError, match="exports no getCreators"):
+        load_plugins(trt, [Path(_ctypes.__file__)])  # a shared library, but no plugin
+    monkeypatch.setattr("engine.backends.tensorrt.plugins._check_library", lambda *_: None)
+    with pytest.raises(EngineError, match="registered none of its plugins"):
+        load_plugins(trt, [text])
+    old = FakeTensorRT([FakeCreator("NMS_OPT_TRT", "V1")])
+    with pytest.raises(EngineError, match="has the interface 'PLUGIN CREATOR_V1'"):
+        load_plugins(old, [text])
+    assert old.all_creators == []
+
+
+def test_the_new_plugin_is_found_wherever_it_stands(tmp_path, monkeypatch):
+    """As in TensorRT 10.6, where ours came twelfth of forty, among some of older interfaces."""
+    monkeypatch.setattr("engine.backends.tensorrt.plugins._check_library", lambda *_: None)
+    monkeypatch.setattr("engine.backends.tensorrt.plugins._loaded", set())
+    built_in = [FakeCreator("EfficientNMS_TRT", "V1"), FakeCreator("RNNTEncoderPlugin", "V1")]
+    trt = FakeTensorRT([FakeCreator("NMS_OPT_TRT")], built_in)
+    load_plugins(trt, [tmp_path / "any.so"])
+    again = FakeTensorRT([], [*built_in, FakeCreator("NMS_OPT_TRT")])
+    with pytest.raises(EngineError, match="registered none of its plugins"):
+        load_plugins(again, [tmp_path / "other.so"])
+
+
+def test_plugin_of_other_headers(trt_plugin_library):
+    """The library tells its headers; another major version than runs is refused with both."""
+    built = headers_version(trt_plugin_library)
+    assert built.startswith(find_tensorrt_headers().version)
+    major = int(built.partition(".")[0])
+    trt = FakeTensorRT([FakeCreator("NMS_OPT_TRT")])
+    trt.__version__ = f"{major + 1}.2.0"
+    with pytest.raises(
+        EngineError, match=rf"headers of TensorRT {built}, but TensorRT {major + 1}"
+    ):
+        load_plugins(trt, [trt_plugin_library])
+    assert headers_version(Path(_ctypes.__file__)) is None
+
+
+# Batches
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((17, 3, 4, 4), np.int8), "a batch of 17 images, but the engine's profile ends"),
+        (np.zeros((1, 3, 4, 4), np.float32), "images are float32, the engine takes int8"),
+        (np.zeros((0, 3, 4, 4), np.int8), "the shape"),
+        (np.zeros((1, 3, 4, 5), np.int8), "the shape"),
+        (np.zeros((3, 4, 4), np.int8), "the shape"),
+    ],
+)
+def test_batch_that_the_engine_does_not_take(images, message):
+    spec = InputSpec("image", (3, 4, 4), "int8", 0.1)
+    assert check_batch([np.zeros((8, 3, 4, 4), np.int8)] * 2, spec, 16) == 16
+    with pytest.raises(EngineError, match=message):
+        check_batch([images], spec, 16)

@@ -1,0 +1,286 @@
+"""TensorRT itself and Triton's TensorRT backend, on a GPU, against ONNX Runtime.
+
+Needs the package tensorrt with its libraries; for Triton, a ``tritonserver`` on the PATH that has
+the backend tensorrt.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.backends.tensorrt.build import BuildOptions, build
+from engine.backends.triton import engine as triton
+from engine.backends.triton.config import KNOWN_PARAMETER
+from engine.backends.triton.known import KnownAnswers
+from engine.backends.triton.memory import SystemMemory
+from engine.data.matching import match_detections
+from engine.errors import EngineError
+from engine.load import load_engine
+from engine.manifest import load_manifest
+from graph_surgery.files import load, save
+from graph_surgery.nms_function import plugin_only
+from graph_surgery.replace import insert_nms
+from harness.data.dataset import known_dataset
+from harness.data.preprocess import preprocess
+from harness.triton.repository import write_repository
+from harness.triton.server import find_server, running_server, server_backends
+from tests.support import ROOT
+
+cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+pytest.importorskip("tensorrt", reason="needs TensorRT", exc_type=(ImportError, OSError))
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        int(cuda.cudaGetDeviceCount()[0]) != 0 or not cuda.cudaGetDeviceCount()[1],
+        reason="needs a GPU",
+    ),
+]
+
+IMAGES = 32
+CHECKPOINT = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
+
+
+def command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def preprocessed(model, split, folder):
+    """The demo's pictures as a model takes them."""
+    spec = load_engine("onnxruntime", model).input_spec
+    return preprocess(
+        known_dataset("demo", split, folder),
+        spec,
+        folder / f"{split}-{spec.dtype}",
+        workers=8,
+        overwrite=False,
+        skip_bad=False,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tensorrt")
+
+
+@pytest.fixture(scope="module")
+def float_model(folder):
+    command("export", "--weights", CHECKPOINT, "-o", folder / "demo.onnx")
+    save(insert_nms(load(folder / "demo.onnx")).model, folder / "demo.nms.onnx")
+    return folder / "demo.nms.onnx"
+
+
+@pytest.fixture(scope="module")
+def int8_model(float_model, folder):
+    source = preprocessed(float_model, "cal", folder).directory
+    command("engine", "calibrate", float_model, "-o", folder / "cal.json", "--data", source)
+    command("engine", "quantize", float_model, folder / "cal.json", folder / "demo.int8.onnx")
+    return folder / "demo.int8.onnx"
+
+
+@pytest.fixture(scope="module")
+def images(float_model, int8_model, folder):
+    """Pictures of the validation set, as each model takes them."""
+    return {
+        model: preprocessed(model, "val", folder).load(range(IMAGES))
+        for model in (float_model, int8_model)
+    }
+
+
+@pytest.fixture(scope="module")
+def make_plan(trt_plugin_library, folder):
+    def make(model, name="plan", **options):
+        output = folder / f"{model.stem}.{name}.engine"
+        if not output.exists():
+            chosen = {"opt_batch": 8, "max_batch": 16, "optimization_level": 1, **options}
+            cache = folder / "timing.cache"
+            settings = BuildOptions(plugins=(trt_plugin_library,), timing_cache=cache, **chosen)
+            build(model, "tensorrt", output, settings)
+        return output
+
+    return make
+
+
+def detections(engine, images, batch=8):
+    session = engine.session()
+    found = []
+    for begin in range(0, len(images), batch):
+        rows, counts = session.infer(images[begin : begin + batch])
+        found += [image[:count].copy() for image, count in zip(rows, counts, strict=True)]
+    session.close()
+    return found
+
+
+def matched(first, second, min_iou):
+    """Share of the detections of both sides that have a partner, and their score differences."""
+    pairs = [match_detections(a, b, min_iou) for a, b in zip(first, second, strict=True)]
+    total = sum(map(len, first)) + sum(map(len, second))
+    assert total > 4 * IMAGES  # images with detections
+    both = 2 * sum(len(found.pairs) for found in pairs)
+    return both / total, np.concatenate([found.score_difference for found in pairs])
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_float_plan(float_model, make_plan, images, batch):
+    plan = make_plan(float_model)
+    there = detections(load_engine("onnxruntime", float_model), images[float_model])
+    here = detections(load_engine("tensorrt", plan), images[float_model], batch)
+    share, differences = matched(there, here, 0.99)
+    assert share == 1
+    assert np.abs(differences).max() < 1e-4  # a float32 network of 34 layers
+
+
+def test_int8_plan(int8_model, make_plan, images):
+    plan = make_plan(int8_model)
+    there = detections(load_engine("onnxruntime", int8_model), images[int8_model])
+    here = detections(load_engine("tensorrt", plan), images[int8_model])
+    share, _ = matched(there, here, 0.9)
+    assert share > 0.9
+
+
+def test_the_manifest_names_the_headers_of_the_plugin(float_model, make_plan):
+    (plugin,) = load_manifest(make_plan(float_model)).plugins
+    assert plugin.headers.split(".")[0].isdecimal()
+
+
+def test_the_definition_in_the_file_is_never_built(float_model, folder):
+    """Nor is a plan of it written; in a process of its own, which has no plugin."""
+    words = ("engine", "build", float_model, "--backend", "tensorrt", "-o", folder / "no.engine")
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert "the plugin NMS_OPT_TRT (version 1) is not registered" in done.stderr
+    assert not (folder / "no.engine").exists()
+
+
+def test_polygraphy_builds_the_file_without_the_definition(
+    float_model, trt_plugin_library, images, folder
+):
+    """As docs/plugin.md says; the outputs are those of ONNX Runtime on the whole file."""
+    other = folder / "demo.plugin.onnx"
+    save(plugin_only(load(float_model)), other)
+    register = trt_plugin_library.with_name("libnmsoptplugin_register.so")
+    np.save(folder / "images.npy", images[float_model][:4])
+    loader = folder / "images.py"
+    loader.write_text(
+        "import numpy as np\ndef load_data():\n"
+        f"    for image in np.load({str(folder / 'images.npy')!r}):\n"
+        "        yield {'image': image[None]}\n"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", "from polygraphy.tools import main; main()"),
+            *("run", str(other), "--trt", "--strongly-typed"),
+            *("--plugins", "libnvinfer.so.10", str(register)),
+            *("--data-loader-script", str(loader), "--save-outputs", str(folder / "trt.json")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    from polygraphy.comparator import RunResults
+
+    results = RunResults.load(str(folder / "trt.json"))
+    ((_, iterations),) = results.items()
+    here = [one["detections"][0][: int(one["num_detections"][0])] for one in iterations]
+    there = detections(load_engine("onnxruntime", float_model), images[float_model][:4])
+    for one, other_one in zip(here, there, strict=True):
+        found = match_detections(one, other_one, 0.99)
+        assert len(found.pairs) == len(one) == len(other_one)
+
+
+def test_what_this_release_lacks_is_said_in_one_line(float_model, make_plan):
+    with pytest.raises(EngineError, match=r"--version-compatible needs .*lean runtime") as caught:
+        make_plan(float_model, "lean", version_compatible=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stripped_plan_is_not_run(float_model, make_plan):
+    plan = make_plan(float_model, "stripped", strip_plan=True)
+    with pytest.raises(EngineError, match="its weights were stripped"):
+        load_engine("tensorrt", plan)
+
+
+# Triton's TensorRT backend
+
+
+@pytest.fixture(scope="module")
+def tritonserver():
+    pytest.importorskip("tritonclient.grpc", reason="needs tritonclient[grpc]")
+    try:
+        found = find_server(ROOT / "build")
+    except Exception as error:
+        pytest.skip(str(error))
+    if "tensorrt" not in server_backends(found):
+        pytest.skip(f"{found} has no backend tensorrt")
+    return found
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_plan_through_triton(  # noqa: PLR0917
+    int8_model, make_plan, images, tritonserver, tmp_path, instances, graphs
+):
+    """Detections are those without a server, whichever way the images go."""
+    plan = make_plan(int8_model)
+    direct = detections(load_engine("tensorrt", plan), images[int8_model])
+    repository = write_repository(
+        plan, tmp_path / "models", "tensorrt", instances=instances, graphs=graphs
+    )
+    with running_server(tritonserver, repository, tmp_path / "log") as server:
+        engine = triton.load(plan, device=server.url)
+        assert engine.manifest["images_through"] == "CUDA shared memory"
+        system = replace(engine, _transport=SystemMemory.negotiate(engine._client))
+        for way in (engine, system):
+            for batch in (1, 8, 16):
+                share, differences = matched(
+                    direct, detections(way, images[int8_model], batch), 0.99
+                )
+                assert share > 0.99
+                assert np.abs(differences).max() < 0.01
+
+
+def test_graphs_with_a_copy_stream_are_found_out(
+    int8_model, make_plan, tritonserver, tmp_path, monkeypatch
+):
+    """Triton's own fault: by the configuration, and where that is not looked at by the answers."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    plan = make_plan(int8_model)
+    repository = write_repository(plan, tmp_path / "models", "tensorrt", graphs=True)
+    for path in repository.path.rglob("*.pbtxt"):
+        config = text_format.Parse(path.read_text(), ModelConfig())
+        config.optimization.cuda.output_copy_stream = True
+        path.write_text(text_format.MessageToString(config))
+    with running_server(tritonserver, repository, tmp_path / "log") as server:
+        with pytest.raises(EngineError, match="take output_copy_stream out of"):
+            triton.load(plan, device=server.url)
+        known = lambda config, *_: KnownAnswers.from_text(  # noqa: E731
+            config.parameters[KNOWN_PARAMETER].string_value
+        )
+        monkeypatch.setattr(triton, "check_config", known)
+        engine = triton.load(plan, device=server.url)
+        with pytest.raises(EngineError, match="gives wrong answers"):
+            for _ in range(3):
+                engine.session().close()

@@ -1,0 +1,439 @@
+"""The engine command, on the demo checkpoint: files in, files out, one-line errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from engine.cli import app, main
+from engine.errors import EngineError
+from engine.quantization.cache import Calibration
+from engine.quantization.sensitivity import LayerSensitivity, Noise, Sensitivity
+from engine.report import calibration_report
+from harness.command import run_command as run_harness
+from tests.support import ROOT
+from tests.support.calibrated import write_surgered
+
+CHECKPOINT = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
+ANNOTATIONS = ROOT / "demo" / "data" / "annotations" / "instances_val.json"
+COMMANDS = ["calibrate", "quantize", "build", "compare", "sensitivity", "inspect"]
+IMAGES = 12
+
+
+def engine(*arguments):
+    """Run the command in this process: exit code, stdout."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, " ".join(done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo model exported and surgered, its images preprocessed, calibrated, quantised."""
+    folder = tmp_path_factory.mktemp("demo")
+    plain, surgered = folder / "demo.onnx", folder / "demo.nms.onnx"
+    build = ["--dataset", "demo", "--build-dir", folder]
+    for command in (
+        ["export", "--weights", CHECKPOINT, "-o", plain],
+        ["graph_surgery", "nms", plain, surgered],
+        ["harness", "preprocess", surgered, *build, "--cal_only"],
+        ["harness", "preprocess", surgered, *build],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, command)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stderr
+    data = folder / "preprocessed_data"
+    (data / "demo-cal" / "float32_400x400").rename(folder / "cal")
+    (data / "demo-val" / "float32_400x400").rename(folder / "val")
+    code, out = engine("calibrate", surgered, "--data", folder / "cal", "-o", folder / "cache.json")
+    assert code == 0 and "41 scales from 64 images by auto" in out
+    code, out = engine("quantize", surgered, folder / "cache.json", folder / "int8.onnx")
+    assert code == 0 and "wrote" in out
+    return folder
+
+
+def test_unchanged_files_are_left_alone(demo):
+    surgered, cache, int8 = demo / "demo.nms.onnx", demo / "cache.json", demo / "int8.onnx"
+    before = [path.stat().st_mtime_ns for path in (cache, int8)]
+    for command in (
+        ["calibrate", surgered, "--data", demo / "cal", "-o", cache],
+        ["quantize", surgered, cache, int8],
+    ):
+        code, out = engine(*command)
+        assert code == 0 and "up to date" in out
+    assert [path.stat().st_mtime_ns for path in (cache, int8)] == before
+
+
+def test_a_change_of_method_images_or_weights_calibrates_again(demo, tmp_path):
+    surgered, cache = tmp_path / "demo.nms.onnx", tmp_path / "cache.json"
+    surgered.write_bytes((demo / "demo.nms.onnx").read_bytes())
+    few = ["calibrate", surgered, "--data", demo / "cal", "-o", cache, "--images"]
+    assert "from 2 images" in engine(*few, 2)[1]
+    assert "up to date" in engine(*few, 2)[1]
+    assert "from 3 images" in engine(*few, 3)[1]
+    assert "from 3 images" in engine(*few, 3, "--method", "minmax")[1]
+    assert "up to date" in engine(*few, 3, "--method", "minmax")[1]
+    model = onnx.load(surgered)
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bias"))
+    values = onnx.numpy_helper.to_array(bias) + np.float32(0.1)
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(model, surgered)
+    with pytest.raises(EngineError, match="belongs to another model"):
+        engine("quantize", surgered, cache, tmp_path / "int8.onnx")
+    assert "from 3 images" in engine(*few, 3, "--method", "minmax")[1]
+    assert engine("quantize", surgered, cache, tmp_path / "int8.onnx")[0] == 0
+
+
+def test_calibration_shows_the_worst_tensors(demo):
+    cache = Calibration.load(demo / "cache.json")
+    assert engine("calibrate", demo / "demo.nms.onnx", "--data", demo / "cal", "-o",
+                  demo / "cache.json")[1].index("Worst tensors") > 0  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    console.print(calibration_report(cache))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    worst = sorted(cache.statistics, key=lambda name: cache.statistics[name].snr_db)[:8]
+    shown = [line.split() for line in text.splitlines() if line.split()[:1] and "dB" not in line]
+    rows = {row[0]: row[1:] for row in shown if row[0] in cache.statistics}
+    assert list(rows) == worst
+    for name, (auto, entropy, percentile, minmax, clipped, snr) in rows.items():
+        one = cache.statistics[name]
+        assert float(auto) == pytest.approx(cache.scales[name], rel=1e-2)
+        assert float(minmax) == pytest.approx(one.scales["minmax"], rel=1e-2)
+        assert float(entropy) <= float(minmax) >= float(percentile)
+        assert (clipped, snr) == (f"{one.clipped:.3%}", f"{one.snr_db:.1f}")
+    narrowed = dataclasses.replace(cache, narrowed=("relu_7",))
+    console.print(calibration_report(narrowed))
+    assert "squared error over all values: relu_7" in " ".join(console.file.getvalue().split())
+
+
+def test_int8_is_held_against_fp32(demo, tmp_path):
+    surgered, cache, int8 = demo / "demo.nms.onnx", tmp_path / "cache.json", tmp_path / "int8.onnx"
+    command = ["quantize", surgered, cache, int8, "--check", demo / "cal"]
+    good = Calibration.load(demo / "cache.json")
+    good.save(cache)
+    code, out = engine(*command)
+    found = re.search(r"INT8 finds (\d+) of (\d+) FP32 detections on 16 images", out)
+    assert code == 0
+    assert 0.8 <= int(found[1]) / int(found[2]) <= 1
+    assert engine(*command)[1].startswith(f"{int8} is up to date INT8 finds {found[1]} of")
+    # one tensor with a hundredth of its range ruins all that is behind it
+    worst = "relu_16"
+    broken = {**good.scales, worst: good.scales[worst] / 100}
+    dataclasses.replace(good, scales=broken).save(cache)
+    code, out = engine(*command)
+    assert code == 1
+    assert "FAILED: INT8 finds" in out and "look at these tensors" in out and "relu" in out
+    # and what cannot be checked is said, not failed
+    blank = tmp_path / "blank"
+    shutil.copytree(demo / "cal", blank)
+    for path in blank.glob("*.npy"):
+        np.save(path, np.zeros((3, 400, 400), np.float32))
+    code, out = engine(*command[:-1], blank)
+    assert code == 0 and "FP32 detects nothing on 16 images" in out
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", "calibrate", surgered, "--data", blank, "-o", cache,
+         "--images", "3"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "WARNING: 3 of 3 calibration images show nothing" in " ".join(done.stderr.split())
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", "quantize", surgered, cache, int8],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert "WARNING: 3 of 3 calibration" in " ".join(done.stderr.split())
+    facts = {entry.key: entry.value for entry in onnx.load(int8).metadata_props}
+    assert (facts["calibration_images"], facts["calibration_empty_images"]) == ("3", "3")
+
+
+def test_tensorrt_format(demo, tmp_path):
+    cache = tmp_path / "cache.json"
+    cache.write_bytes((demo / "cache.json").read_bytes())
+    command = ["calibrate", demo / "demo.nms.onnx", "--data", demo / "cal", "-o", cache]
+    assert engine(*command, "--format", "trt")[0] == 0
+    header, *lines = (tmp_path / "cache.json.trt").read_text().splitlines()
+    assert header.startswith("TRT-")
+    scales = json.loads(cache.read_text())["scales"]
+    assert len(lines) == len(scales)
+    for line in lines:
+        name, digits = line.split(": ")
+        assert np.frombuffer(bytes.fromhex(digits), ">f4")[0] == np.float32(scales[name])
+
+
+def test_keep_float(demo, tmp_path):
+    command = ["quantize", demo / "demo.nms.onnx", demo / "cache.json", tmp_path / "int8.onnx"]
+    assert engine(*command, "--keep-float", "loc.*", "--keep-float", "conf.0")[0] == 0
+
+    def weights(path):
+        return sum(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
+
+    assert 7 <= weights(demo / "int8.onnx") - weights(tmp_path / "int8.onnx") <= 9
+    with pytest.raises(EngineError, match="no layer matches 'lok"):
+        engine(*command, "--keep-float", "lok.*")
+
+
+def test_int8_against_fp32(demo, tmp_path):
+    """Within tolerance, mAP too; not when the model is wrong about the scale of its input."""
+    compare = ["compare", demo / "demo.nms.onnx"]
+    data = ["--data", demo / "val", "--images", IMAGES]
+    document = tmp_path / "compare.json"
+    code, _ = engine(
+        *compare, demo / "int8.onnx", *data, "--annotations", ANNOTATIONS, "-o", document
+    )
+    written = json.loads(document.read_text())
+    assert written["images"] == IMAGES
+    assert written["second"]["input"]["dtype"] == "int8"
+    assert written["tolerance"]["precision"] == 0.99
+    assert len(written["heads"]) == 12
+    checks = {check["what"]: check["passed"] for check in written["checks"]}
+    assert code == (0 if all(checks.values()) else 1)
+    (mean_precision,) = (what for what in checks if "mAP" in what)
+    del checks[mean_precision]  # of few images; tests of quantisation hold all against 99 %
+    assert all(checks.values())
+    assert written["precision"][1] > 0.9 * written["precision"][0] > 0.4
+
+    few = ["--data", demo / "val", "--images", 2]
+    assert engine(*compare, demo / "int8.onnx", *few)[0] == 0
+    assert engine(*compare, demo / "int8.onnx", *few, "--snr", 50)[0] == 1
+    assert engine(*compare, demo / "int8.onnx", *few, "--score", 0)[0] == 1
+
+    model = onnx.load(demo / "int8.onnx")
+    (entry,) = (e for e in model.metadata_props if e.key == "input_scale")
+    entry.value = str(float(entry.value) * 1.5)
+    onnx.save(model, tmp_path / "wrong.onnx")
+    assert engine(*compare, tmp_path / "wrong.onnx", *few)[0] == 1
+
+
+def test_surgered_against_unsurgered(demo, tmp_path):
+    document = tmp_path / "compare.json"
+    files = [demo / "demo.onnx", demo / "demo.nms.onnx"]
+    code, _ = engine("compare", *files, "--data", demo / "val", "--images", 4, "-o", document)
+    written = json.loads(document.read_text())
+    assert code == 0
+    assert written["tolerance"]["precision"] == 0.999
+    assert written["detections"]["matched"] == written["detections"]["first"] > 10
+    assert written["precision"] is None
+    assert engine("compare", *files, "--random", 2)[0] == 0
+
+
+def test_inspect(demo, tmp_path):
+    _, out = engine("inspect", demo / "demo.onnx")
+    assert "float32 [batch, 3, 400, 400]" in out and "standard operators" in out
+    _, out = engine("inspect", demo / "int8.onnx")
+    assert "int8 [batch, 3, 400, 400]" in out and "NMS_OPT_TRT" in out and "input_scale" in out
+    _, out = engine("inspect", demo / "cache.json")
+    assert "method auto" in out.replace("│ ", "") and "scale image" in out
+    (tmp_path / "c.trt").write_text("TRT-100000-EntropyCalibration2\nimage: 3c000000\n")
+    _, out = engine("inspect", tmp_path / "c.trt")
+    assert "0.0078125" in out
+    for name, content, message in (
+        ("a.bin", b"\0\1", "neither an .onnx file"),
+        ("b.json", b'{"format": 1', "damaged"),
+        ("c.onnx", b"text", "not an ONNX model"),
+        ("d.trt", b"TRT-1-X\nimage 12\n", "d.trt, line 2"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(EngineError, match=message):
+            engine("inspect", tmp_path / name)
+
+
+def test_inspect_engine(tmp_path):
+    from engine.manifest import Manifest, save_engine
+    from engine.protocol import InputSpec
+
+    plan = b"plan"
+    manifest = Manifest(
+        backend="tensorrt-rtx",
+        version="1.7.1.116",
+        gpu=None,
+        compute_capabilities=("8.9",),
+        model="m.onnx",
+        onnx_sha256="a" * 64,
+        plugins=(),
+        metadata={"input_scale": "0.02"},
+        engine_sha256=sha256(plan).hexdigest(),
+        engine_bytes=len(plan),
+        input=InputSpec("image", (3, 400, 400), "int8", 0.02),
+        min_batch=1,
+        opt_batch=8,
+        max_batch=8,
+        options={},
+        seconds=1.5,
+    )
+    save_engine(tmp_path / "m.engine", plan, manifest)
+    _, out = engine("inspect", tmp_path / "m.engine")
+    assert "tensorrt-rtx" in out and "8.9" in out
+    (tmp_path / "m.engine").write_bytes(b"plaN")
+    with pytest.raises(EngineError, match="engine_sha256"):
+        engine("inspect", tmp_path / "m.engine")
+
+
+def test_sensitivity_prints_and_writes_the_ranking(demo, tmp_path, monkeypatch):
+    """The ranking itself has tests of its own; an infinite figure is null in JSON."""
+    found = Sensitivity(
+        3,
+        Noise(20.0, 30.0),
+        (
+            LayerSensitivity("loc.0", Noise(21.5, float("inf")), Noise(25.0, 30.0), 5.0),
+            LayerSensitivity("conf.0", Noise(float("inf"), 31.5), Noise(20.0, 40.0), 0.0),
+        ),
+    )
+    asked = {}
+
+    def stand_in(model, calibration, images, **choices):
+        asked.update(choices, files=len(images.files))
+        return found
+
+    monkeypatch.setattr("engine.quantization.sensitivity.sensitivity", stand_in)
+    document = tmp_path / "s.json"
+    code, out = engine(
+        "sensitivity",
+        *(demo / "demo.nms.onnx", demo / "cache.json", "--data", demo / "cal"),
+        *("--images", 3, "-o", document),
+    )
+    assert code == 0
+    assert out.index("loc.0") < out.index("conf.0")
+    assert (asked["limit"], asked["files"]) == (3, 64)
+    layers = json.loads(document.read_text(), parse_constant=pytest.fail)["layers"]
+    assert [layer["layer"] for layer in layers] == ["loc.0", "conf.0"]
+    assert layers[0]["only_quantized"] == {"loc_db": 21.5, "conf_db": None}
+
+
+def test_build_options_reach_the_builder(tmp_path, monkeypatch):
+    class Built:
+        engine_bytes, seconds = 5, 0.5
+
+    calls = []
+    monkeypatch.setattr(
+        "engine.backends.tensorrt.build.build", lambda *call: calls.append(call) or Built
+    )
+    command = ["build", "m.onnx", "--backend", "tensorrt-rtx", "-o", tmp_path / "m.engine"]
+    assert engine(*command)[0] == 0
+    code, out = engine(
+        *command,
+        *("--min-batch", 2, "--opt-batch", 4, "--max-batch", 8, "--memory-pool", "workspace=512"),
+        *("--plugin", "a.so", "--plugin", "b.so", "--compute-capability", "8.9"),
+        *("--verbosity", "info", "--layer-info", "l.json", "--timing-cache", "t.cache"),
+        *("--version-compatible", "--hardware-compatible"),
+        *("--optimization-level", 5, "--tf32", "--strip-plan", "--refit"),
+    )
+    assert code == 0 and "5 bytes" in out
+    from engine.backends.tensorrt.build import BuildOptions
+
+    assert calls[0][1:] == ("tensorrt-rtx", tmp_path / "m.engine", BuildOptions())
+    assert calls[1][3] == BuildOptions(
+        min_batch=2,
+        opt_batch=4,
+        max_batch=8,
+        memory_pools={"workspace": 512 * 2**20},
+        timing_cache=Path("t.cache"),
+        optimization_level=5,
+        tf32=True,
+        version_compatible=True,
+        hardware_compatible=True,
+        strip_plan=True,
+        refit=True,
+        verbosity="info",
+        layer_info=Path("l.json"),
+        plugins=(Path("a.so"), Path("b.so")),
+        compute_capabilities=("8.9",),
+    )
+    assert engine(*command, "--device", 1)[0] == 0
+    assert calls[2][3] == BuildOptions(device=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "a.onnx", "b.onnx"], "give either --data FOLDER or --random N"),
+        (["compare", "a.onnx", "b.onnx", "--data", "d", "--random", "2"], "give either"),
+        (["compare", "a.onnx", "b.onnx", "--random", "2", "--images", "1"], "go with --data"),
+        (["compare", "a.onnx", "b.onnx", "--random", "2"], "a.onnx: no such model file"),
+        (["compare", "a.engine", "b.onnx", "--random", "2"], "a.engine: no such engine file"),
+        (["calibrate", "a.onnx", "--data", "d", "-o", "no/c.json"], "no: no such folder"),
+        (["calibrate", "a.onnx", "--data", "d", "-o", "c.json"], "a.onnx"),
+        (["quantize", "a.onnx", "c.json", "o.onnx"], "c.json: cannot read it"),
+        (["sensitivity", "a.onnx", "c.json", "--data", "d"], "a.onnx"),
+        (["inspect", "nothing"], "nothing: no such file"),
+        (["build", "a.onnx", "--backend", "other", "-o", "e"], "'other'"),
+        (
+            ["build", "a", "--backend", "tensorrt", "-o", "e", "--memory-pool", "x=1G"],
+            "--memory-pool x=1G: POOL=MIB expected",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["engine", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.startswith("engine: error: ") and error.count("\n") == 1
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["engine", "harness"])
+def test_a_graph_that_contradicts_itself_is_one_line(exported, tmp_path, monkeypatch, capsys, name):
+    model = onnx.load(write_surgered(exported, tmp_path / "small.onnx"))
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    (weights,) = (t for t in model.graph.initializer if t.name == conv.input[1])
+    one_channel = onnx.numpy_helper.to_array(weights)[:, :1]
+    weights.CopyFrom(onnx.numpy_helper.from_array(one_channel, weights.name))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["calibrate", "wrong.onnx", "--data", "d", "-o", "c.json"]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        {"engine": main, "harness": lambda: run_harness(app)}[name]()
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.startswith(f"{name}: error: shape inference fails") and error.count("\n") == 1
+
+
+def test_unfit_data_is_refused(demo, tmp_path):
+    files = [demo / "demo.onnx", demo / "demo.nms.onnx"]
+    with pytest.raises(EngineError, match="holds no preprocessed images"):
+        engine("compare", *files, "--data", tmp_path)
+    with pytest.raises(EngineError, match="999 images asked for"):
+        engine("compare", *files, "--data", demo / "val", "--images", 999)
+    with pytest.raises(EngineError, match="lacks 3 of 3 images"):
+        engine(
+            *("compare", *files, "--data", demo / "cal", "--images", 3),
+            *("--annotations", ANNOTATIONS),
+        )
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys\nfrom engine.cli import app\n"
+        f"app({[command, '--help'] if command else ['--help']!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'polygraphy', 'pycocotools', 'cv2'}\n"
+        "sys.exit(', '.join(heavy & sys.modules.keys()) or None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS) or command

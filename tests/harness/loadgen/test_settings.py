@@ -1,0 +1,178 @@
+"""LoadGen settings: what reaches LoadGen, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mlperf_loadgen as lg
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.errors import HarnessError
+from harness.loadgen.settings import (
+    MODES,
+    SCENARIOS,
+    MultiStream,
+    Offline,
+    Server,
+    SingleStream,
+    apply,
+    fitted,
+    load_settings,
+    user_conf,
+)
+
+# MLPerf Inference v2.0 rules for ssd-resnet34, and the seeds of the installed LoadGen's own model
+BENCHMARK_RULES = {
+    "Offline": {"min_query_count": 24576, "offline_expected_qps": 10.0},
+    "Server": {"server_target_latency_ns": 100_000_000, "server_target_qps": 10.0},
+    "SingleStream": {"single_stream_expected_latency_ns": 50e6},
+    "MultiStream": {
+        "multi_stream_samples_per_query": 8,
+        "min_query_count": 662,
+        "multi_stream_expected_latency_ns": 50e6,
+    },
+}
+TARGETS = {"target_qps": 10.0, "target_latency_ms": 50}
+
+
+def load(scenario, config=None, **overrides):
+    return load_settings([scenario], config, overrides)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_loadgen_gets_the_benchmark_rules(scenario, mode, tmp_path):
+    names = {field.name for field in dataclasses.fields(SCENARIOS[scenario])}
+    targets = {key: value for key, value in TARGETS.items() if key in names}
+    if scenario == "Server":
+        del targets["target_latency_ms"]
+    test = apply(load(scenario, **targets), mode, tmp_path / "user.conf")
+    embedded = lg.TestSettings()
+    assert embedded.FromConfig("", "retinanet", scenario, 0) == 0
+    assert test.scenario == getattr(lg.TestScenario, scenario)
+    assert test.mode == getattr(lg.TestMode, mode)
+    assert test.performance_sample_count_override == 64
+    assert test.min_duration_ms == 600_000
+    for attribute, value in BENCHMARK_RULES[scenario].items():
+        assert getattr(test, attribute) == value
+    for seed in ("qsl_rng_seed", "sample_index_rng_seed", "schedule_rng_seed"):
+        assert getattr(test, seed) == getattr(embedded, seed) != 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    qps=st.floats(1e-2, 1e7),
+    latency=st.integers(1, 10**6),
+    duration=st.integers(1, 10**7),
+    count=st.integers(1, 10**9),
+)
+def test_every_value_arrives(qps, latency, duration, count, tmp_path_factory):
+    conf = tmp_path_factory.mktemp("conf") / "user.conf"
+    made = load(
+        "Server",
+        target_qps=qps,
+        target_latency_ms=latency,
+        min_duration_ms=duration,
+        min_query_count=count,
+    )
+    test = apply(made, "PerformanceOnly", conf)
+    assert test.server_target_qps == pytest.approx(qps, rel=1e-5)
+    assert test.server_target_latency_ns == latency * 10**6
+    assert test.min_duration_ms == duration
+    assert test.min_query_count == count
+
+
+def test_a_value_that_loadgen_does_not_take_is_an_error(tmp_path, monkeypatch):
+    # LoadGen ignores a line without spaces around '=' and says nothing
+    monkeypatch.setattr(
+        "harness.loadgen.settings.user_conf",
+        lambda settings: user_conf(settings).replace(" = ", "="),
+    )
+    with pytest.raises(HarnessError, match="LoadGen took"):
+        apply(load("Offline", target_qps=10.0), "PerformanceOnly", tmp_path / "user.conf")
+
+
+def test_a_file_that_loadgen_refuses_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "harness.loadgen.settings.user_conf",
+        lambda settings: user_conf(settings)[:-1] + " # comment\n",
+    )
+    with pytest.raises(HarnessError, match=r"refused .*user\.conf"):
+        apply(load("Offline", target_qps=10.0), "PerformanceOnly", tmp_path / "user.conf")
+
+
+def test_file_and_overrides(tmp_path):
+    config = tmp_path / "settings.toml"
+    config.write_text(
+        "min_duration_ms = 5000\ntarget_qps = 7\n[Server]\ntarget_qps = 9.5\nbatch_size = 4\n"
+    )
+    offline, server, single = load_settings(
+        ["Offline", "Server", "SingleStream"], config, {"min_query_count": 3, "batch_size": None}
+    )
+    assert offline == Offline(min_duration_ms=5000, target_qps=7.0, min_query_count=3)
+    assert server == Server(min_duration_ms=5000, target_qps=9.5, batch_size=4, min_query_count=3)
+    assert single == SingleStream(min_duration_ms=5000, min_query_count=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("min_duration = 5", "'min_duration' is unknown"),
+        ("[server]\ntarget_qps = 5", "'server' is unknown"),
+        ("[Offline]\ntarget_latency_ms = 5", "Offline has no setting 'target_latency_ms'"),
+        ("[Server]\ntarget_latency_ms = 12.7", "whole number"),
+        ("[Server]\ntarget_qps = 'fast'", "'fast'"),
+        ("[Server]\ntarget_qps = nan", "nan"),
+        ("[Server]\nbatch_size = 0", "positive"),
+        ("[Server]\nbatch_size = true", "True"),
+        ("[Server", "cannot read"),
+    ],
+)
+def test_bad_files_are_refused(text, message, tmp_path):
+    config = tmp_path / "settings.toml"
+    config.write_text(text)
+    with pytest.raises(HarnessError, match=message):
+        load("Server", config)
+        load("Offline", config)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(HarnessError, match=r"none\.toml"):
+        load("Server", tmp_path / "none.toml")
+
+
+def test_an_override_that_no_scenario_has_is_refused():
+    with pytest.raises(HarnessError, match="target_qps is no setting of SingleStream, MultiStream"):
+        load_settings(["SingleStream", "MultiStream"], None, {"target_qps": 5.0})
+
+
+@pytest.mark.parametrize("batch_seconds", [1e-5, 0.02, 3.0])
+def test_estimates_leave_loadgen_enough_queries(batch_seconds):
+    """LoadGen draws twice min_duration / expected latency, Offline 1.1 times qps * duration."""
+    for kind in (SingleStream, MultiStream):
+        expected = kind().estimated(batch_seconds).target_latency_ms
+        assert 0 < expected < 2 * 1000 * batch_seconds
+    assert Offline(batch_size=4).estimated(batch_seconds).target_qps >= 4 / batch_seconds
+    assert Server(batch_size=4).estimated(batch_seconds).target_qps < 4 / batch_seconds
+
+
+def test_estimates_keep_what_the_user_set():
+    for made in (
+        Offline(target_qps=3.0),
+        Server(target_qps=3.0),
+        MultiStream(target_latency_ms=3.0),
+    ):
+        assert made.estimated(0.5) == made
+
+
+def test_batch_fits_the_engine():
+    assert fitted(Offline(), None).batch == 8
+    assert fitted(Offline(), 3).batch == 3
+    assert fitted(Server(batch_size=3), 3).batch == 3
+    assert fitted(Offline(), 64, 32).batch == 32  # a plan's optimum
+    assert fitted(Offline(), 4, 32).batch == 4
+    assert fitted(Offline(batch_size=2), 64, 32).batch == 2
+    with pytest.raises(HarnessError, match="batch size 4, but the engine takes at most 3"):
+        fitted(Server(batch_size=4), 3)

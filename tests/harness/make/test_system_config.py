@@ -1,0 +1,214 @@
+"""Which system configuration is taken, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.load import BACKENDS
+from engine.support.environment import gpu_name
+from harness.errors import HarnessError
+from harness.loadgen.settings import SCENARIOS, settings_from
+from harness.make import system_config as module
+from harness.make.system_config import CONFIGS, VERSIONS, SystemConfig, system_config
+
+MODEL = "ssd-resnet34"
+SHIPPED = sorted(CONFIGS.resolve().glob("*.toml"))
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """A folder of configurations on a machine without a GPU whose processor is an Example 9."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    monkeypatch.setattr(module, "CONFIGS", folder)
+    monkeypatch.setattr(module, "gpu_name", lambda: None)
+    monkeypatch.setattr(module, "cpu_name", lambda: "Example 9 CPU")
+
+    def write(name, machine, text="[default]", benchmark=MODEL):
+        path = folder / f"{name}.toml"
+        path.write_text(f'[system]\nbenchmark = "{benchmark}"\n{machine}\n{text}\n')
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_are_understood(path):
+    """Every version of every file gives settings, or names an engine that is not there yet."""
+    tables = tomllib.loads(path.read_text())
+    for version in VERSIONS:
+        arguments = (tables["system"]["benchmark"], version, path.stem)
+        if version not in tables:
+            with pytest.raises(HarnessError, match=rf"has no \[{version}\]; it has: default"):
+                system_config(*arguments)
+        elif tables[version]["engine"] not in BACKENDS:
+            with pytest.raises(HarnessError, match="not among this release's"):
+                system_config(*arguments)
+        else:
+            config = system_config(*arguments)
+            assert settings_from(config.tables, tuple(SCENARIOS), {})
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name", "engine", "batches"),
+    [  # NVIDIA's v2.0 configuration of an A100: 64 Offline, 8 Server
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb", "tensorrt", (64, 8)),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb", "tensorrt", (64, 8)),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm-80gb", "cudnn", (64, 48)),
+        ("NVIDIA H200", "h200-sxm-141gb", "cudnn", (64, 48)),
+    ],
+)
+def test_gpus_are_found_by_the_names_of_their_driver(monkeypatch, gpu, name, engine, batches):
+    monkeypatch.setattr(module, "gpu_name", lambda: gpu)
+    config = system_config(MODEL, "default", None)
+    assert (config.name, config.engine, config.device) == (name, engine, "cuda")
+    offline, server = settings_from(config.tables, ("Offline", "Server"), {})
+    assert (offline.batch_size, server.batch_size) == batches
+    assert server.target_qps < offline.target_qps
+
+
+def test_what_a_server_runs(write):
+    write("sys", 'gpu = "Example"', '[triton]\nengine = "triton"\ndevice = "cuda"')
+    write("own", 'cpu = "Example"', '[triton]\nengine = "triton"\nserves = "cudnn"')
+    write("bad", 'cpu = "Other"', '[triton]\nengine = "triton"\nserves = "cuddn"')
+    assert system_config(MODEL, "triton", "sys").builder == "tensorrt"
+    assert system_config(MODEL, "triton", "own").builder == "cudnn"
+    with pytest.raises(HarnessError, match="is for the engine 'cuddn', which is not among"):
+        system_config(MODEL, "triton", "bad")
+
+
+def test_a_machine_without_a_file_gets_the_programs_values(write):
+    write("l4", 'gpu = "NVIDIA L4"')
+    assert system_config(MODEL, "default", None) == SystemConfig("Example 9 CPU")
+    with pytest.raises(HarnessError, match="harness tune"):
+        system_config(MODEL, "maxq", None)
+
+
+def test_the_gpu_comes_before_the_processor_and_the_longer_name_first(write, monkeypatch):
+    write("any", 'cpu = ""')
+    write("example", 'cpu = "Example 9"')
+    write("l4", 'gpu = "NVIDIA L4"')
+    write("l40", 'gpu = "NVIDIA L40"')
+    write("demo", 'gpu = "NVIDIA L40S"', benchmark="ssd-resnet34-demo")
+    assert system_config(MODEL, "default", None).name == "example"
+    monkeypatch.setattr(module, "gpu_name", lambda: "NVIDIA L40S")
+    assert system_config(MODEL, "default", None).name == "l40"
+    monkeypatch.setattr(module, "gpu_name", lambda: "NVIDIA H200")
+    assert system_config(MODEL, "default", None).name == "example"
+
+
+def test_version_and_name_choose(write):
+    text = '[default]\nthreads = 1\n[maxq]\nthreads = 3\ndevice = "cuda"\n[maxq.Offline]\n'
+    path = write("other", 'gpu = "NVIDIA L4"', f"{text}batch_size = 5")
+    config = system_config(MODEL, "maxq", "other")
+    assert config == SystemConfig(
+        "other", path, device="cuda", threads=3, tables={"Offline": {"batch_size": 5}}
+    )
+    (offline,) = settings_from(config.tables, ("Offline",), {})
+    assert offline.batch_size == 5
+
+
+def test_devices_and_streams(write):
+    path = write(
+        "here",
+        'cpu = "Example 9"',
+        "[default]\ndevices = [0, 2]\nstreams = 2\n[default.Server]\nstreams = 3",
+    )
+    config = system_config(MODEL, "default", None)
+    assert (config.source, config.devices) == (path, (0, 2))
+    offline, server = settings_from(config.tables, ("Offline", "Server"), {})
+    assert (offline.streams, server.streams) == (2, 3)
+    assert settings_from(config.tables, ("Server",), {"streams": 1})[0].streams == 1
+
+
+@pytest.mark.parametrize(
+    ("machine", "text", "message"),
+    [
+        ('cpu = ""', "[fastest]", r"'fastest' is unknown; known: \[system\], \[default\]"),
+        ('cpu = ""', "default = 1\n", "either gpu or cpu"),
+        (
+            'cpu = ""',
+            "[default]\nsessions = 2",
+            r"\[default\]: 'sessions' is unknown; known: .*batch",
+        ),
+        ('cpu = ""', "[default.Batch]\n", r"\[default\]: 'Batch' is unknown"),
+        ('cpu = ""', "[default.Offline]\nqps = 1", "Offline has no setting 'qps'"),
+        ('cpu = ""', '[default]\nthreads = "2"', "threads is '2'; a int expected"),
+        ('cpu = ""', "[default]\nthreads = 0", "threads is 0"),
+        ('cpu = ""', "[default]\ndevices = []", r"devices are \[\]; as \[0, 1\] expected"),
+        ('cpu = ""', "[default]\ndevices = [-1]", r"devices are \[-1\]"),
+        ('cpu = ""', "[default]\ndevices = [0, true]", r"devices are \[0, True\]"),
+        ('cpu = ""', "[default]\ndevices = [1, 1]", r"devices are \[1, 1\]"),
+        ('cpu = ""', "[default]\ndevices = 1", "devices is 1; a list expected"),
+        ('cpu = ""', '[default]\nengine = "fast"', "engine 'fast', which is not among"),
+        ('cpu = ""', "[maxq]", r"has no \[default\]; it has: maxq"),
+        ("", "[default]", "either gpu or cpu"),
+        ('cpu = ""\ngpu = ""', "[default]", "either gpu or cpu"),
+        ("cpu = 1", "[default]", "as texts"),
+        ("cpu = ", "[default]", "cannot read the configuration"),
+    ],
+)
+def test_bad_files_are_refused(write, machine, text, message):
+    path = write("bad", machine, text)
+    with pytest.raises(HarnessError, match=message) as error:
+        system_config(MODEL, "default", None)
+    assert str(path) in str(error.value)
+
+
+def test_an_unknown_system_lists_those_of_the_benchmark(write):
+    write("one", 'cpu = ""')
+    write("two", 'cpu = ""', benchmark="ssd-resnet34-demo")
+    with pytest.raises(HarnessError, match=r"no configuration 'three' .*there are: one$"):
+        system_config(MODEL, "default", "three")
+
+
+JSON_LIKE = st.recursive(
+    st.one_of(st.integers(), st.booleans(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.dictionaries(
+        st.sampled_from(["system", "default", "Offline", "engine", "threads", "cpu", "x"]), inner
+    ),
+    max_leaves=8,
+)
+
+
+@given(JSON_LIKE)
+def test_any_content_gives_a_configuration_or_one_line(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "any.toml").write_text(_toml(content if isinstance(content, dict) else {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CONFIGS", folder)
+        patch.setattr(module, "gpu_name", lambda: None)
+        try:
+            assert system_config(MODEL, "default", None).name
+        except HarnessError as error:
+            assert "\n" not in str(error).strip()
+
+
+def _toml(table: dict, prefix: str = "") -> str:
+    lines = [
+        f"{key} = {str(value).lower() if isinstance(value, bool | float) else repr(value)}"
+        for key, value in table.items()
+        if not isinstance(value, dict)
+    ]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += [f"[{prefix}{key}]", _toml(value, f"{prefix}{key}.")]
+    return "\n".join(lines)
+
+
+def test_gpu_name_from_nvidia_smi(monkeypatch):
+    """As far as the driver's files are not there, which they are on no machine of the tests."""
+    answers = []
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answers.pop())
+    for code, output, expected in (
+        (0, "NVIDIA L4\nNVIDIA T4\n", "NVIDIA L4"),
+        (9, "NVIDIA-SMI has failed\n", None),
+        (0, "", None),
+    ):
+        answers.append(subprocess.CompletedProcess([], code, output, ""))
+        assert gpu_name() == expected

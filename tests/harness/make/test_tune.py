@@ -1,0 +1,238 @@
+"""What `harness tune` finds on engines whose best settings are known."""
+
+from __future__ import annotations
+
+import threading
+import time
+import tomllib
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.cli.main import main
+from harness.loadgen.settings import settings_from
+from harness.make import system_config as module
+from harness.make.tune import (
+    PRECISION,
+    Tuned,
+    Tuning,
+    climb,
+    highest_valid,
+    put,
+    read_config,
+    search,
+    write_config,
+)
+from tests.support import ROOT
+from tests.support.harness_fakes import FakeEngine, Memory
+
+
+@given(st.floats(0, 2000), st.floats(1 / 32, 1.5), st.floats(1e-3, 2000))
+def test_bisection_ends_just_below_the_limit(limit, share, ceiling):
+    asked, floor = [], share * ceiling
+
+    def valid(value):
+        asked.append(value)
+        return value <= limit
+
+    found = highest_valid(valid, floor, ceiling)
+    assert len(asked) <= 12
+    assert all(floor < value < ceiling for value in asked)
+    near = PRECISION / (1 - PRECISION)
+    if found is None:
+        assert min(limit, ceiling) - floor <= near * floor
+    else:
+        assert found in asked
+        assert found <= limit
+        assert min(limit, ceiling) - found <= near * min(limit, ceiling)
+
+
+@given(st.integers(0, 6), st.integers(1, 200))
+def test_climb_finds_the_peak(peak, largest):
+    found = climb(lambda size: -abs(size - 2**peak), largest)
+    assert max(found) <= largest
+    assert max(found, key=found.get) == min(2**peak, largest)
+    assert len(found) <= peak + 3  # no more than two beyond the peak
+
+
+@dataclass
+class Device(FakeEngine):
+    """A batch takes 8 ms and 0.25 ms an image, from 16 images on 2 ms; one thread, twice that.
+
+    One works at a time; copies, of 6 ms a batch, may overlap it.
+    """
+
+    threads: int = 1
+    working: threading.Lock = field(default_factory=threading.Lock)
+
+    def infer(self, images):
+        time.sleep(0.006)
+        per_image = 0.002 if len(images) >= 16 else 0.00025
+        with self.working:
+            time.sleep((0.008 + per_image * len(images)) * (3 - self.threads))
+        return super().infer(images)
+
+
+def test_search_finds_the_best_batch_threads_and_a_valid_rate(monkeypatch):
+    monkeypatch.setattr("harness.make.tune.SERVER_QUERIES", 700)
+    said = []
+    tuning = Tuning("fake", "cpu", 64, 0.1)
+    found = search(lambda _, threads: Device(threads=threads), Memory(100), tuning, 2, said.append)
+    assert found.offline_batch == 8
+    assert found.threads == 2
+    assert found.streams == 1
+    assert 0 < found.offline_qps <= 8 / 0.016  # what the sleeping allows
+    assert found.server_batch == 8
+    assert 0 < found.server_qps < found.offline_qps * 1.05
+    assert any(f"{found.server_qps:.2f} queries/s" in line and " VALID" in line for line in said)
+    assert not any("batch 64" in line for line in said)
+    assert any("batch 8, 1 thread, 2 streams" in line for line in said)
+
+
+def test_search_finds_the_streams_that_hide_the_copies(monkeypatch):
+    monkeypatch.setattr("harness.make.tune.SERVER_QUERIES", 100)
+    monkeypatch.setattr(
+        "harness.make.tune.highest_valid", lambda valid, _, qps: valid(qps / 2) or qps / 2
+    )
+    said = []
+    tuning = Tuning("fake", "cuda", 8, 0.2)
+    found = search(lambda *_: Device(threads=2), Memory(100), tuning, None, said.append)
+    assert (found.offline_batch, found.threads) == (8, None)
+    assert found.streams > 1
+    assert 8 / 0.016 < found.offline_qps <= 8 / 0.010  # what the sleeping allows
+    assert found.server_qps == pytest.approx(found.offline_qps / 2)
+    assert any(f"Server, batch 8, {found.streams} streams" in line for line in said)
+
+
+def test_an_engine_slower_than_the_bound_gets_no_rate():
+    said = []
+    engine = FakeEngine(seconds=0.12)  # 100 ms are allowed
+    found = search(
+        lambda *_: engine, Memory(100), Tuning("fake", "cuda", 1, 0.3), None, said.append
+    )
+    assert (found.server_batch, found.server_qps, found.threads) == (None, None, None)
+    assert said[-1] == "Server: one image takes longer than 100 ms"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lowest"), [(0.06, 1000 / 120), (0.001, None)], ids=["slow", "fast"]
+)
+def test_rates_that_are_too_slow_to_try(monkeypatch, seconds, lowest):
+    """Never under 1/32 of the throughput, nor where 1,000 queries take over 120 s."""
+    asked = []
+
+    def never(valid, floor, ceiling):
+        asked.append((floor, ceiling))
+
+    monkeypatch.setattr("harness.make.tune.highest_valid", never)
+    engine = FakeEngine(seconds=seconds)
+    found = search(
+        lambda *_: engine, Memory(100), Tuning("fake", "cuda", 1, 0.3), None, lambda _: None
+    )
+    ((floor, ceiling),) = asked
+    assert floor == pytest.approx(ceiling / 32 if lowest is None else lowest)
+    assert ceiling == pytest.approx(found.offline_qps)
+    assert found.server_qps is None
+
+
+@pytest.mark.parametrize(
+    "found", [Tuned(3, 2, 16, 48.25, 2, 20.5), Tuned(None, 1, 16, 48.25, None, None)]
+)
+def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    monkeypatch.setattr(module, "CONFIGS", folder)
+    path = folder / "here.toml"
+    document = read_config(path, "ssd-resnet34-demo", "cpu")
+    put(document, Tuning("onnxruntime", "cpu", 64, 5), found)
+    write_config(path, document.as_string())
+    assert tomllib.loads(path.read_text())["system"]["cpu"] == module.cpu_name()
+    monkeypatch.setattr(module, "gpu_name", lambda: None)
+    config = module.system_config("ssd-resnet34-demo", "default", None)
+    assert (config.name, config.engine, config.threads) == ("here", "onnxruntime", found.threads)
+    offline, server = settings_from(config.tables, ("Offline", "Server"), {})
+    assert (offline.streams, server.streams) == (found.streams, found.streams)
+    assert (offline.batch_size, offline.target_qps) == (16, 48.25)
+    assert (server.batch_size, server.target_qps) == (found.server_batch, found.server_qps)
+
+
+def tuned_file(path, monkeypatch, found):
+    """Let `harness tune` put `found` into the file of this machine at `path`."""
+    monkeypatch.setattr("harness.make.tune.tune", lambda *_: found)
+    files = [f"--build-dir={path.parent / 'build'}", f"--output={path}"]
+    monkeypatch.setattr("sys.argv", ["harness", "tune", *files, "--engine=cudnn", "--device=cuda"])
+    main()
+
+
+@pytest.mark.parametrize(
+    "name", [path.name for path in sorted((ROOT / "configs").glob("?[12]00*.toml"))]
+)
+def test_a_shipped_file_keeps_what_was_not_measured(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_bytes((ROOT / "configs" / name).read_bytes())
+    before = tomllib.loads(path.read_text())
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    monkeypatch.setattr("harness.make.tune.gpu_name", lambda: before["system"]["gpu"])
+    with pytest.raises(SystemExit, match="0"):
+        tuned_file(path, monkeypatch, Tuned(None, 2, 16, 48.25, 4, 20.5))
+    expected = {**before, "default": {**before["default"], "engine": "cudnn", "streams": 2}}
+    expected["default"]["Offline"] = {"batch_size": 16, "target_qps": 48.25}
+    expected["default"]["Server"] = {"batch_size": 4, "batch_delay_ms": 2.0, "target_qps": 20.5}
+    text = path.read_text()
+    assert tomllib.loads(text) == expected
+    assert [line for line in text.splitlines() if line.startswith("#")] == comments
+    (target,) = (line for line in text.splitlines() if line.startswith("target_qps = 20.5"))
+    assert "# harness tune, " in target  # not what was said of the old one
+
+
+@pytest.mark.parametrize(
+    "default",
+    [
+        "default = {engine = 'triton', url = 'a:1', Server = {target_qps = 4.0}}",
+        "[default.Server]\ntarget_qps = 4.0\n[triton]\nengine = 'triton'\n[default]\nurl = 'a:1'",
+        "default.Server.target_qps = 4.0\ndefault.threads = 3\ndefault.Offline.streams = 4",
+    ],
+    ids=["inline", "apart", "dotted"],
+)
+def test_any_way_to_write_it(tmp_path, monkeypatch, default):
+    """No rate was valid: Server's stays."""
+    path = tmp_path / "mine.toml"
+    default = default.split("\n", 1)
+    system = "system = {benchmark = 'ssd-resnet34', gpu = 'NVIDIA'}"
+    path.write_text("\n".join([system, *default]) + "\n")
+    before = tomllib.loads(path.read_text())
+    monkeypatch.setattr("harness.make.tune.gpu_name", lambda: "NVIDIA H100")
+    with pytest.raises(SystemExit, match="0"):
+        tuned_file(path, monkeypatch, Tuned(None, 2, 16, 48.25, None, None))
+    found = tomllib.loads(path.read_text())
+    assert found.pop("default") == {
+        "engine": "cudnn",
+        "device": "cuda",
+        "streams": 2,
+        "Offline": {"batch_size": 16, "target_qps": 48.25},
+        "Server": {"target_qps": 4.0},
+    }
+    before.pop("default")
+    assert found == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[system", "cannot read the configuration"),
+        ("[system]\nbenchmark = 'ssd-resnet34'\ngpu = 'NVIDIA A100'", "is not for ssd-resnet34 on"),
+        ("[system]\nbenchmark = 'ssd-resnet34-demo'\ngpu = ''", "is not for ssd-resnet34 on"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_before_the_trials(
+    tmp_path, monkeypatch, capsys, content, message
+):
+    path = tmp_path / "mine.toml"
+    path.write_text(content)
+    monkeypatch.setattr("harness.make.tune.gpu_name", lambda: "NVIDIA H100")
+    with pytest.raises(SystemExit, match="2"):
+        tuned_file(path, monkeypatch, None)
+    assert message in capsys.readouterr().err
+    assert path.read_text() == content

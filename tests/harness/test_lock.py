@@ -1,0 +1,104 @@
+"""One route at a time in a build folder; a folder that cannot be written to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from harness.errors import HarnessError
+from harness.lock import locked
+from tests.support import ROOT
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from harness.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_the_second_is_told_who_holds_it(holder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "make", "run", "--build-dir", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"harness: error: {tmp_path} is in use by process {holder.pid} on ")
+
+
+def test_other_folders_are_free(holder, tmp_path):
+    with locked(tmp_path / "other"):
+        pass
+
+
+def test_a_dead_holder_holds_nothing(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with locked(tmp_path):
+        pass
+
+
+def test_the_lock_ends_with_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), locked(tmp_path):
+        raise ZeroDivisionError
+    with locked(tmp_path):
+        pass
+
+
+def test_read_only_folder(tmp_path):
+    folder = tmp_path / "build"
+    folder.mkdir()
+    tmp_path.chmod(0o755)
+    folder.chmod(0o555)
+    user = os.geteuid()
+    changed = {}
+    if user == 0:
+        for parent in [folder, *folder.parents[:-1]]:  # pytest's are private to root
+            mode = parent.stat().st_mode
+            if parent.stat().st_uid == 0 and mode & 0o5 != 0o5:
+                changed[parent] = mode
+                parent.chmod(mode | 0o5)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(HarnessError, match=r"cannot write to the build folder.*BUILD_DIR"):
+            locked(folder).__enter__()
+    finally:
+        os.seteuid(user)
+        for parent, mode in changed.items():
+            parent.chmod(mode)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    file = tmp_path / "build"
+    file.touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "make", "calibrate", "--build-dir", file],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"harness: error: {file}: cannot write to the build folder")

@@ -1,0 +1,70 @@
+"""A small detector, images for it and its calibration, shared by the tests of quantisation."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import numpy_helper
+
+from engine.data.preprocessed import PreprocessedSet
+from engine.protocol import InputSpec
+from graph_surgery.files import load, save
+from graph_surgery.replace import insert_nms
+
+SPEC = InputSpec("image", (3, 400, 400), "float32")
+
+
+def write_surgered(exported: Path, path: Path) -> Path:
+    save(insert_nms(load(exported)).model, path)
+    return path
+
+
+def write_images(directory: Path, images: np.ndarray) -> PreprocessedSet:
+    names = tuple(f"{index:03}.jpg" for index in range(len(images)))
+    for name, image in zip(names, images, strict=True):
+        np.save(directory / f"{name}.npy", image)
+    return PreprocessedSet(directory, names, replace(SPEC, shape=images.shape[1:]), {})
+
+
+def activations(model: onnx.ModelProto, feed: np.ndarray, *, optimise: bool = True) -> dict:
+    """Every tensor that a node outside NMS_OPT_TRT makes, from ONNX Runtime."""
+    new = onnx.ModelProto()
+    new.CopyFrom(model)
+    names = [n for node in new.graph.node if not node.domain for n in node.output]
+    del new.graph.output[:]
+    new.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return {model.graph.input[0].name: feed} | dict(
+        zip(names, run(new, feed, names, optimise=optimise), strict=True)
+    )
+
+
+def run(model: onnx.ModelProto, feed: np.ndarray, names: list[str], *, optimise: bool = True):
+    """The named tensors; they become outputs where they are not."""
+    new = onnx.ModelProto()
+    new.CopyFrom(model)
+    known = {value.name for value in new.graph.output}
+    new.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        new.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(names, {model.graph.input[0].name: feed})
+
+
+def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def snr_db(reference: list[np.ndarray], other: list[np.ndarray]) -> float:
+    a = np.concatenate([x.astype(np.float64).ravel() for x in reference])
+    b = np.concatenate([x.astype(np.float64).ravel() for x in other])
+    return float(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()))

@@ -1,0 +1,40 @@
+"""The demo detector and images of the demo set, for tests of engines on a GPU."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.support import ROOT
+from tests.support.calibrated import SPEC, write_surgered
+
+
+def demo_images(count, size=400):
+    """Images of the demo set, as a network takes them: float32 [count, 3, size, size]."""
+    pytest.importorskip("cv2")
+    from harness.data.transform import preprocess_image
+
+    paths = sorted((ROOT / "demo" / "data" / "val").glob("*.jpg"))[:count]
+    if len(paths) < count:
+        pytest.skip("the demo images are not there")
+    spec = replace(SPEC, shape=(3, size, size))
+    images = np.empty((len(paths), *spec.shape), np.float32)
+    for path, image in zip(paths, images, strict=True):
+        preprocess_image(path, spec, image)
+    return images
+
+
+def write_demo(folder):
+    """The demo detector, exported and surgered; its path."""
+    return write_detector(ROOT / "demo" / "ssd-resnet34-demo.safetensors", folder)
+
+
+def write_detector(weights, folder):
+    """A checkpoint's detector, exported and surgered; its path."""
+    exported = folder / f"{weights.stem}.onnx"
+    command = [sys.executable, "-m", "export", "--weights", weights, "-o", exported]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return write_surgered(exported, folder / f"{weights.stem}.nms.onnx")

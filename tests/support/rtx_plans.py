@@ -1,0 +1,59 @@
+"""Plans of TensorRT-RTX, and the nodes that they come from."""
+
+import re
+import struct
+
+import numpy as np
+import onnx
+
+from graph_surgery.pattern import find_nms_node
+from plugin_cuda.library import Config, Format, Level, workspace_size
+from tests.support.plugin_driver import FLOAT32, INT32
+
+
+def check_plan(plan, model, max_batch, kernels):
+    """The node's attributes, the profile and the workspace are in the plan.
+
+    Where TensorRT-RTX 1.7.1 writes them: a field is the length of its name, the name, its type, the
+    number of its values, the values; the rest is in the text of its program.
+    """
+    node = find_nms_node(onnx.load(model))
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    del values["plugin_version"], values["plugin_namespace"]
+    assert len(values) == 14
+    for name, value in values.items():
+        kind, numbers = FLOAT32 if isinstance(value, float) else INT32, np.atleast_1d(value)
+        data = numbers.astype(np.float32 if kind == FLOAT32 else np.int32).tobytes()
+        head = struct.pack("<i", len(name) + 1) + name.encode() + b"\0"
+        assert head + struct.pack("<ii", kind, len(numbers)) + data in plan, name
+    assert f"shape input value at index 0 is out of bounds [1, {max_batch}]".encode() in plan
+    (size,) = re.findall(rb'dims=\{ (\d+) \} mem_prop=0 name="NMS_OPT_TRT_wksp', plan)
+    shapes = {
+        value.name: value.type.tensor_type.shape.dim for value in onnx.load(model).graph.value_info
+    }
+    levels = []
+    for name in node.input[: values["numLayers"]]:
+        _, channels, height, width = (dim.dim_value for dim in shapes[name])
+        levels.append(Level(height, width, channels // 4, Format(0), Format(0)))
+    config = Config(
+        num_classes=values["numClasses"],
+        background_class=values["backgroundLabelId"],
+        top_k=values["topK"],
+        keep_top_k=values["keepTopK"],
+        confidence_threshold=values["confidenceThreshold"],
+        nms_threshold=values["nmsThreshold"],
+        levels=tuple(levels),
+    )
+    assert int(size) == workspace_size(config, max_batch, kernels)
+
+
+def edited(model, path, **attributes):
+    """Write a copy whose NMS_OPT_TRT node has other attributes; return its path."""
+    copy = onnx.load(model)
+    node = find_nms_node(copy)
+    kept = [a for a in node.attribute if a.name not in attributes]
+    node.ClearField("attribute")
+    node.attribute.extend(kept)
+    node.attribute.extend(onnx.helper.make_attribute(*item) for item in attributes.items())
+    onnx.save(copy, path)
+    return path

@@ -1,0 +1,155 @@
+"""Which room imports which: no other arrow than these, and no circle."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+PACKAGES = ("export", "graph_surgery", "plugin_cuda", "engine", "harness")
+
+BETWEEN_PACKAGES = {
+    "export": "",
+    "graph_surgery": "",
+    "plugin_cuda": "",
+    "engine": "graph_surgery plugin_cuda",
+    "harness": "engine graph_surgery plugin_cuda",
+}
+"""Package to those that it may import."""
+
+GROUND = {"engine": {"errors", "protocol", "support"}, "harness": {"errors", "command", "disk"}}
+"""Rooms that every room of the package may import, but for one another."""
+
+ARROWS = {
+    "engine": {
+        "errors": "",
+        "support": "errors",
+        "protocol": "errors",
+        "data": "",
+        "manifest": "",
+        "model": "",
+        "load": "",
+        "backends": "",
+        "backends.onnxruntime": "backends model",
+        "backends.tensorrt": "backends manifest model",
+        "backends.cudnn": "backends model",
+        "backends.triton": (
+            "backends backends.onnxruntime backends.tensorrt data load manifest model"
+        ),
+        "quantization": "backends.onnxruntime data model",
+        "comparison": "backends.cudnn data load manifest model quantization",
+        "inspect": "manifest model quantization",
+        "report": "comparison quantization",
+        "bench": (
+            "backends backends.cudnn backends.onnxruntime comparison data load model quantization"
+        ),
+        "cli": "backends.tensorrt comparison data inspect model quantization report",
+        "__main__": "cli",
+    },
+    "harness": {
+        "errors": "",
+        "command": "errors",
+        "disk": "errors",
+        "lock": "",
+        "artefacts": "",
+        "data": "artefacts lock",
+        "download": "data lock",
+        "loadgen": "",
+        "results": "data loadgen",
+        "triton": "loadgen",
+        "make": "artefacts data loadgen results triton",
+        "submission": "data loadgen results",
+        "doctor": "triton",
+        "bench": "data loadgen results triton",
+        "cli": "data doctor download loadgen lock make results submission triton",
+        "__main__": "cli",
+    },
+}
+"""Room to the rooms of its package that it imports, besides `GROUND`."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the packages, by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of ours that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                names.add(whole if whole in MODULES else str(node.module))
+    return {name for name in names if name.partition(".")[0] in PACKAGES}
+
+
+def room(module: str) -> str:
+    """The sub-package of a module within its package, or the module itself where it has none."""
+    _, *parts = module.split(".")
+    depth = 2 if parts[:1] == ["backends"] and len(parts) > 2 else 1
+    return ".".join(parts[:depth])
+
+
+def arrows(package: str) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        if module.startswith(f"{package}."):
+            inside = {room(one) for one in imported(path) if one.startswith(f"{package}.")}
+            found.setdefault(room(module), set()).update(inside - {room(module)})
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages(package):
+    seen = {
+        one.partition(".")[0]
+        for module, path in MODULES.items()
+        if module.partition(".")[0] == package
+        for one in imported(path)
+    }
+    assert seen - {package} == set(BETWEEN_PACKAGES[package].split())
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_rooms(package):
+    ground = GROUND[package]
+    known = ARROWS[package]
+    found = arrows(package)
+    assert found.keys() - {""} == known.keys()
+    for name, targets in found.items():
+        allowed = set(known.get(name, "").split())
+        assert targets - ground - allowed == set(), f"{package}.{name} imports another room"
+        assert allowed <= targets, f"{package}.{name} no longer imports {allowed - targets}"
+    tuple(TopologicalSorter(found).static_order())  # raises CycleError for a circle
+    assert not any(targets - ground for name, targets in found.items() if name in ground)
+
+
+def test_only_export_needs_torch_to_be_imported():
+    """And no module imports what is heavy or optional before it is needed."""
+    heavy = {"torch", "tensorrt", "tensorrt_rtx", "cudnn", "tritonclient", "cuda"}
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            found = {name.partition(".")[0] for name in names} & heavy
+            assert found <= ({"torch"} if module.startswith("export.") else set()), module
