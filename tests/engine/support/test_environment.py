@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import engine.bench.__main__
 import engine.bench.int8
+import harness.bench.__main__
 import harness.bench.harness
 import harness.bench.plans
 from harness.artefacts import version
