@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ from engine.errors import EngineError
 from engine.protocol import InputSpec
 from engine.support.command import run_command
 from engine.support.progress import progress_bar
+
+if TYPE_CHECKING:
+    from engine.model import Detector
 
 app = typer.Typer(
     help="Calibrate, quantise, build and compare detectors.",
@@ -69,6 +72,7 @@ def calibrate(
     from rich.console import Console
 
     from engine.data.preprocessed import load_preprocessed
+    from engine.model import load_detector
     from engine.quantization.cache import Calibration
     from engine.quantization.calibration import calibrate as calibrate_model
     from engine.quantization.calibration import is_current
@@ -76,14 +80,15 @@ def calibrate(
     from engine.support.files import write_atomically
 
     _check_folder(output)
-    source = load_preprocessed(data, _image_spec(model))
-    if output.exists() and is_current(output, model, source, method=method, limit=images):
+    detector = load_detector(model)
+    source = load_preprocessed(data, _image_spec(detector))
+    if output.exists() and is_current(output, detector, source, method=method, limit=images):
         cache = Calibration.load(output)
         typer.echo(f"{output} is up to date")
     else:
         with progress_bar("calibrate") as progress:
             cache = calibrate_model(
-                model, source, method=method, limit=images, batch=batch, progress=progress
+                detector, source, method=method, limit=images, batch=batch, progress=progress
             )
         cache.save(output)
         typer.echo(f"wrote {output}")
@@ -136,11 +141,12 @@ def quantize(
     from engine.support.files import write_atomically
 
     _check_folder(output)
-    images = None if check is None else load_preprocessed(check, _image_spec(model))
     calibration = Calibration.load(cache)
+    detector = load_detector(model)
+    images = None if check is None else load_preprocessed(check, _image_spec(detector))
     warn(calibration)
     quantized = quantize_model(
-        load_detector(model), calibration, float_type=float_type, keep_float=keep_float or ()
+        detector.model, calibration, float_type=float_type, keep_float=keep_float or ()
     )
     content = quantized.SerializeToString(deterministic=True)
     try:
@@ -221,6 +227,7 @@ def build(
     """Build an engine file of MODEL, and its manifest beside it."""
     from engine.backends.tensorrt.build import BuildOptions
     from engine.backends.tensorrt.build import build as build_engine
+    from engine.model import load_detector
 
     if timing_cache is None and backend == "tensorrt":
         timing_cache = Path(os.environ.get("BUILD_DIR", "build")) / "engines" / "timing.cache"
@@ -242,7 +249,7 @@ def build(
         compute_capabilities=tuple(compute_capability or ()),
         device=device,
     )
-    manifest = build_engine(model, backend, output, options)
+    manifest = build_engine(load_detector(model), backend, output, options)
     typer.echo(f"wrote {output}: {manifest.engine_bytes} bytes in {manifest.seconds:.1f} s")
 
 
@@ -330,15 +337,17 @@ def sensitivity(
     from rich.console import Console
 
     from engine.data.preprocessed import load_preprocessed
+    from engine.model import load_detector
     from engine.quantization.cache import Calibration
     from engine.quantization.sensitivity import sensitivity as find_sensitivity
     from engine.report import sensitivity_table
     from engine.support.files import write_json
 
-    source = load_preprocessed(data, _image_spec(model))
+    detector = load_detector(model)
+    source = load_preprocessed(data, _image_spec(detector))
     with progress_bar("sensitivity") as progress:
         found = find_sensitivity(
-            model, Calibration.load(cache), source, limit=images, batch=batch, progress=progress
+            detector, Calibration.load(cache), source, limit=images, batch=batch, progress=progress
         )
     Console().print(sensitivity_table(found))
     if output is not None:
@@ -363,12 +372,11 @@ def main() -> None:
     run_command(app, "engine")
 
 
-def _image_spec(model: Path) -> InputSpec:
+def _image_spec(detector: Detector) -> InputSpec:
     """Image input of a surgered FP32 model."""
-    from engine.model import load_detector
     from engine.quantization.placement import find_placement
 
-    placement = find_placement(load_detector(model))
+    placement = find_placement(detector.model)
     return InputSpec(placement.image, placement.shape, "float32")
 
 

@@ -12,7 +12,6 @@ from engine.errors import EngineError
 from engine.manifest import check_engine, load_manifest, manifest_path
 from engine.model import load_detector
 from engine.quantization.cache import Calibration, parse_trt
-from engine.support.files import file_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
 from graph_surgery.nms_function import OP_TYPE
@@ -44,10 +43,11 @@ def inspect_file(path: Path) -> Mapping[str, object]:
 
 
 def _detector(path: Path) -> dict[str, object]:
-    model = load_detector(path)
+    detector = load_detector(path)
+    model = detector.model
     constants = {tensor.name for tensor in model.graph.initializer}
     kinds = Counter(node.op_type for node in model.graph.node)
-    facts: dict[str, object] = {"kind": "ONNX detector", "sha256": file_sha256(path)}
+    facts: dict[str, object] = {"kind": "ONNX detector", "sha256": detector.sha256}
     for value in model.graph.input:
         if value.name not in constants:
             facts[f"input {value.name}"] = _type(value)
@@ -67,7 +67,7 @@ def _detector(path: Path) -> dict[str, object]:
         for index, level in enumerate(tail.heads.levels):
             grid = f"{level.height} x {level.width}, {level.anchors} anchors"
             facts[f"level {index}"] = f"{grid}: {level.loc}, {level.conf}"
-    return facts | {f"metadata {entry.key}": entry.value for entry in model.metadata_props}
+    return facts | {f"metadata {key}": value for key, value in detector.metadata.items()}
 
 
 def _type(value: onnx.ValueInfoProto) -> str:

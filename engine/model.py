@@ -1,17 +1,135 @@
-"""A detector in an ONNX file."""
+"""A detector in an ONNX file, loaded once and handed on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import onnx
 
 from engine.errors import EngineError
+from engine.protocol import (
+    DETECTION_FIELDS,
+    DETECTIONS,
+    NUM_DETECTIONS,
+    InputSpec,
+    input_scale,
+)
+from engine.support.files import file_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 
+_DTYPES: dict[int, Literal["float32", "int8"]] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.INT8: "int8",
+}
 
-def load_detector(model: Path) -> onnx.ModelProto:
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """An ONNX file and what is asked of it again and again. Made by `load_detector`.
+
+    Attributes
+    ----------
+    path
+        The file; ONNX Runtime and external data beyond 2 GiB need it.
+    model
+        Its content, external data included. Nobody changes it.
+    """
+
+    path: Path
+    model: onnx.ModelProto = field(repr=False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file."""
+        return file_sha256(self.path)
+
+    @cached_property
+    def metadata(self) -> Mapping[str, str]:
+        """Metadata properties of the model."""
+        return {entry.key: entry.value for entry in self.model.metadata_props}
+
+    @cached_property
+    def input(self) -> InputSpec:
+        """The image input.
+
+        Raises
+        ------
+        EngineError
+            When there is not one [N, 3, H, W] with fixed H and W, float32 or int8 with its scale in
+            the metadata.
+        """
+        image = self._image
+        name, tensor = image.name, image.type.tensor_type
+        kind = _DTYPES.get(tensor.elem_type)
+        if kind is None:
+            found = onnx.TensorProto.DataType.Name(tensor.elem_type)
+            raise EngineError(f"{self.path}: input {name!r} is {found}; float32 or int8 expected")
+        sizes = [int(size.dim_value) for size in tensor.shape.dim[1:]]
+        if len(sizes) != 3 or sizes[0] != 3 or not all(sizes):
+            raise EngineError(f"{self.path}: input {name!r} is not [N, 3, H, W] with fixed H and W")
+        channels, height, width = sizes
+        scale = input_scale(self.metadata, self.path) if kind == "int8" else None
+        return InputSpec(name, (channels, height, width), kind, scale)
+
+    @cached_property
+    def batch(self) -> int | None:
+        """Batch size that is fixed in the graph; None: any."""
+        dims = self._image.type.tensor_type.shape.dim
+        return (dims[0].dim_value or None) if dims else None
+
+    @cached_property
+    def keep_top_k(self) -> int:
+        """Rows of detections for each image.
+
+        Raises
+        ------
+        EngineError
+            When the outputs are not ``detections`` [N, keepTopK, 7] and ``num_detections`` [N].
+        """
+        sizes = {
+            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in self.model.graph.output
+        }
+        match sizes.get(DETECTIONS), sizes.get(NUM_DETECTIONS):
+            case [_, int(rows), int(fields)], [_] if rows and fields == DETECTION_FIELDS:
+                return rows
+        raise EngineError(
+            f"{self.path}: no outputs {DETECTIONS} [N, keepTopK, {DETECTION_FIELDS}] and "
+            f"{NUM_DETECTIONS} [N]; export the model with 'export-onnx'"
+        )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any of it is INT8."""
+        return any(node.op_type == "QuantizeLinear" for node in self.model.graph.node)
+
+    def require_dynamic_batch(self) -> None:
+        """Raise EngineError when the batch is fixed."""
+        if self.batch is not None:
+            raise EngineError(
+                f"{self.path}: the batch of input {self._image.name!r} is fixed at {self.batch}; "
+                "export the model with a dynamic batch"
+            )
+
+    @property
+    def _image(self) -> onnx.ValueInfoProto:
+        constants = {tensor.name for tensor in self.model.graph.initializer}
+        inputs = [value for value in self.model.graph.input if value.name not in constants]
+        if len(inputs) != 1:
+            names = ", ".join(value.name for value in inputs)
+            raise EngineError(
+                f"{self.path}: one image input expected, found {len(inputs)}: {names}"
+            )
+        image: onnx.ValueInfoProto = inputs[0]
+        return image
+
+
+def load_detector(path: Path) -> Detector:
     """Read an ONNX file.
 
     Raises
@@ -20,6 +138,6 @@ def load_detector(model: Path) -> onnx.ModelProto:
         When it is missing, damaged or invalid.
     """
     try:
-        return load(model)
+        return Detector(path, load(path))
     except SurgeryError as error:
         raise EngineError(str(error)) from error

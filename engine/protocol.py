@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -13,6 +15,9 @@ from engine.errors import EngineError
 
 DETECTION_FIELDS = 7
 """Columns of a detection row: image index, ymin, xmin, ymax, xmax, score, label."""
+
+DETECTIONS, NUM_DETECTIONS = "detections", "num_detections"
+"""Names of a detector's outputs, as `Session.result` returns them."""
 
 INPUT_SCALE_KEY = "input_scale"
 """ONNX metadata key that holds the real value of one step of an INT8 image input."""
@@ -38,6 +43,31 @@ class InputSpec:
     shape: tuple[int, int, int]
     dtype: Literal["float32", "int8"]
     scale: float | None = None
+
+
+def input_scale(metadata: Mapping[str, str], model: Path) -> float:
+    """Read the scale of an INT8 image input from a model's metadata.
+
+    Raises
+    ------
+    EngineError
+        When there is none, or it is no positive number.
+    """
+    text = metadata.get(INPUT_SCALE_KEY)
+    if text is None:
+        raise EngineError(
+            f"{model}: an int8 input without the metadata {INPUT_SCALE_KEY!r}; quantise the model "
+            "with 'engine quantize', which writes it"
+        )
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not (math.isfinite(scale) and scale > 0):
+        raise EngineError(
+            f"{model}: metadata {INPUT_SCALE_KEY!r} is {text!r}; a positive number expected"
+        )
+    return scale
 
 
 def check_images(images: Sequence[NDArray[np.generic]], spec: InputSpec, taker: str) -> int:

@@ -37,11 +37,9 @@ ARROWS = {
         "backends.onnxruntime": "backends model",
         "backends.tensorrt": "backends manifest model",
         "backends.cudnn": "backends model",
-        "backends.triton": (
-            "backends backends.onnxruntime backends.tensorrt data load manifest model"
-        ),
+        "backends.triton": ("backends backends.onnxruntime data load manifest model"),
         "quantization": "backends.onnxruntime data model",
-        "comparison": "backends.cudnn data load manifest model quantization",
+        "comparison": "backends.cudnn backends.onnxruntime data load manifest model quantization",
         "inspect": "manifest model quantization",
         "report": "comparison quantization",
         "bench": (

@@ -28,7 +28,7 @@ from engine.data.preprocessed import (
     quantize_images,
 )
 from engine.load import load_engine
-from engine.model import load_detector
+from engine.model import Detector, load_detector
 from engine.protocol import InputSpec
 from engine.quantization.calibration import calibrate_all
 from engine.quantization.quantize import quantize
@@ -156,7 +156,8 @@ def bench(
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.")],
 ) -> None:
     """Measure the mAP of every set and method, and write the figures to a JSON file."""
-    spec = load_engine("onnxruntime", model).input_spec
+    detector = load_detector(model)
+    spec = detector.input
     source, judged = load_preprocessed(data, spec), load_preprocessed(val, spec)
     pictures = source.load(range(len(source.files))).astype(np.float32, copy=False)
     truth = load_truth(annotations, judged.files)
@@ -171,7 +172,7 @@ def bench(
     for name, make in (SETS | EMPTY_SETS).items():
         with tempfile.TemporaryDirectory() as scratch:
             images = write_set(make(pictures), Path(scratch))
-            found = dict(measure(model, images, judged, truth, Path(scratch) / "int8.onnx"))
+            found = dict(measure(detector, images, judged, truth, Path(scratch) / "int8.onnx"))
         document["sets"][name] = found
         typer.echo(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
         write_json(output, document | {"finished": now()})
@@ -188,20 +189,20 @@ def _kept(found: dict[str, Any], reference: float) -> bool:
 
 
 def measure(
-    model: Path, images: PreprocessedSet, judged: PreprocessedSet, truth: Truth, path: Path
+    detector: Detector, images: PreprocessedSet, judged: PreprocessedSet, truth: Truth, path: Path
 ) -> Iterator[tuple[str, object]]:
     """The mAP by method, and what is said of the set."""
     known: dict[tuple[float, ...], float] = {}  # by scales: methods may agree
-    calibrations = calibrate_all(model, images)
+    calibrations = calibrate_all(detector, images)
     for method, calibration in calibrations.items():
         scales = tuple(calibration.scales.values())
         if scales not in known:
-            onnx.save(quantize(load_detector(model), calibration), path)
+            onnx.save(quantize(detector.model, calibration), path)
             known[scales] = round(mean_precision(path, judged, truth), 4)
         yield method, known[scales]
     default = calibrations[METHODS[0]]
-    onnx.save(quantize(load_detector(model), default), path)
-    agreement = find_agreement(model, path, images)
+    onnx.save(quantize(detector.model, default), path)
+    agreement = find_agreement(detector.path, path, images)
     yield "narrowed", list(default.narrowed)
     yield "empty_images", f"{default.empty_images} of {default.images}"
     yield "matched", f"{agreement.matched} of {agreement.detections}"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed, quantize_images
 from engine.errors import EngineError
 from engine.load import load_engine
-from engine.model import load_detector
+from engine.model import Detector, load_detector
 from engine.protocol import Session
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
@@ -76,15 +76,15 @@ def measure(model: Path, folder: Path, count: int, rounds: int) -> dict[str, obj
     dict
         Medians over the turns in milliseconds per image, their ratios, and every turn.
     """
-    float_engine = load_engine("onnxruntime", model)
+    detector, float_engine = load_detector(model), load_engine("onnxruntime", model)
     source = load_preprocessed(folder, float_engine.input_spec)
     if count > len(source.files):
         raise EngineError(f"{count} images asked for, {folder} has {len(source.files)}")
     batches = [source.load([index]).astype(np.float32, copy=False) for index in range(count)]
-    calibration = calibrate(model, source, limit=count)  # a turn to warm up, too
+    calibration = calibrate(detector, source, limit=count)  # a turn to warm up, too
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "int8.onnx"
-        onnx.save(quantize(load_detector(model), calibration), path)
+        onnx.save(quantize(detector.model, calibration), path)
         int8_engine = load_engine("onnxruntime", path)
     int8_batches = [quantize_images(batch, int8_engine.input_spec) for batch in batches]
     float_session, int8_session = float_engine.session(), int8_engine.session()
@@ -94,7 +94,7 @@ def measure(model: Path, folder: Path, count: int, rounds: int) -> dict[str, obj
     for _ in range(rounds):
         turns["fp32"].append(_infer(float_session, batches))
         turns["int8"].append(_infer(int8_session, int8_batches))
-        turns["calibration"].append(_calibrate(model, source, count))
+        turns["calibration"].append(_calibrate(detector, source, count))
     medians = {name: statistics.median(values) for name, values in turns.items()}
     return {
         "input": list(float_engine.input_spec.shape),
@@ -115,15 +115,15 @@ def _infer(session: Session, batches: Sequence[NDArray[np.generic]]) -> float:
     return 1e3 * (time.perf_counter() - start) / len(batches)
 
 
-def _calibrate(model: Path, source: PreprocessedSet, count: int) -> float:
-    """Milliseconds per image of a calibration less those for loading and hashing the model.
+def _calibrate(detector: Detector, source: PreprocessedSet, count: int) -> float:
+    """Milliseconds per image of a calibration less those for hashing the model.
 
     The time for all images less that for one, over the images between, so that what happens once
     does not count.
     """
     start = time.perf_counter()
-    calibrate(model, source, limit=1)
+    calibrate(detector, source, limit=1)
     middle = time.perf_counter()
-    calibrate(model, source, limit=count)
+    calibrate(detector, source, limit=count)
     end = time.perf_counter()
     return 1e3 * ((end - middle) - (middle - start)) / (count - 1)

@@ -20,7 +20,7 @@ from polygraphy.comparator import (
 from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
-from engine.comparison.runners import DETECTIONS, IMAGES
+from engine.comparison.runners import IMAGES, ROWS
 from engine.data.coco import coco_stats, load_annotations, positions_by_name
 from engine.data.matching import Matches, match_detections
 from engine.errors import EngineError, one_line
@@ -291,7 +291,7 @@ class _Heads:
         self._metrics: dict[str, list[list[float]]] = {}
 
     def __call__(self, first: IterationResult, second: IterationResult) -> dict[str, bool]:
-        names, others = ([n for n in side if n not in DETECTIONS] for side in (first, second))
+        names, others = ([n for n in side if n not in ROWS] for side in (first, second))
         if not names or not others:  # a built engine does not show its heads
             return {}
         if set(names) != set(others):
@@ -344,13 +344,13 @@ class _Detections:
     def __call__(self, first: IterationResult, second: IterationResult) -> dict[str, bool]:
         found = []
         for side, kept in zip((first, second), self._rows, strict=True):
-            (rows,), (count,) = (side[name] for name in DETECTIONS)
+            (rows,), (count,) = (side[name] for name in ROWS)
             rows = rows[:count].copy()
             rows[:, 0] = len(self.matches)
             kept.append(rows)
             found.append(rows)
         self.matches.append(match_detections(*found))
-        return {DETECTIONS[0]: True}
+        return {ROWS[0]: True}
 
     def summary(self) -> DetectionDifference:
         """All images together."""

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from engine.backends.onnxruntime.session import describe
 from engine.data.preprocessed import quantize_images
 from engine.errors import EngineError, one_line
 from engine.load import load_engine
 from engine.manifest import load_manifest
-from engine.model import load_detector
-from engine.protocol import Engine, InputSpec
+from engine.model import Detector, load_detector
+from engine.protocol import DETECTIONS, NUM_DETECTIONS, Engine, InputSpec
 from engine.quantization.network import open_session
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 IMAGES = "images"
 """Input of every runner: float32 [N, 3, H, W], normalised."""
 
-DETECTIONS = ("detections", "num_detections")
+ROWS = (DETECTIONS, NUM_DETECTIONS)
 """Outputs of every runner, as `engine.protocol.Session.infer` returns them."""
 
 Arrays = dict[str, NDArray[Any]]
@@ -68,12 +69,12 @@ class DetectorRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no typ
         return outputs
 
     def detect(self, images: NDArray[np.generic]) -> Arrays:
-        """Run on images of the input's dtype; outputs by name, `DETECTIONS` among them."""
+        """Run on images of the input's dtype; outputs by name, `ROWS` among them."""
         raise NotImplementedError
 
 
 class EngineRunner(DetectorRunner):
-    """Any engine of `engine.load`; its outputs are `DETECTIONS`."""
+    """Any engine of `engine.load`; its outputs are `ROWS`."""
 
     def __init__(self, name: str, engine: Engine) -> None:
         super().__init__(name, engine.input_spec)
@@ -85,7 +86,7 @@ class EngineRunner(DetectorRunner):
 
     def detect(self, images: NDArray[np.generic]) -> Arrays:
         """Run on images of the input's dtype."""
-        return dict(zip(DETECTIONS, self._session.infer(images), strict=True))
+        return dict(zip(ROWS, self._session.infer(images), strict=True))
 
     def deactivate_impl(self) -> None:
         """Close the session."""
@@ -96,35 +97,24 @@ class EngineRunner(DetectorRunner):
 class OnnxRunner(DetectorRunner):
     """An ONNX detector in ONNX Runtime on the CPU, with its head tensors.
 
-    Outputs are ``loc_0``…, ``conf_0``…, then `DETECTIONS`; float16 heads are returned as float32.
+    Outputs are ``loc_0``…, ``conf_0``…, then `ROWS`; float16 heads are returned as float32.
 
     Parameters
     ----------
     name
         Name in Polygraphy's results.
-    model
+    detector
         The detector.
     heads
         Its head tensors by role, see `head_tensors`.
-    spec
-        Its image input.
-    batch
-        Size of a batch that is fixed in the model; None: any.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: onnx.ModelProto,
-        heads: Mapping[str, str],
-        spec: InputSpec,
-        batch: int | None,
-    ) -> None:
-        super().__init__(name, spec)
-        self._model = _with_outputs(model, list(heads.values()))
-        self._outputs = [*heads.values(), *DETECTIONS]
-        self._roles = [*heads, *DETECTIONS]
-        self._batch = batch
+    def __init__(self, name: str, detector: Detector, heads: Mapping[str, str]) -> None:
+        super().__init__(name, detector.input)
+        self._model = _with_outputs(detector.model, list(heads.values()))
+        self._outputs = [*heads.values(), *ROWS]
+        self._roles = [*heads, *ROWS]
+        self._batch = detector.batch
 
     def activate_impl(self) -> None:
         """Load the model."""
@@ -210,18 +200,16 @@ def open_side(path: Path, name: str, backend: str = "onnxruntime") -> Side:
         from engine.backends.cudnn.engine import load_batches
 
         cudnn = load_batches(path, (1,))
-        heads = head_tensors(load_detector(path))
+        heads = head_tensors(load_detector(path).model)
         return Side(CudnnRunner(name, cudnn, heads), cudnn.manifest, quantized=True)
-    engine = load_engine("onnxruntime", path)
-    spec = engine.input_spec
-    model = load_detector(path)
-    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    detector = load_detector(path)
     try:
-        heads = head_tensors(model)
+        heads = head_tensors(detector.model)
     except SurgeryError:  # a detector whose tail the surgery does not understand
-        return Side(EngineRunner(name, engine), engine.manifest, quantized)
-    runner = OnnxRunner(name, model, heads, spec, engine.max_batch)
-    return Side(runner, engine.manifest, quantized)
+        engine = load_engine("onnxruntime", path)
+        return Side(EngineRunner(name, engine), engine.manifest, detector.quantized)
+    manifest = describe(path, "cpu", None, detector.input, detector.batch)
+    return Side(OnnxRunner(name, detector, heads), manifest, detector.quantized)
 
 
 def head_tensors(model: onnx.ModelProto) -> dict[str, str]:

@@ -20,7 +20,7 @@ from engine.data.preprocessed import (
     preprocessing_sha256,
 )
 from engine.errors import EngineError
-from engine.model import load_detector
+from engine.model import Detector
 from engine.quantization.cache import Calibration, Statistics
 from engine.quantization.network import network_sha256
 from engine.quantization.observe import Observations, Progress, observe
@@ -29,7 +29,7 @@ from engine.quantization.thresholds import METHODS, STEPS, clipped_share, snr_db
 
 
 def calibrate(
-    model: Path,
+    detector: Detector,
     images: PreprocessedSet,
     *,
     method: str = METHODS[0],
@@ -41,8 +41,8 @@ def calibrate(
 
     Parameters
     ----------
-    model
-        Surgered FP32 ONNX file.
+    detector
+        Surgered FP32 detector.
     images
         float32 images of its input.
     method
@@ -62,12 +62,12 @@ def calibrate(
         infinite, or when ONNX Runtime fails.
     """
     return calibrate_all(
-        model, images, methods=(method,), limit=limit, batch=batch, progress=progress
+        detector, images, methods=(method,), limit=limit, batch=batch, progress=progress
     )[method]
 
 
 def calibrate_all(
-    model: Path,
+    detector: Detector,
     images: PreprocessedSet,
     *,
     methods: tuple[str, ...] = METHODS,
@@ -81,7 +81,7 @@ def calibrate_all(
     for method in methods:
         if method not in METHODS:
             raise EngineError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
-    network = load_detector(model)
+    network = detector.model
     placement = find_placement(network)
     _check_float32(network, placement)
     count = check_images(placement, images, limit, batch)
@@ -138,7 +138,7 @@ def _calibration(
 
 
 def is_current(
-    path: Path, model: Path, images: PreprocessedSet, *, method: str, limit: int | None
+    path: Path, detector: Detector, images: PreprocessedSet, *, method: str, limit: int | None
 ) -> bool:
     """Tell whether a cache holds what `calibrate` would find, so that it need not run again.
 
@@ -147,7 +147,7 @@ def is_current(
     EngineError
         When model or images are unusable. An unusable cache is not current.
     """
-    network = load_detector(model)
+    network = detector.model
     placement = find_placement(network)
     count = check_images(placement, images, limit, placement.batch or 1)
     try:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from engine.data.preprocessed import PreprocessedSet
-from engine.model import load_detector
+from engine.model import Detector
 from engine.quantization.cache import Calibration
 from engine.quantization.calibration import check_images
 from engine.quantization.network import heads_model, open_session, run
@@ -84,7 +83,7 @@ class Sensitivity:
 
 
 def sensitivity(
-    model: Path,
+    detector: Detector,
     calibration: Calibration,
     images: PreprocessedSet,
     *,
@@ -99,8 +98,8 @@ def sensitivity(
 
     Parameters
     ----------
-    model
-        Surgered FP32 ONNX file.
+    detector
+        Surgered FP32 detector.
     calibration
         Its scales.
     images
@@ -117,7 +116,7 @@ def sensitivity(
     EngineError
         For an unusable model, another model's calibration, or unusable images.
     """
-    network = load_detector(model)
+    network = detector.model
     placement = find_placement(network)
     calibration.check(network, placement)
     count = check_images(placement, images, limit, batch)

@@ -23,6 +23,7 @@ from engine.backends.triton.engine import TritonEngine
 from engine.backends.triton.engine import load as connect
 from engine.backends.triton.memory import SystemMemory
 from engine.load import load_engine
+from engine.model import load_detector
 from engine.protocol import Engine
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
@@ -110,7 +111,12 @@ def _measure(  # noqa: PLR0917
     yield {**cpu, "right": True}
     plan = folder / f"{model.stem}.engine"
     cache = build_dir / "engines" / "timing.cache"
-    build(model, "tensorrt", plan, replace(_PLAN, plugins=(plugin,), timing_cache=cache))
+    build(
+        load_detector(model),
+        "tensorrt",
+        plan,
+        replace(_PLAN, plugins=(plugin,), timing_cache=cache),
+    )
     for way in _ways(plan, build_dir, folder):
         for settings in _accuracy_tests():
             row = one(way, settings, "AccuracyOnly")

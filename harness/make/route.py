@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
 from engine.errors import EngineError
+from engine.model import Detector, load_detector
 from engine.protocol import InputSpec
 from engine.quantization.thresholds import METHODS
 from engine.support.files import file_sha256, write_atomically
@@ -46,8 +47,19 @@ WEIGHTS = Path("models") / MODEL / "resnet34-ssd1200.pytorch"
 _DEMO_WEIGHTS = Path("demo") / f"{DEMO}.safetensors"
 _INT8_SUFFIX = {"fp32": "int8", "fp16": "int8.fp16"}
 _CALIBRATION_CODE = (
-    *("calibration", "calibration_cache", "histogram", "network", "observe", "placement"),
-    *("preprocessed", "thresholds"),
+    "engine/data/preprocessed.py",
+    *(
+        f"engine/quantization/{name}.py"
+        for name in (
+            "cache",
+            "calibration",
+            "histogram",
+            "network",
+            "observe",
+            "placement",
+            "thresholds",
+        )
+    ),
 )
 _STDERR = 2  # file descriptor
 _PLUGIN = Path("plugins") / "libnmsoptplugin.so"
@@ -168,23 +180,22 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     HarnessError, EngineError
         When a step fails.
     """
-    from engine.model import load_detector
     from engine.quantization.cache import Calibration
     from engine.quantization.placement import find_placement
     from engine.quantization.quantize import quantize
     from engine.report import warn
 
-    model = build_onnx(route)
-    placement = find_placement(load_detector(model))
+    detector = load_detector(build_onnx(route))
+    placement = find_placement(detector.model)
     images = preprocess(route, "cal", InputSpec(placement.image, placement.shape, "float32"))
-    cache = build_cache(route, model, images)
+    cache = build_cache(route, detector, images)
     calibration = Calibration.load(cache.path)
     warn(calibration)
     quantized = Artefact(
         "quantize",
         route.build_dir / "onnx" / f"{route.benchmark}.{_INT8_SUFFIX[between]}.onnx",
         {
-            "ONNX": file_sha256(model),
+            "ONNX": detector.sha256,
             "calibration": file_sha256(cache.path),
             "code": code_sha256(
                 "engine/quantization/quantize.py",
@@ -195,22 +206,22 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     )
 
     def build() -> None:
-        graph = quantize(load_detector(model), calibration, float_type=between)
+        graph = quantize(detector.model, calibration, float_type=between)
         write_atomically(quantized.path, graph.SerializeToString(deterministic=True))
 
-    return Quantized(make(quantized, build, route.say), model, images, calibration)
+    return Quantized(make(quantized, build, route.say), detector.path, images, calibration)
 
 
-def build_cache(route: Route, model: Path, images: PreprocessedSet) -> Artefact:
+def build_cache(route: Route, detector: Detector, images: PreprocessedSet) -> Artefact:
     """Make the calibration cache of a surgered model from preprocessed images."""
     cache = Artefact(
         "calibrate",
         route.build_dir / "calibration" / f"{route.benchmark}.json",
         {
-            "ONNX": file_sha256(model),
+            "ONNX": detector.sha256,
             "calibration images": _images_sha256(images),
             "method": METHODS[0],
-            "code": code_sha256(*(f"engine/{name}.py" for name in _CALIBRATION_CODE)),
+            "code": code_sha256(*_CALIBRATION_CODE),
             "onnxruntime": version("onnxruntime"),
         },
     )
@@ -220,7 +231,7 @@ def build_cache(route: Route, model: Path, images: PreprocessedSet) -> Artefact:
         from engine.support.progress import progress_bar
 
         with progress_bar("calibrate") as progress:
-            calibrate(model, images, progress=progress).save(cache.path)
+            calibrate(detector, images, progress=progress).save(cache.path)
 
     make(cache, build, route.say)
     return cache
@@ -322,7 +333,7 @@ def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> 
         timing_cache=folder / "timing.cache" if backend == "tensorrt" else None,
         plugins=(plugin,) if plugin.exists() else (),
     )
-    return make(built, lambda: build(model, backend, built.path, options), route.say)
+    return make(built, lambda: build(load_detector(model), backend, built.path, options), route.say)
 
 
 def _images_sha256(images: PreprocessedSet) -> str:

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from engine.data.preprocessed import PreprocessedSet
-from engine.load import ONNX_BACKENDS, load_engine
+from engine.load import ONNX_BACKENDS
+from engine.model import load_detector
 from harness.data.dataset import known_dataset
 from harness.errors import RunFailedError
 from harness.loadgen.settings import Settings, settings_from
@@ -136,7 +137,7 @@ TARGETS = {
 
 def val_images(route: Route, model: Path) -> PreprocessedSet:
     """Preprocess the validation images for an INT8 ONNX file."""
-    return preprocess(route, "val", load_engine("onnxruntime", model).input_spec)
+    return preprocess(route, "val", load_detector(model).input)
 
 
 def _settings(route: Route, arguments: RunArgs) -> tuple[SystemConfig, tuple[Settings, ...]]:

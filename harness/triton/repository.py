@@ -18,11 +18,11 @@ from engine.backends.triton.config import DTYPES, KNOWN_PARAMETER, MODEL_NAME
 from engine.backends.triton.engine import import_client
 from engine.backends.triton.known import KnownAnswers, find_known
 from engine.backends.triton.python_model import BACKEND_PARAMETER, FILE_PARAMETER
-from engine.backends.triton.served import DETECTIONS, NUM_DETECTIONS, ServedModel, served_model
+from engine.backends.triton.served import ServedModel, served_model
 from engine.errors import EngineError
 from engine.load import ONNX_BACKENDS, load_engine
 from engine.manifest import check_engine, check_plugins, save_engine
-from engine.protocol import DETECTION_FIELDS
+from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS
 from engine.support.files import file_sha256
 from engine.support.progress import progress_bar
 from harness.errors import HarnessError

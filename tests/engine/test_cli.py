@@ -327,6 +327,7 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "engine.backends.tensorrt.build.build", lambda *call: calls.append(call) or Built
     )
+    monkeypatch.setattr("engine.model.load_detector", lambda path: path)
     command = ["build", "m.onnx", "--backend", "tensorrt-rtx", "-o", tmp_path / "m.engine"]
     assert engine(*command)[0] == 0
     code, out = engine(
@@ -368,14 +369,14 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
         (["compare", "a.onnx", "b.onnx"], "give either --data FOLDER or --random N"),
         (["compare", "a.onnx", "b.onnx", "--data", "d", "--random", "2"], "give either"),
         (["compare", "a.onnx", "b.onnx", "--random", "2", "--images", "1"], "go with --data"),
-        (["compare", "a.onnx", "b.onnx", "--random", "2"], "a.onnx: no such model file"),
+        (["compare", "a.onnx", "b.onnx", "--random", "2"], "a.onnx: cannot read: No such file"),
         (["compare", "a.engine", "b.onnx", "--random", "2"], "a.engine: no such engine file"),
         (["calibrate", "a.onnx", "--data", "d", "-o", "no/c.json"], "no: no such folder"),
         (["calibrate", "a.onnx", "--data", "d", "-o", "c.json"], "a.onnx"),
         (["quantize", "a.onnx", "c.json", "o.onnx"], "c.json: cannot read it"),
         (["sensitivity", "a.onnx", "c.json", "--data", "d"], "a.onnx"),
         (["inspect", "nothing"], "nothing: no such file"),
-        (["build", "a.onnx", "--backend", "other", "-o", "e"], "'other'"),
+        (["build", "a.onnx", "--backend", "other", "-o", "e"], "a.onnx: cannot read"),
         (
             ["build", "a", "--backend", "tensorrt", "-o", "e", "--memory-pool", "x=1G"],
             "--memory-pool x=1G: POOL=MIB expected",

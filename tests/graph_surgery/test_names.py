@@ -55,7 +55,9 @@ def test_names_go_through_surgery_and_quantisation(exported, small_images, tmp_p
     assert f"class names: 80, {file}" in done.stdout
     assert names_of(onnx.load(path)) == OWN
     images = write_images(tmp_path, small_images[:1])
-    int8 = quantize(load_detector(path), calibrate(path, images), float_type="fp16")
+    int8 = quantize(
+        load_detector(path).model, calibrate(load_detector(path), images), float_type="fp16"
+    )
     assert names_of(int8) == OWN
 
 

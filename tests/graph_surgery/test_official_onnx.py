@@ -18,6 +18,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.placement import find_placement
 from engine.quantization.quantize import quantize
@@ -168,7 +169,7 @@ def test_it_can_be_calibrated_and_quantised(surgery, images, tmp_path):
     placement = find_placement(model)
     assert len(placement.layers) == 51  # convolutions of SSD-ResNet34
     source = write_images(tmp_path, images)
-    calibration = calibrate(surgery[0], source, batch=3)
+    calibration = calibrate(load_detector(surgery[0]), source, batch=3)
     new = quantize(model, calibration)
     (scale,) = (float(p.value) for p in new.metadata_props if p.key == "input_scale")
     whole = np.clip(np.rint(images / scale), -127, 127).astype(np.int8)

@@ -14,7 +14,7 @@ from engine.quantization.quantize import quantize
 
 def write_int8(surgered, path, float_type):
     """Quantise a surgered detector with the scale 1/16 everywhere; return the path written."""
-    model = load_detector(surgered)
+    model = load_detector(surgered).model
     placement = find_placement(model)
     calibration = Calibration(
         scales={point.tensor: 1 / 16 for point in placement.points},

@@ -102,7 +102,7 @@ def load_batches(model: Path, batches: Sequence[int], *, device: str = "cuda") -
     cudnn = import_cudnn()
     gpu = use_gpu(index)
     try:
-        parts = split(load_detector(model))
+        parts = split(load_detector(model).model)
         library = load_layers_library()
     except (UnsplitError, PluginError) as error:
         raise EngineError(f"{model}: {error}") from error

@@ -81,7 +81,7 @@ def load_split(
         When ONNX Runtime cannot run the model on a GPU at all.
     """
     provider = find_provider(model, device)
-    parts = split(load_detector(model))
+    parts = split(load_detector(model).model)
     try:
         runtime()
     except EngineError as error:

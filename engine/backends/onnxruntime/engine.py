@@ -21,7 +21,7 @@ from engine.backends.onnxruntime.session import (
     open_session,
 )
 from engine.errors import EngineError, one_line
-from engine.protocol import DETECTION_FIELDS, InputSpec
+from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, InputSpec
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from engine.backends.onnxruntime.cuda import SplitEngine
 
 _LOG = logging.getLogger(__name__)
-_OUTPUTS = ["detections", "num_detections"]
 
 
 def load(
@@ -116,7 +115,9 @@ class OnnxRuntimeEngine:
                 padding = np.zeros((fixed - count, *spec.shape), images.dtype)
                 images = np.concatenate([images, padding])
             try:
-                detections, counts = self._session.run(_OUTPUTS, {spec.name: images})
+                detections, counts = self._session.run(
+                    [DETECTIONS, NUM_DETECTIONS], {spec.name: images}
+                )
             except Exception as error:  # ORT's exceptions share no base class but Exception
                 raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
             return detections[:count], counts[:count]

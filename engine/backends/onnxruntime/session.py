@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine.backends.cuda import gpu_index
 from engine.errors import EngineError, one_line
-from engine.protocol import INPUT_SCALE_KEY, InputSpec, check_images
+from engine.protocol import InputSpec, check_images, input_scale
 from engine.support.files import file_sha256
 
 if TYPE_CHECKING:
@@ -198,24 +197,8 @@ def input_spec(session: onnxruntime.InferenceSession, model: Path) -> tuple[Inpu
             f"{model}: input {image.name!r} has the shape {image.shape}; "
             "[N, 3, H, W] with fixed H and W expected"
         )
-    scale = _input_scale(session, model) if dtype == "int8" else None
+    scale = None
+    if dtype == "int8":
+        scale = input_scale(session.get_modelmeta().custom_metadata_map, model)
     spec = InputSpec(image.name, (shape[0], shape[1], shape[2]), dtype, scale)
     return spec, batch if isinstance(batch, int) else None
-
-
-def _input_scale(session: onnxruntime.InferenceSession, model: Path) -> float:
-    text = session.get_modelmeta().custom_metadata_map.get(INPUT_SCALE_KEY)
-    if text is None:
-        raise EngineError(
-            f"{model}: an int8 input without the metadata {INPUT_SCALE_KEY!r}; "
-            "quantise the model with 'engine quantize', which writes it"
-        )
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not (math.isfinite(scale) and scale > 0):
-        raise EngineError(
-            f"{model}: metadata {INPUT_SCALE_KEY!r} is {text!r}; a positive number expected"
-        )
-    return scale

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 
@@ -22,9 +22,8 @@ from engine.backends.tensorrt.plan import PlanRequest, build_plan
 from engine.backends.tensorrt.plugins import headers_version, is_registered, load_plugins
 from engine.errors import EngineError
 from engine.manifest import Manifest, plugin_library, save_engine
-from engine.model import load_detector
-from engine.protocol import INPUT_SCALE_KEY, InputSpec
-from engine.support.files import file_sha256
+from engine.model import Detector
+from engine.protocol import InputSpec
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
 
@@ -123,13 +122,13 @@ _IN_OTHER_LINES = {
 """Options that have a line of their own in the manifest, or leave the engine as it is."""
 
 
-def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Manifest:
+def build(detector: Detector, backend: str, output: Path, options: BuildOptions) -> Manifest:
     """Build an engine file and the manifest beside it.
 
     Parameters
     ----------
-    model
-        ONNX detector with an NMS_OPT_TRT node; strongly typed, with its Q/DQ nodes.
+    detector
+        With an NMS_OPT_TRT node; strongly typed, with its Q/DQ nodes.
     backend
         ``tensorrt`` or ``tensorrt-rtx``. TensorRT builds on the GPU it builds for, TensorRT-RTX
         also without one.
@@ -152,7 +151,7 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
     for file in (output, options.layer_info):
         if file is not None and not file.parent.is_dir():
             raise EngineError(f"{file.parent}: no such folder to write {file.name} to")
-    detector = read_detector(model)
+    image, plugin = detector.input, wanted_plugin(detector)
     trt = import_tensorrt(backend)
     gpu = None
     if backend != RTX or options.device is not None:
@@ -169,11 +168,11 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
     if options.version_compatible:
         require_lean_runtime(trt)
     load_plugins(trt, options.plugins)
-    _require_plugin(trt, model, detector)
+    _require_plugin(trt, detector, plugin)
     request = PlanRequest(
-        model=model,
-        input_name=detector.spec.name,
-        shapes=_shapes(detector.spec, options),
+        model=detector.path,
+        input_name=image.name,
+        shapes=_shapes(image, options),
         config=_config(trt, backend, options),
         memory_pools=options.memory_pools,
         tf32=options.tf32,
@@ -192,15 +191,15 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
         version=str(trt.__version__),
         gpu=gpu.name if gpu else None,
         compute_capabilities=(gpu.compute_capability,) if gpu else options.compute_capabilities,
-        model=model.name,
-        onnx_sha256=file_sha256(model),
+        model=detector.path.name,
+        onnx_sha256=detector.sha256,
         plugins=tuple(
             plugin_library(output, library, headers_version(library)) for library in options.plugins
         ),
         metadata=detector.metadata,
         engine_sha256=hashlib.sha256(plan).hexdigest(),
         engine_bytes=len(plan),
-        input=detector.spec,
+        input=image,
         min_batch=options.min_batch,
         opt_batch=options.best_batch,
         max_batch=options.max_batch,
@@ -212,35 +211,23 @@ def build(model: Path, backend: str, output: Path, options: BuildOptions) -> Man
 
 
 @dataclass(frozen=True)
-class Detector:
-    """What the builder needs to know of an ONNX file.
+class PluginName:
+    """What an NMS_OPT_TRT node asks TensorRT for."""
 
-    Attributes
-    ----------
-    spec
-        Its image input.
-    metadata
-        Its metadata properties.
-    plugin_version, plugin_namespace
-        The plugin that its NMS_OPT_TRT node asks for.
-    """
-
-    spec: InputSpec
-    metadata: Mapping[str, str]
-    plugin_version: str
-    plugin_namespace: str
+    version: str
+    namespace: str
 
 
-def read_detector(path: Path) -> Detector:
-    """Read what the builder needs to know of an ONNX file.
+def wanted_plugin(detector: Detector) -> PluginName:
+    """Make sure that a detector can be built, and find the plugin that it wants.
 
     Raises
     ------
     EngineError
-        When it is no ONNX file, has no NMS_OPT_TRT node, other outputs than that node's, or not
-        one image input with a dynamic batch, float32 or int8 with its scale in the metadata.
+        When it has no NMS_OPT_TRT node, other outputs than that node's, or not one image input with
+        a dynamic batch.
     """
-    model = load_detector(path)
+    path, model = detector.path, detector.model
     node = find_nms_node(model)
     if node is None:
         raise EngineError(f"{path}: no {OP_TYPE} node; run 'graph-surgery nms' on it first")
@@ -251,57 +238,11 @@ def read_detector(path: Path) -> Detector:
             f"{path}: outputs {', '.join(outputs)}; those of {OP_TYPE} ({', '.join(node.output)}) "
             "and no others expected"
         )
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return Detector(
-        image_input(path, model, metadata),
-        metadata,
+    detector.require_dynamic_batch()
+    return PluginName(
         attributes.get("plugin_version", b"1").decode(),
         attributes.get("plugin_namespace", b"").decode(),
     )
-
-
-def image_input(path: Path, model: onnx.ModelProto, metadata: Mapping[str, str]) -> InputSpec:
-    """Read the image input of a model from the file `path`, which is to be named in messages.
-
-    Raises
-    ------
-    EngineError
-        When it has not one image input with a dynamic batch, float32 or int8 with its scale in
-        the metadata.
-    """
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs)
-        raise EngineError(f"{path}: one image input expected, found {len(inputs)}: {names}")
-    name, tensor = inputs[0].name, inputs[0].type.tensor_type
-    kinds: dict[int, Literal["float32", "int8"]] = {
-        onnx.TensorProto.FLOAT: "float32",
-        onnx.TensorProto.INT8: "int8",
-    }
-    kind = kinds.get(tensor.elem_type)
-    if kind is None:
-        found = onnx.TensorProto.DataType.Name(tensor.elem_type)
-        raise EngineError(f"{path}: input {name!r} is {found}; float32 or int8 expected")
-    batch, *sizes = tensor.shape.dim or [None]
-    if len(sizes) != 3 or sizes[0].dim_value != 3 or not all(size.dim_value for size in sizes):
-        raise EngineError(f"{path}: input {name!r} is not [N, 3, H, W] with fixed H and W")
-    if batch.dim_value:
-        raise EngineError(
-            f"{path}: the batch of input {name!r} is fixed at {batch.dim_value}; export the model "
-            "with a dynamic batch"
-        )
-    scale = None
-    if kind == "int8":
-        try:
-            scale = float(metadata[INPUT_SCALE_KEY])
-        except (KeyError, ValueError) as error:
-            raise EngineError(
-                f"{path}: an int8 input without a number as metadata {INPUT_SCALE_KEY!r}; quantise "
-                "the model with 'engine quantize', which writes it"
-            ) from error
-    channels, height, width = (int(size.dim_value) for size in sizes)
-    return InputSpec(name, (channels, height, width), kind, scale)
 
 
 def _check_options(backend: str, options: BuildOptions) -> None:
@@ -325,10 +266,10 @@ def _typed(name: str) -> str:
     return "--" + name.replace("_", "-").replace("capabilities", "capability")
 
 
-def _require_plugin(trt: Any, model: Path, detector: Detector) -> None:
-    if not is_registered(trt, OP_TYPE, detector.plugin_version, detector.plugin_namespace):
+def _require_plugin(trt: Any, detector: Detector, plugin: PluginName) -> None:
+    if not is_registered(trt, OP_TYPE, plugin.version, plugin.namespace):
         raise EngineError(
-            f"{model}: the plugin {OP_TYPE} (version {detector.plugin_version}) is not registered; "
+            f"{detector.path}: the plugin {OP_TYPE} (version {plugin.version}) is not registered; "
             "give the library that 'build-plugin' makes: --plugin libnmsoptplugin.so"
         )
 

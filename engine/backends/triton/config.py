@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from engine.backends.triton.known import KnownAnswers
-from engine.backends.triton.served import DETECTIONS, NUM_DETECTIONS, ServedModel
+from engine.backends.triton.served import ServedModel
 from engine.errors import EngineError
+from engine.protocol import DETECTIONS, NUM_DETECTIONS
 
 MODEL_NAME = "ssd-resnet34"
 """Name of the model on the server."""

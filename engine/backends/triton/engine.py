@@ -27,9 +27,9 @@ from engine.backends.triton.memory import (
     SystemMemory,
     Transport,
 )
-from engine.backends.triton.served import DETECTIONS, NUM_DETECTIONS, served_model
+from engine.backends.triton.served import served_model
 from engine.errors import EngineError, SessionLostError, one_line
-from engine.protocol import InputSpec, Session, check_images
+from engine.protocol import DETECTIONS, NUM_DETECTIONS, InputSpec, Session, check_images
 from engine.support.progress import progress_bar
 
 START_UP_SECONDS = 300.0

@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.backends.tensorrt.build import image_input
-from engine.errors import EngineError
 from engine.manifest import Manifest, load_manifest
 from engine.model import load_detector
-from engine.protocol import DETECTION_FIELDS, InputSpec
-from engine.support.files import file_sha256
-
-DETECTIONS, NUM_DETECTIONS = "detections", "num_detections"
-"""Names of the outputs."""
+from engine.protocol import InputSpec
 
 _KEEP_TOP_K = 200
 """Detections of an image, the benchmark's; the manifest of an engine does not repeat them."""
@@ -66,17 +60,7 @@ def served_model(path: Path) -> ServedModel:
         return ServedModel(
             path, manifest.backend, manifest.onnx_sha256, manifest.input, _KEEP_TOP_K, manifest
         )
-    model = load_detector(path)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    sizes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in model.graph.output
-    }
-    match sizes.get(DETECTIONS), sizes.get(NUM_DETECTIONS):
-        case [_, int(keep_top_k), int(fields)], [_] if keep_top_k and fields == DETECTION_FIELDS:
-            spec = image_input(path, model, metadata)
-            return ServedModel(path, "onnxruntime", file_sha256(path), spec, keep_top_k, None)
-    raise EngineError(
-        f"{path}: no outputs {DETECTIONS} [N, keepTopK, {DETECTION_FIELDS}] and {NUM_DETECTIONS} "
-        "[N]; export the model with 'export-onnx'"
-    )
+    detector = load_detector(path)
+    keep_top_k, image = detector.keep_top_k, detector.input
+    detector.require_dynamic_batch()
+    return ServedModel(path, "onnxruntime", detector.sha256, image, keep_top_k, None)

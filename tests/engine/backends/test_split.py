@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 import engine.backends.onnxruntime.engine as whole
 import engine.backends.split as parts
-from engine.backends.onnxruntime import cuda
+from engine.backends.onnxruntime import cuda, session
 from engine.backends.split import UnsplitError, split
 from engine.errors import EngineError
 from engine.load import load_engine
@@ -173,7 +173,7 @@ def test_a_library_that_is_missing_or_refuses(surgered, library, monkeypatch, tm
 def pretend_cuda(monkeypatch):
     """The CUDA provider seems to be there and is the CPU's; a GPU seems to be there."""
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    monkeypatch.setitem(whole._PROVIDERS, "cuda", CPU)
+    monkeypatch.setitem(session._PROVIDERS, "cuda", CPU)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
     monkeypatch.setattr(cuda, "runtime", lambda: None)
     monkeypatch.setattr(
@@ -182,7 +182,7 @@ def pretend_cuda(monkeypatch):
 
     def open_without_options(source, model, provider, options, threads):
         assert options == {**cuda.CUDA_OPTIONS, "device_id": "0"}
-        return whole.open_session(source, model, provider, {}, threads)
+        return session.open_session(source, model, provider, {}, threads)
 
     monkeypatch.setattr(cuda, "open_session", open_without_options)
 

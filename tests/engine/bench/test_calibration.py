@@ -58,9 +58,9 @@ def reference(demo):
 def test_the_default_keeps_the_accuracy(demo, reference, name, tmp_path) -> None:
     model, images, precision = demo
     assert len(images) == 64
-    calibration = calibrate(model, write_set(SETS[name](images), tmp_path))
+    calibration = calibrate(load_detector(model), write_set(SETS[name](images), tmp_path))
     path = tmp_path / "int8.onnx"
-    onnx.save(quantize(load_detector(model), calibration), path)
+    onnx.save(quantize(load_detector(model).model, calibration), path)
     assert precision(path) >= 0.98 * reference
     assert (calibration.warning is not None) == name.startswith("white ones")
 
@@ -68,6 +68,6 @@ def test_the_default_keeps_the_accuracy(demo, reference, name, tmp_path) -> None
 @pytest.mark.parametrize("name", EMPTY_SETS)
 def test_pictures_without_anything_to_see_are_said(demo, name, tmp_path) -> None:
     model, images, _ = demo
-    calibration = calibrate(model, write_set(EMPTY_SETS[name](images[:8]), tmp_path))
+    calibration = calibrate(load_detector(model), write_set(EMPTY_SETS[name](images[:8]), tmp_path))
     said = f"{calibration.empty_images} of 8 calibration images show nothing"
     assert calibration.warning.startswith(said)

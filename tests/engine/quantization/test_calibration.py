@@ -40,7 +40,7 @@ def images(small_images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibrations(surgered, images):
-    return calibrate_all(surgered, images)
+    return calibrate_all(load_detector(surgered), images)
 
 
 # Histograms
@@ -95,7 +95,7 @@ def test_a_float16_network_is_refused_before_its_images_are_run(surgered) -> Non
 
 def test_images_of_another_normalisation_are_not_clipped(surgered, small_images, tmp_path) -> None:
     source = write_images(tmp_path, small_images * 3)
-    scale = calibrate(surgered, source).scales["image"]
+    scale = calibrate(load_detector(surgered), source).scales["image"]
     assert scale * 127 == pytest.approx(3 * np.abs(small_images).max(), rel=1e-6)
 
 
@@ -162,11 +162,13 @@ def test_an_image_is_read_once_and_what_was_read_is_hashed(surgered, images, tmp
     def replace(done, total) -> None:
         np.save(tmp_path / f"{done - 1:03}.jpg.npy", np.zeros((3, 400, 400), np.float32))
 
-    found = calibrate(surgered, copy, method="minmax", progress=replace)
+    found = calibrate(load_detector(surgered), copy, method="minmax", progress=replace)
     assert found.images_sha256 == before != images_sha256(copy, 3)
-    assert found.scales == calibrate(surgered, images, method="minmax").scales
+    assert found.scales == calibrate(load_detector(surgered), images, method="minmax").scales
     found.save(tmp_path / "cache.json")
-    assert not is_current(tmp_path / "cache.json", surgered, copy, method="minmax", limit=None)
+    assert not is_current(
+        tmp_path / "cache.json", load_detector(surgered), copy, method="minmax", limit=None
+    )
 
 
 def test_images_that_show_nothing_are_said(surgered, images, calibrations, tmp_path) -> None:
@@ -174,21 +176,22 @@ def test_images_that_show_nothing_are_said(surgered, images, calibrations, tmp_p
     assert calibrations["auto"].empty_images == 0
     flat = np.repeat(np.float32([[-2, 0.5, 2]]).T[..., None, None], 3, axis=1)
     flat = np.broadcast_to(flat, (3, 3, 400, 400))
-    white = calibrate(surgered, write_images(tmp_path, flat))
+    white = calibrate(load_detector(surgered), write_images(tmp_path, flat))
     assert white.warning.startswith("3 of 3 calibration images show nothing")
     white.save(tmp_path / "cache.json")
     assert Calibration.load(tmp_path / "cache.json").warning == white.warning
     mixed = np.concatenate([flat[:2], images.load([0])])
-    found = calibrate(surgered, write_images(tmp_path, mixed))
+    found = calibrate(load_detector(surgered), write_images(tmp_path, mixed))
     assert found.warning.startswith("2 of 3 calibration images show nothing")
     mixed[1] = mixed[2]
-    assert calibrate(surgered, write_images(tmp_path, mixed)).warning is None
+    assert calibrate(load_detector(surgered), write_images(tmp_path, mixed)).warning is None
 
 
 def test_the_batch_does_not_matter(surgered, images, calibrations) -> None:
     seen = []
+    detector = load_detector(surgered)
     two = calibrate(
-        surgered, images, method="minmax", batch=2, progress=lambda *done: seen.append(done)
+        detector, images, method="minmax", batch=2, progress=lambda *done: seen.append(done)
     )
     assert seen == [(2, 3), (3, 3)]
     one = calibrations["minmax"].scales
@@ -202,11 +205,12 @@ def test_memory_does_not_grow_with_the_images(surgered, small_images, tmp_path) 
 import resource, sys
 from pathlib import Path
 from tests.support.calibrated import SPEC
+from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.data.preprocessed import PreprocessedSet
 names = tuple(f"{{i:03}}.jpg" for i in range(24))
 images = PreprocessedSet(Path({str(tmp_path)!r}), names, SPEC, {{}})
-calibrate(Path({str(surgered)!r}), images, method="minmax", limit=int(sys.argv[1]))
+calibrate(load_detector(Path({str(surgered)!r})), images, method="minmax", limit=int(sys.argv[1]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     peaks = []
@@ -258,7 +262,7 @@ def test_unusable_caches(calibrations, tmp_path, change, problem) -> None:
 
 
 def test_another_models_calibration_is_refused_by_name(surgered, calibrations) -> None:
-    model = load_detector(surgered)
+    model = load_detector(surgered).model
     placement = find_placement(model)
     good = calibrations["entropy"]
     good.check(model, placement)
@@ -295,18 +299,18 @@ def test_a_cache_is_current_until_something_changes(
 ) -> None:
     path = tmp_path / "cache.json"
     options = {"method": "entropy", "limit": None}
-    assert not is_current(path, surgered, images, **options)
+    assert not is_current(path, load_detector(surgered), images, **options)
     calibrations["entropy"].save(path)
-    assert is_current(path, surgered, images, **options)
-    assert not is_current(path, surgered, images, method="minmax", limit=None)
-    assert not is_current(path, surgered, images, method="entropy", limit=2)
+    assert is_current(path, load_detector(surgered), images, **options)
+    assert not is_current(path, load_detector(surgered), images, method="minmax", limit=None)
+    assert not is_current(path, load_detector(surgered), images, method="entropy", limit=2)
     other = images.load(range(3))
     other[1, 2, 3, 4] += 1
     (tmp_path / "images").mkdir()
     changed = write_images(tmp_path / "images", other)
-    assert not is_current(path, surgered, changed, **options)
+    assert not is_current(path, load_detector(surgered), changed, **options)
     path.write_text("{}")
-    assert not is_current(path, surgered, images, **options)
+    assert not is_current(path, load_detector(surgered), images, **options)
 
 
 def test_trt_text(calibrations) -> None:
@@ -371,7 +375,7 @@ def test_bad_trt_text(text, problem) -> None:
 def test_unusable_images_and_options(surgered, images, exported, tmp_path) -> None:
     def refuse(problem, model=surgered, source=images, **options):
         with pytest.raises(EngineError, match=problem) as caught:
-            calibrate(model, source, **options)
+            calibrate(load_detector(model), source, **options)
         assert "\n" not in str(caught.value)
 
     refuse("no images", source=dataclasses.replace(images, files=()))
@@ -404,6 +408,6 @@ def test_a_fixed_batch(surgered, images, tmp_path) -> None:
     path = tmp_path / "fixed.onnx"
     onnx.save(model, path)
     with pytest.raises(EngineError, match="batch is fixed at 3"):
-        calibrate(path, images, method="minmax")
-    fixed = calibrate(path, images, method="minmax", batch=3)
+        calibrate(load_detector(path), images, method="minmax")
+    fixed = calibrate(load_detector(path), images, method="minmax", batch=3)
     assert json.loads(json.dumps(fixed.scales)) == fixed.scales

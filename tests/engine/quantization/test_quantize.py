@@ -44,12 +44,12 @@ def surgered(exported, tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibration(surgered, small_images, tmp_path_factory):
     images = write_images(tmp_path_factory.mktemp("images"), small_images)
-    return calibrate(surgered, images, method="minmax")
+    return calibrate(load_detector(surgered), images, method="minmax")
 
 
 @pytest.fixture(scope="module")
 def model(surgered):
-    return load_detector(surgered)
+    return load_detector(surgered).model
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +420,7 @@ def test_fp16_refuses_activations_that_do_not_fit(model, calibration, surgered, 
     path = tmp_path / "large.onnx"
     onnx.save(large, path)
     pixels = np.random.default_rng(6).uniform(-1.8, 2.2, (1, 3, 400, 400)).astype(np.float32)
-    found = calibrate(path, write_images(tmp_path, pixels))
+    found = calibrate(load_detector(path), write_images(tmp_path, pixels))
     head = heads(model)[2]
     reached = np.abs(run(large, pixels, [head])[0]).max()
     assert reached > 65504
@@ -515,8 +515,8 @@ def test_int8_keeps_the_accuracy_of_the_demo_model(tmp_path) -> None:
     command("harness", "preprocess", surgered, "--dataset", "demo", "--cal_only")
     spec = load_engine("onnxruntime", surgered).input_spec
     images = tmp_path / "preprocessed_data" / "demo-cal" / "float32_400x400"
-    calibration = calibrate(surgered, load_preprocessed(images, spec))
-    onnx.save(quantize(load_detector(surgered), calibration), quantized)
+    calibration = calibrate(load_detector(surgered), load_preprocessed(images, spec))
+    onnx.save(quantize(load_detector(surgered).model, calibration), quantized)
     accuracy = {}
     for path in (surgered, quantized):
         logs = tmp_path / f"logs-{path.stem}"

@@ -30,8 +30,8 @@ def images(small_images, tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibration(surgered, images):
     """Scales of the largest values, but one so wide that two steps are left between 0 and it."""
-    good = calibrate(surgered, images, method="minmax")
-    model = load_detector(surgered)
+    good = calibrate(load_detector(surgered), images, method="minmax")
+    model = load_detector(surgered).model
     # the only reader of the convolution's input besides the addition of its block
     (node,) = (n for n in model.graph.node if f"model.{BAD}.weight" in n.input)
     scales = {**good.scales, node.input[0]: good.scales[node.input[0]] * 64}
@@ -41,8 +41,9 @@ def calibration(surgered, images):
 @pytest.fixture(scope="module")
 def result(surgered, images, calibration):
     seen = []
+    detector = load_detector(surgered)
     found = sensitivity(
-        surgered, calibration, images, limit=1, progress=lambda *done: seen.append(done)
+        detector, calibration, images, limit=1, progress=lambda *done: seen.append(done)
     )
     assert seen == [(done, 103) for done in range(1, 104)]
     return found
@@ -74,7 +75,7 @@ def test_numbers_are_those_of_the_quantised_models(
     result, surgered, calibration, small_images, layer
 ) -> None:
     """SNR from `quantize` with all other layers kept float, or this one, run by the test itself."""
-    model = load_detector(surgered)
+    model = load_detector(surgered).model
     (nms,) = (n for n in model.graph.node if n.op_type == "NMS_OPT_TRT")
     names = list(nms.input[:-1])
     image = small_images[:1]
@@ -102,7 +103,7 @@ def test_compare() -> None:
 
 def test_refusals(surgered, images, calibration) -> None:
     with pytest.raises(EngineError, match="4 images wanted"):
-        sensitivity(surgered, calibration, images, limit=4)
+        sensitivity(load_detector(surgered), calibration, images, limit=4)
     other = dataclasses.replace(calibration, model_sha256="")
     with pytest.raises(EngineError, match="another model"):
-        sensitivity(surgered, other, images, limit=1)
+        sensitivity(load_detector(surgered), other, images, limit=1)

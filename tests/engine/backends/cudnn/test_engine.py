@@ -25,6 +25,7 @@ from engine.backends.cudnn.reader import read_int8_graph
 from engine.data.matching import match_detections
 from engine.errors import EngineError
 from engine.load import load_engine
+from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
 from plugin_cuda.errors import PluginError
@@ -114,7 +115,9 @@ def model(pictures, tmp_path_factory):
     """The demo detector in INT8."""
     folder = tmp_path_factory.mktemp("demo")
     surgered = write_demo(folder)
-    calibration = calibrate(surgered, write_images(folder, pictures), method="minmax")
+    calibration = calibrate(
+        load_detector(surgered), write_images(folder, pictures), method="minmax"
+    )
     path = folder / "demo.int8.onnx"
     onnx.save(quantize(onnx.load(surgered), calibration), path)
     return path

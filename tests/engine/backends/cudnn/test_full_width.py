@@ -18,6 +18,7 @@ from engine.backends.cudnn.measure import Chooser
 from engine.backends.cudnn.reader import read_int8_graph
 from engine.backends.pipeline import Slot
 from engine.backends.split import split
+from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
 from tests.support.calibrated import snr_db, write_images
@@ -62,7 +63,7 @@ def model(size, images, tmp_path_factory):
     weights = folder / "wide.safetensors"
     save_file(network.state_dict(), weights, {"ssd_config": network.config.to_json()})
     surgered = write_detector(weights, folder)
-    calibration = calibrate(surgered, write_images(folder, images), method="minmax")
+    calibration = calibrate(load_detector(surgered), write_images(folder, images), method="minmax")
     path = folder / "wide.int8.onnx"
     onnx.save(quantize(onnx.load(surgered), calibration), path)
     return path

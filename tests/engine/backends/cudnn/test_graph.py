@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from engine.backends.cudnn.graph import Convolution, Int8Graph, MaxPool
 from engine.backends.cudnn.reader import read_int8_graph
 from engine.errors import EngineError
+from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
 from graph_surgery.pattern import find_nms_node, read_surgered
@@ -36,7 +37,9 @@ def network_of(model):
 def calibrated(exported, small_images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8")
     surgered = write_surgered(exported, folder / "small.nms.onnx")
-    calibration = calibrate(surgered, write_images(folder, small_images[:2]), method="minmax")
+    calibration = calibrate(
+        load_detector(surgered), write_images(folder, small_images[:2]), method="minmax"
+    )
     return onnx.load(surgered), calibration
 
 

@@ -17,6 +17,7 @@ from engine.backends.onnxruntime.engine import OnnxRuntimeEngine
 from engine.data.matching import match_detections
 from engine.errors import EngineError
 from engine.load import load_engine
+from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
 from plugin_cuda.errors import PluginError
@@ -63,7 +64,9 @@ def models(pictures, tmp_path_factory):
     """The demo detector in every type."""
     folder = tmp_path_factory.mktemp("demo")
     surgered = write_demo(folder)
-    calibration = calibrate(surgered, write_images(folder, pictures), method="minmax")
+    calibration = calibrate(
+        load_detector(surgered), write_images(folder, pictures), method="minmax"
+    )
     paths = {"fp32": surgered}
     for kind, float_type in (("int8", "fp32"), ("int8+fp16", "fp16")):
         paths[kind] = folder / f"{kind}.onnx"

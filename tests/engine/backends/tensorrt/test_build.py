@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.backends.tensorrt.build import BuildOptions, build, read_detector
+from engine.backends.tensorrt.build import BuildOptions, PluginName, build, wanted_plugin
 from engine.backends.tensorrt.engine import check_batch
 from engine.backends.tensorrt.plugins import headers_version, load_plugins
 from engine.errors import EngineError
@@ -33,6 +33,7 @@ from engine.manifest import (
     plugin_library,
     save_engine,
 )
+from engine.model import Detector, load_detector
 from engine.protocol import InputSpec
 from graph_surgery.files import load, save
 from graph_surgery.replace import insert_nms
@@ -80,21 +81,24 @@ def edited(path, change):
     return model
 
 
+NOTHING = Detector(Path("m.onnx"), onnx.ModelProto())
+
+
 # The detector
 
 
 @pytest.mark.parametrize("float_type", ["fp32", "fp16"])
 def test_detector_of_a_quantised_file(surgered, tmp_path, float_type):
     path = write_int8(surgered, tmp_path / "int8.onnx", float_type)
-    detector = read_detector(path)
-    assert detector.spec == InputSpec("image", (3, 400, 400), "int8", 1 / 16)
-    assert (detector.plugin_version, detector.plugin_namespace) == ("1", "")
+    detector = load_detector(path)
+    assert detector.input == InputSpec("image", (3, 400, 400), "int8", 1 / 16)
+    assert wanted_plugin(detector) == PluginName("1", "")
     assert detector.metadata["calibration_method"] == "entropy"
 
 
 def test_model_without_the_node(exported, tmp_path):
     with pytest.raises(EngineError, match=r"no NMS_OPT_TRT node; run 'graph-surgery nms'"):
-        build(exported, "tensorrt-rtx", tmp_path / "e.engine", BuildOptions())
+        build(load_detector(exported), "tensorrt-rtx", tmp_path / "e.engine", BuildOptions())
 
 
 def fix_batch(model):
@@ -119,27 +123,24 @@ def add_output(model):
     [
         (fix_batch, "batch of input 'image' is fixed at 4"),
         (make_double, "is UINT8; float32 or int8 expected"),
-        (forget_scale, "without a number as metadata 'input_scale'"),
+        (forget_scale, "without the metadata 'input_scale'"),
         (add_output, "and no others expected"),
     ],
 )
-def test_unusable_detectors(surgered, tmp_path, monkeypatch, change, message):
+def test_unusable_detectors(surgered, tmp_path, change, message):
     path = write_int8(surgered, tmp_path / "int8.onnx", "fp32")
-    model = edited(path, change)
-    monkeypatch.setattr(
-        "engine.backends.tensorrt.build.load_detector", lambda _: model
-    )  # not all are valid ONNX
+    detector = Detector(path, edited(path, change))  # not all are valid ONNX
     with pytest.raises(EngineError, match=message):
-        read_detector(path)
+        build(detector, "tensorrt-rtx", tmp_path / "e.engine", BuildOptions())
 
 
 def test_not_an_onnx_file(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"\x08" * 40)
     with pytest.raises(EngineError, match=r"m\.onnx: "):
-        read_detector(path)
+        load_detector(path)
     with pytest.raises(EngineError, match="cannot read"):
-        read_detector(tmp_path / "none.onnx")
+        load_detector(tmp_path / "none.onnx")
 
 
 # Options
@@ -182,12 +183,12 @@ def test_options_out_of_range(options, message):
 )
 def test_options_that_a_backend_lacks(tmp_path, backend, options, message):
     with pytest.raises(EngineError, match=message):
-        build(tmp_path / "m.onnx", backend, tmp_path / "e.engine", BuildOptions(**options))
+        build(NOTHING, backend, tmp_path / "e.engine", BuildOptions(**options))
 
 
 def test_output_folder_is_missing(tmp_path):
     with pytest.raises(EngineError, match=r"no such folder to write e\.engine to"):
-        build(tmp_path / "m.onnx", "tensorrt", tmp_path / "no" / "e.engine", BuildOptions())
+        build(NOTHING, "tensorrt", tmp_path / "no" / "e.engine", BuildOptions())
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_output_folder_is_missing(tmp_path):
 def test_tensorrt_is_not_installed(surgered, tmp_path, monkeypatch, backend, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(EngineError, match=f"'{backend}' needs {module}: pip install") as caught:
-        build(surgered, backend, tmp_path / "e.engine", BuildOptions())
+        build(load_detector(surgered), backend, tmp_path / "e.engine", BuildOptions())
     assert "\n" not in str(caught.value)
     save_engine(tmp_path / "e.engine", PLAN, manifest(backend=backend))
     with pytest.raises(EngineError, match=f"needs {module}: pip install"):

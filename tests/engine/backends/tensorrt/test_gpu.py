@@ -22,6 +22,7 @@ from engine.data.matching import match_detections
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.manifest import load_manifest
+from engine.model import load_detector
 from graph_surgery.files import load, save
 from graph_surgery.nms_function import plugin_only
 from graph_surgery.replace import insert_nms
@@ -109,7 +110,7 @@ def make_plan(trt_plugin_library, folder):
             chosen = {"opt_batch": 8, "max_batch": 16, "optimization_level": 1, **options}
             cache = folder / "timing.cache"
             settings = BuildOptions(plugins=(trt_plugin_library,), timing_cache=cache, **chosen)
-            build(model, "tensorrt", output, settings)
+            build(load_detector(model), "tensorrt", output, settings)
         return output
 
     return make

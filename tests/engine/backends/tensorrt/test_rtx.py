@@ -25,6 +25,7 @@ from engine.backends.tensorrt.plugins import load_plugins
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.manifest import load_manifest
+from engine.model import load_detector
 from graph_surgery.files import load, save
 from graph_surgery.pattern import find_nms_node
 from graph_surgery.replace import insert_nms
@@ -121,7 +122,7 @@ def check_plugin_layer(trt, model):
 def test_demo_model_builds_for_every_target(demo_int8, plugin, kernels, tmp_path, targets):
     engine = tmp_path / "demo.engine"
     options = BuildOptions(opt_batch=8, max_batch=16, compute_capabilities=targets)
-    built = build(demo_int8, RTX, engine, options)
+    built = build(load_detector(demo_int8), RTX, engine, options)
     check_plan(engine.read_bytes(), demo_int8, 16, kernels)
     assert load_manifest(engine) == built
     plan = engine.read_bytes()
@@ -135,7 +136,7 @@ def test_demo_model_builds_for_every_target(demo_int8, plugin, kernels, tmp_path
 def test_full_model_builds_for_every_target(full_int8, plugin, kernels, trt, tmp_path):
     check_plugin_layer(trt, full_int8)
     engine = tmp_path / "full.engine"
-    built = build(full_int8, RTX, engine, BuildOptions(compute_capabilities=TARGETS))
+    built = build(load_detector(full_int8), RTX, engine, BuildOptions(compute_capabilities=TARGETS))
     check_plan(engine.read_bytes(), full_int8, 64, kernels)
     assert built.input.shape == (3, 1200, 1200)
     assert built.engine_bytes > 20_000_000
@@ -147,7 +148,9 @@ def test_node_becomes_a_plugin_layer(demo_int8, plugin, trt):
 
 
 def test_float_model_builds(demo, plugin, tmp_path):
-    built = build(demo, RTX, tmp_path / "d.engine", BuildOptions(compute_capabilities=TARGETS))
+    built = build(
+        load_detector(demo), RTX, tmp_path / "d.engine", BuildOptions(compute_capabilities=TARGETS)
+    )
     assert built.input.dtype == "float32"
 
 
@@ -165,7 +168,7 @@ def test_int8_heads_without_a_scale_are_refused(demo_int8, plugin, tmp_path):
         node.input[i] = f"int8_{i}"
     onnx.save(model, tmp_path / "q.onnx")
     with pytest.raises(EngineError, match="Failed to find any supported plugin"):
-        build(tmp_path / "q.onnx", RTX, tmp_path / "q.engine", BuildOptions())
+        build(load_detector(tmp_path / "q.onnx"), RTX, tmp_path / "q.engine", BuildOptions())
 
 
 def test_options_reach_the_builder(demo_int8, plugin, trt, tmp_path, monkeypatch):
@@ -196,8 +199,8 @@ def test_options_reach_the_builder(demo_int8, plugin, trt, tmp_path, monkeypatch
         tf32=True,
         compute_capabilities=("8.9",),
     )
-    built = build(demo_int8, RTX, tmp_path / "a.engine", options)
-    build(demo_int8, RTX, tmp_path / "b.engine", BuildOptions(max_batch=4))
+    built = build(load_detector(demo_int8), RTX, tmp_path / "a.engine", options)
+    build(load_detector(demo_int8), RTX, tmp_path / "b.engine", BuildOptions(max_batch=4))
     config, plain = seen
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
     assert config.builder_optimization_level == 2
@@ -225,7 +228,7 @@ def as_tensorrt(trt, monkeypatch):
 def test_path_of_plain_tensorrt(demo_int8, plugin, as_tensorrt, tmp_path):
     cache = tmp_path / "timing.cache"
     options = BuildOptions(max_batch=4, timing_cache=cache, hardware_compatible=True)
-    built = build(demo_int8, "tensorrt", tmp_path / "d.engine", options)
+    built = build(load_detector(demo_int8), "tensorrt", tmp_path / "d.engine", options)
     assert (built.backend, built.gpu) == ("tensorrt", "NVIDIA Stand-in")
     assert built.compute_capabilities == ("8.9",)
     assert built.options == {"timing_cache": str(cache), "hardware_compatible": True}
@@ -237,17 +240,17 @@ def test_what_the_builder_refuses_is_one_line(demo_int8, plugin, as_tensorrt, tm
     with pytest.raises(
         EngineError, match=r"--version-compatible needs .* libnvinfer_lean"
     ) as caught:
-        build(demo_int8, "tensorrt", tmp_path / "d.engine", options)
+        build(load_detector(demo_int8), "tensorrt", tmp_path / "d.engine", options)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_progress_is_shown_on_a_terminal_only(demo_int8, plugin, tmp_path, monkeypatch, capfd):
     options = BuildOptions(max_batch=2, compute_capabilities=("8.9",))
-    build(demo_int8, RTX, tmp_path / "d.engine", options)
+    build(load_detector(demo_int8), RTX, tmp_path / "d.engine", options)
     assert capfd.readouterr().err == ""
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    build(demo_int8, RTX, tmp_path / "d.engine", options)
+    build(load_detector(demo_int8), RTX, tmp_path / "d.engine", options)
     shown = capfd.readouterr()
     assert "Building engine" in shown.err
     assert shown.out == ""
@@ -263,13 +266,13 @@ def test_progress_is_shown_on_a_terminal_only(demo_int8, plugin, tmp_path, monke
 )
 def test_values_that_this_release_does_not_know(demo_int8, plugin, tmp_path, options, message):
     with pytest.raises(EngineError, match=message):
-        build(demo_int8, RTX, tmp_path / "d.engine", BuildOptions(**options))
+        build(load_detector(demo_int8), RTX, tmp_path / "d.engine", BuildOptions(**options))
     assert not list(tmp_path.iterdir())
 
 
 def test_plugin_is_not_registered(demo_int8, trt, tmp_path):
     with pytest.raises(EngineError, match=r"plugin NMS_OPT_TRT \(version 1\) is not registered"):
-        build(demo_int8, RTX, tmp_path / "d.engine", BuildOptions())
+        build(load_detector(demo_int8), RTX, tmp_path / "d.engine", BuildOptions())
 
 
 def test_node_that_does_not_ask_for_the_plugin(demo_int8, plugin, tmp_path, kernels):
@@ -280,7 +283,7 @@ def test_node_that_does_not_ask_for_the_plugin(demo_int8, plugin, tmp_path, kern
     node.ClearField("attribute")
     node.attribute.extend(kept)
     onnx.save(model, tmp_path / "d.onnx")
-    build(tmp_path / "d.onnx", RTX, tmp_path / "d.engine", BuildOptions(max_batch=4))
+    build(load_detector(tmp_path / "d.onnx"), RTX, tmp_path / "d.engine", BuildOptions(max_batch=4))
     check_plan((tmp_path / "d.engine").read_bytes(), demo_int8, 4, kernels)
 
 
@@ -297,7 +300,7 @@ def test_what_the_parser_refuses_is_one_line(demo_int8, plugin, tmp_path):
     with pytest.raises(
         EngineError, match=r"d\.onnx: tensorrt-rtx cannot parse it: .*QuantizeLinear.*[zZ]ero point"
     ) as caught:
-        build(tmp_path / "d.onnx", RTX, tmp_path / "d.engine", BuildOptions())
+        build(load_detector(tmp_path / "d.onnx"), RTX, tmp_path / "d.engine", BuildOptions())
     assert "\n" not in str(caught.value)
 
 
@@ -306,7 +309,7 @@ def test_loading_needs_a_gpu(demo_int8, plugin, tmp_path):
     if cuda.cudaGetDeviceCount()[1]:
         pytest.skip("there is a GPU")
     engine = tmp_path / "d.engine"
-    build(demo_int8, RTX, engine, BuildOptions(max_batch=2))
+    build(load_detector(demo_int8), RTX, engine, BuildOptions(max_batch=2))
     with pytest.raises(EngineError, match=r"no CUDA device 0 can be used: CUDA: .* driver"):
         load_engine(RTX, engine, device="cuda")
 
