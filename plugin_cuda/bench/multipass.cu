@@ -1,5 +1,5 @@
 // A peer for comparison: the stages of a multi-pass SSD postprocessing that are no library call.
-// NCHW: a level's loc is [N, 4, slots] and its conf [N, C, slots], slots = anchors * height * width.
+// NCHW: a level's loc is [N, 4, slots], its conf [N, C, slots]; slots = anchors * height * width.
 #ifdef HALF
 struct HEAD {  // __half without its header, which a run-time compiler may not find
   unsigned short bits;
@@ -37,12 +37,10 @@ extern "C" __global__ void decode(const LevelTable* levels, int num_levels, int 
   const float4 corners = priors[prior], variances = priors[num_priors + prior];
   const float width = corners.z - corners.x, height = corners.w - corners.y;
   const float x = static_cast<float>(loc[0]) * variances.x * width + (corners.x + corners.z) * 0.5f;
-  const float y = static_cast<float>(loc[level.slots]) * variances.y * height +
-                  (corners.y + corners.w) * 0.5f;
-  const float half_w =
-      expf(static_cast<float>(loc[2 * level.slots]) * variances.z) * width * 0.5f;
-  const float half_h =
-      expf(static_cast<float>(loc[3 * level.slots]) * variances.w) * height * 0.5f;
+  const float y =
+      static_cast<float>(loc[level.slots]) * variances.y * height + (corners.y + corners.w) * 0.5f;
+  const float half_w = expf(static_cast<float>(loc[2 * level.slots]) * variances.z) * width * 0.5f;
+  const float half_h = expf(static_cast<float>(loc[3 * level.slots]) * variances.w) * height * 0.5f;
   boxes[index] = make_float4(x - half_w, y - half_h, x + half_w, y + half_h);
 }
 
@@ -57,7 +55,9 @@ extern "C" __global__ void permute(const LevelTable* levels, int num_levels, int
   logits[index] = static_cast<float>(level.conf[row * level.slots + (prior - level.first)]);
 }
 
-__device__ float area(float4 box) { return fmaxf(box.z - box.x, 0.0f) * fmaxf(box.w - box.y, 0.0f); }
+__device__ float area(float4 box) {
+  return fmaxf(box.z - box.x, 0.0f) * fmaxf(box.w - box.y, 0.0f);
+}
 
 // Greedy suppression of one class of one image by a block: a barrier for every kept box.
 // scores [N, C, K] in descending order, -1 written where a box goes; index [N, C, K] of priors.

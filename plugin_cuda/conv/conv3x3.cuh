@@ -18,13 +18,13 @@
 namespace int8_conv {
 
 struct Conv3x3 {
-  const int8_t* x;       // [batch, height, width, inputs]
-  const int8_t* weight;  // [outputs, 3, 3, inputs]: output channel, row, column, input channel
+  const int8_t* x;          // [batch, height, width, inputs]
+  const int8_t* weight;     // [outputs, 3, 3, inputs]: output channel, row, column, input channel
   const float* multiplier;  // [outputs]
   const float* bias;        // [outputs]
   const int8_t* residual;   // as y
   float residual_multiplier;
-  int8_t* y;  // [batch, height, width, outputs]
+  int8_t* y;            // [batch, height, width, outputs]
   int outputs, slices;  // a slice is the output channels of a thread block
   int height, width;
   int tiles, tiles_x, tiles_y;
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kConvThreads, 1) conv3x3_kernel(const Conv3x3 
          number += kStride * tile_step, count += kStride, turn ^= 1) {
       const int stage = count % S::kStages;
       barrier_wait(full + 8 * stage, count / S::kStages & 1);
-      const uint64_t pixels = swizzled_descriptor<S::kPart>(
-          stages + stage * S::kStage + part * S::kTile, S::kPitch);
+      const uint64_t pixels =
+          swizzled_descriptor<S::kPart>(stages + stage * S::kStage + part * S::kTile, S::kPitch);
       barrier_wait(turns + 8 * consumer, turn);
       int32_t sum[S::kPixels / 2];
       mma_fence();

@@ -20,9 +20,7 @@ struct Scales {
 };
 
 // Where a tile lies.
-struct Tile {
-  int image, top, left;
-};
+struct Tile { int image, top, left; };
 
 // Finish a tile of 8 columns and kRows rows. `sum` is what Mma leaves, its rows lane / 4 and + 8
 // neighbouring channels; at `results` there is room for the tile, with the residual in it if there
@@ -30,8 +28,7 @@ struct Tile {
 template <int kRows, bool kResidual>
 __device__ __forceinline__ void finish_tile(const int32_t (&sum)[4 * kRows], const Scales& scales,
                                             int thread, int warpgroup, uint32_t results, int8_t* y,
-                                            int channels, const Tile& tile, int height,
-                                            int width) {
+                                            int channels, const Tile& tile, int height, int width) {
   const int warp = thread / 32, lane = thread % 32;
   const uint32_t mine = results + lane % 16 * kPixelPitch + warp * 16;
 #pragma unroll

@@ -83,18 +83,12 @@ int32_t int8_conv_version(void) { return INT8_CONV_VERSION; }
 
 const char* int8_conv_status_string(int32_t status) {
   switch (status) {
-    case INT8_CONV_OK:
-      return "no error";
-    case INT8_CONV_BAD_SHAPE:
-      return "a shape that the kernel does not take";
-    case INT8_CONV_NULL_POINTER:
-      return "a pointer is null";
-    case INT8_CONV_MISALIGNED_POINTER:
-      return "a pointer is not aligned to 16 bytes";
-    case INT8_CONV_WRONG_GPU:
-      return "the GPU is not of compute capability 9.0";
-    default:
-      break;
+    case INT8_CONV_OK: return "no error";
+    case INT8_CONV_BAD_SHAPE: return "a shape that the kernel does not take";
+    case INT8_CONV_NULL_POINTER: return "a pointer is null";
+    case INT8_CONV_MISALIGNED_POINTER: return "a pointer is not aligned to 16 bytes";
+    case INT8_CONV_WRONG_GPU: return "the GPU is not of compute capability 9.0";
+    default: break;
   }
   if (status >= INT8_CONV_CUDA_ERROR) {
     return cudaGetErrorString(static_cast<cudaError_t>(status - INT8_CONV_CUDA_ERROR));
@@ -102,10 +96,10 @@ const char* int8_conv_status_string(int32_t status) {
   return "unknown status";
 }
 
-int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t inputs,
-                      int32_t outputs, const int8_t* x, const int8_t* weight,
-                      const float* multiplier, const float* bias, const int8_t* residual,
-                      float residual_multiplier, int8_t* y, int8_conv_stream stream) {
+int32_t int8_conv_3x3(int32_t batch, int32_t height, int32_t width, int32_t inputs, int32_t outputs,
+                      const int8_t* x, const int8_t* weight, const float* multiplier,
+                      const float* bias, const int8_t* residual, float residual_multiplier,
+                      int8_t* y, int8_conv_stream stream) {
   if (batch < 1 || batch > kMaxBatch || height < 1 || height > kMaxSide || width < 1 ||
       width > kMaxSide || (inputs != 64 && inputs != 128 && inputs != 256) || outputs < 1 ||
       outputs > kMaxOutputs || outputs % (inputs == 128 ? 128 : 64)) {

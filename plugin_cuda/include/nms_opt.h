@@ -70,11 +70,11 @@ typedef struct {
 
 typedef struct {
   int32_t num_levels;
-  int32_t num_classes;      /* background included */
-  int32_t background_class; /* -1: none */
-  int32_t top_k;            /* candidates of a class that enter suppression */
-  int32_t keep_top_k;       /* rows of an image */
-  int32_t sigmoid;          /* 0: scores are the softmax over the classes; 1: sigmoid of each logit */
+  int32_t num_classes;        /* background included */
+  int32_t background_class;   /* -1: none */
+  int32_t top_k;              /* candidates of a class that enter suppression */
+  int32_t keep_top_k;         /* rows of an image */
+  int32_t sigmoid;            /* 0: scores are the softmax over classes; 1: sigmoid of each logit */
   float confidence_threshold; /* in [0, 1]; a candidate's score is larger */
   float nms_threshold;        /* in [0, 1]; a suppressed box's IoU is larger */
   nms_opt_level levels[NMS_OPT_MAX_LEVELS];

@@ -7,7 +7,7 @@
 
 namespace nms_opt {
 
-constexpr int kPending = 512;          // candidates of a tile that are noted before they are scored
+constexpr int kPending = 512;  // candidates of a tile that are noted before they are scored
 
 // exp for the sum of a softmax: its arguments are not positive, its relative error is 2^-22, and
 // exp(0) is 1, so that no score is larger than its numerator.
@@ -64,8 +64,8 @@ __device__ inline float reference_of(const Problem& problem, float2 stats) {
 
 // Appends a candidate to the list of its class, if its score is above the threshold.
 template <typename T, bool Linear, int Lanes>
-__device__ void append(const Problem& problem, const Tile<T, Linear, Lanes>& tile, int image, int cls,
-                       int slot, int prior, float2 stats) {
+__device__ void append(const Problem& problem, const Tile<T, Linear, Lanes>& tile, int image,
+                       int cls, int slot, int prior, float2 stats) {
   const float score = score_of(tile.logit_at(slot, cls), stats, problem.sigmoid);
   if (!(score > problem.confidence_threshold) || cls == problem.background) return;
   const uint64_t key = make_key(score, cls, prior, problem.num_priors);
@@ -107,7 +107,7 @@ __device__ void filter_tile(const Problem& problem, const Level& level, int imag
   if (thread == 0) scratch.num_hopeful = scratch.num_chosen = scratch.num_pending = 0;
   copy_tile<T, Linear>(data, level, image, first_cell, num_cells, level.anchors * num_classes);
   const Tile<T, Linear, Lanes> tile{data, level.anchors, level.conf_vector, level.row_pitch,
-                             level.conf_scale};
+                                    level.conf_scale};
   wait_for_copies();
   __syncthreads();
 
@@ -177,8 +177,8 @@ __device__ void filter_tile(const Problem& problem, const Level& level, int imag
   if (own_slot >= 0) {
     const float4 box = decode(corners, variances, delta);
     float2 own = scratch.stats[own_slot];
-    if (isnan(own.y) || !(isfinite(box.x) && isfinite(box.y) && isfinite(box.z) &&
-                          isfinite(box.w))) {
+    if (isnan(own.y) ||
+        !(isfinite(box.x) && isfinite(box.y) && isfinite(box.z) && isfinite(box.w))) {
       own = {NAN, NAN};
     }
     stats[own_prior] = own;

@@ -110,14 +110,11 @@ int32_t int8_layers_version(void) { return INT8_LAYERS_VERSION; }
 
 const char* int8_layers_status_string(int32_t status) {
   switch (status) {
-    case INT8_LAYERS_OK:
-      return "no error";
+    case INT8_LAYERS_OK: return "no error";
     case INT8_LAYERS_BAD_SHAPE:
       return "a size is not positive, too large, or not the multiple that is needed";
-    case INT8_LAYERS_NULL_POINTER:
-      return "a pointer is null";
-    case INT8_LAYERS_MISALIGNED_POINTER:
-      return "a tensor is not aligned to 16 bytes";
+    case INT8_LAYERS_NULL_POINTER: return "a pointer is null";
+    case INT8_LAYERS_MISALIGNED_POINTER: return "a tensor is not aligned to 16 bytes";
     default:
       return status >= INT8_LAYERS_CUDA_ERROR
                  ? cudaGetErrorString(static_cast<cudaError_t>(status - INT8_LAYERS_CUDA_ERROR))

@@ -189,8 +189,8 @@ Problem make_problem(const nms_opt_config& config, int lanes, const void* const*
   int tiles = 0;
   for (int i = 0; i < config.num_levels; ++i) {
     Level& level = problem.levels[i];
-    level = make_level(config.levels[i], config.num_classes, kThreads / lanes, loc ? loc[i] : nullptr,
-                       conf ? conf[i] : nullptr);
+    level = make_level(config.levels[i], config.num_classes, kThreads / lanes,
+                       loc ? loc[i] : nullptr, conf ? conf[i] : nullptr);
     level.first_prior = problem.num_priors;
     problem.first_tiles[i] = tiles;
     problem.num_priors += level.anchors * level.cells;
@@ -293,8 +293,8 @@ int32_t nms_opt_run(const nms_opt_config* config, int32_t batch, const void* con
                     int32_t* num_detections, void* workspace, size_t workspace_bytes,
                     nms_opt_stream stream) {
   if (const int32_t status = check(config, batch)) return status;
-  if (const int32_t status = check_pointers(*config, loc, conf, priors, detections, num_detections,
-                                            workspace)) {
+  if (const int32_t status =
+          check_pointers(*config, loc, conf, priors, detections, num_detections, workspace)) {
     return status;
   }
   int num_tiles = 0;

@@ -111,12 +111,9 @@ __device__ inline float score_of(float logit, float2 softmax, bool sigmoid) {
 
 template <typename T>
 __device__ float to_float(T value);
-template <>
-__device__ inline float to_float(float value) { return value; }
-template <>
-__device__ inline float to_float(__half value) { return __half2float(value); }
-template <>
-__device__ inline float to_float(int8_t value) { return value; }
+template <> __device__ inline float to_float(float value) { return value; }
+template <> __device__ inline float to_float(__half value) { return __half2float(value); }
+template <> __device__ inline float to_float(int8_t value) { return value; }
 
 // Offset of an element in a head tensor; see nms_opt_format.
 __device__ inline int64_t offset_of(int image, int channel, int cell, int rows, int cells,

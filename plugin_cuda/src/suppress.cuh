@@ -45,8 +45,7 @@ __device__ void each_candidate(const Problem& problem, int image, int cls, Visit
         if (level.conf_dtype == NMS_OPT_INT8) logits[i] *= level.conf_scale;
         const float score = score_of(logits[i], slot_stats[i], problem.sigmoid);
         if (score > threshold) {
-          visit(make_key(score, cls, level.first_prior + first + i * Threads,
-                         problem.num_priors));
+          visit(make_key(score, cls, level.first_prior + first + i * Threads, problem.num_priors));
         }
       }
     }
@@ -59,8 +58,7 @@ __device__ inline float area_of(float4 box) {
 }
 
 // Whether the IoU of two boxes is above the threshold, as rounded division has it.
-__device__ inline bool suppresses(float4 a, float area_a, float4 b, float area_b,
-                                  float threshold) {
+__device__ inline bool suppresses(float4 a, float area_a, float4 b, float area_b, float threshold) {
   const float width = fminf(a.z, b.z) - fmaxf(a.x, b.x);
   const float height = fminf(a.w, b.w) - fmaxf(a.y, b.y);
   if (!(width > 0.0f && height > 0.0f && area_a > 0.0f && area_b > 0.0f)) return false;
@@ -159,12 +157,14 @@ __global__ void __launch_bounds__(Threads) suppress(const __grid_constant__ Prob
     const uint32_t first = cls * problem.num_priors;
     const auto each = [&](auto visit) {
       each_key<Threads>(min(count, kListSize), [&](int i) { return list[i]; }, visit);
-      each_key<Threads>(spilled, [&](int i) { return spill[i]; }, [&](uint64_t key) {
-        if (key_place(key) - first < static_cast<uint32_t>(problem.num_priors)) visit(key);
-      });
+      each_key<Threads>(
+          spilled, [&](int i) { return spill[i]; },
+          [&](uint64_t key) {
+            if (key_place(key) - first < static_cast<uint32_t>(problem.num_priors)) visit(key);
+          });
     };
-    count = select_greatest<Threads>(each, top_k, top_k + kSlack, unsorted, problem.keys,
-                                     selection);
+    count =
+        select_greatest<Threads>(each, top_k, top_k + kSlack, unsorted, problem.keys, selection);
   } else {
     for (int i = threadIdx.x; i < count; i += Threads) unsorted[i] = list[i];
     __syncthreads();
@@ -178,7 +178,9 @@ __global__ void __launch_bounds__(Threads) suppress(const __grid_constant__ Prob
   __syncthreads();
   const int kept = suppress_in_order<Threads>(keys, boxes, areas, count, problem.keep_top_k,
                                               problem.nms_threshold);
-  if (threadIdx.x == 0) selection.count = atomicAdd(counters + problem.num_classes + kSurvivors, kept);
+  if (threadIdx.x == 0) {
+    selection.count = atomicAdd(counters + problem.num_classes + kSurvivors, kept);
+  }
   __syncthreads();
   uint64_t* survivors =
       problem.survivors + static_cast<int64_t>(image) * problem.survivors_size + selection.count;

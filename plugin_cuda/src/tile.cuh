@@ -78,10 +78,9 @@ __device__ void copy_rows(char* tile, const Level& level, const T* conf, int num
 template <typename T, bool Linear>
 __device__ void copy_tile(char* tile, const Level& level, int image, int first_cell, int num_cells,
                           int channels) {
-  const T* conf =
-      static_cast<const T*>(level.conf) +
-      (static_cast<int64_t>(image) * level.conf_rows * level.cells + first_cell) *
-          level.conf_vector;
+  const T* conf = static_cast<const T*>(level.conf) +
+                  (static_cast<int64_t>(image) * level.conf_rows * level.cells + first_cell) *
+                      level.conf_vector;
   switch (level.copy_bytes) {
     case 16: copy_rows<16, T, Linear>(tile, level, conf, num_cells, channels); break;
     case 8: copy_rows<8, T, Linear>(tile, level, conf, num_cells, channels); break;
@@ -102,12 +101,9 @@ __device__ inline int8_t greater(int8_t a, int8_t b) { return max(a, b); }
 
 template <typename T>
 __device__ T lowest();
-template <>
-__device__ inline float lowest() { return -INFINITY; }
-template <>
-__device__ inline __half lowest() { return __ushort_as_half(0xFC00); }  // minus infinity
-template <>
-__device__ inline int8_t lowest() { return INT8_MIN; }
+template <> __device__ inline float lowest() { return -INFINITY; }
+template <> __device__ inline __half lowest() { return __ushort_as_half(0xFC00); }  // -inf
+template <> __device__ inline int8_t lowest() { return INT8_MIN; }
 
 // The logits of the slots of a tile in shared memory.
 template <typename T, bool Linear, int Lanes>
@@ -141,8 +137,11 @@ struct Tile {
   }
 
   __device__ float logit(T value) const {
-    if constexpr (sizeof(T) == 1) return static_cast<float>(value) * scale;
-    else return to_float(value);
+    if constexpr (sizeof(T) == 1) {
+      return static_cast<float>(value) * scale;
+    } else {
+      return to_float(value);
+    }
   }
 
   __device__ float logit_at(int slot, int cls) const {

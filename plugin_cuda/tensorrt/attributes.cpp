@@ -19,17 +19,16 @@ struct Entry {
   size_t offset;  // in Attributes
 };
 
-#define ENTRY(name, type, length) \
-  { #name, PluginFieldType::type, length, offsetof(Attributes, name) }
+#define ENTRY(name, type, length) {#name, PluginFieldType::type, length, offsetof(Attributes, name)}
 
 constexpr Entry kEntries[] = {
-    ENTRY(numClasses, kINT32, 1),          ENTRY(topK, kINT32, 1),
-    ENTRY(keepTopK, kINT32, 1),            ENTRY(confidenceThreshold, kFLOAT32, 1),
-    ENTRY(nmsThreshold, kFLOAT32, 1),      ENTRY(backgroundLabelId, kINT32, 1),
-    ENTRY(numLayers, kINT32, 1),           ENTRY(inputOrder, kINT32, 3),
-    ENTRY(shareLocation, kINT32, 1),       ENTRY(varianceEncodedInTarget, kINT32, 1),
-    ENTRY(confSigmoid, kINT32, 1),         ENTRY(confSoftmax, kINT32, 1),
-    ENTRY(isNormalized, kINT32, 1),        ENTRY(codeType, kINT32, 1),
+    ENTRY(numClasses, kINT32, 1),     ENTRY(topK, kINT32, 1),
+    ENTRY(keepTopK, kINT32, 1),       ENTRY(confidenceThreshold, kFLOAT32, 1),
+    ENTRY(nmsThreshold, kFLOAT32, 1), ENTRY(backgroundLabelId, kINT32, 1),
+    ENTRY(numLayers, kINT32, 1),      ENTRY(inputOrder, kINT32, 3),
+    ENTRY(shareLocation, kINT32, 1),  ENTRY(varianceEncodedInTarget, kINT32, 1),
+    ENTRY(confSigmoid, kINT32, 1),    ENTRY(confSoftmax, kINT32, 1),
+    ENTRY(isNormalized, kINT32, 1),   ENTRY(codeType, kINT32, 1),
 };
 
 #undef ENTRY
@@ -47,8 +46,7 @@ size_t find(char const* name) noexcept {
 }
 
 bool typeFits(PluginFieldType found, PluginFieldType wanted) noexcept {
-  return found == wanted ||
-         (wanted == PluginFieldType::kINT32 && found == PluginFieldType::kINT64);
+  return found == wanted || (wanted == PluginFieldType::kINT32 && found == PluginFieldType::kINT64);
 }
 
 // Copy a field whose type and length are right; false when a 64-bit integer does not fit.
@@ -200,8 +198,7 @@ bool readAttributes(nvinfer1::PluginFieldCollection const* fields,
   }
   for (size_t i = 0; i < kCount; ++i) {
     if (!seen[i]) {
-      logError("attribute %s is missing; 'graph-surgery nms' writes all of them",
-               kEntries[i].name);
+      logError("attribute %s is missing; 'graph-surgery nms' writes all of them", kEntries[i].name);
       return false;
     }
   }

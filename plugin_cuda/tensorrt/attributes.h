@@ -38,7 +38,6 @@ Fields fieldNames() noexcept;
 
 // Read every attribute. False, after a message that names the attribute and its value, unless each
 // is there once, with the type and number of values it should have, and supported.
-bool readAttributes(nvinfer1::PluginFieldCollection const* fields,
-                    Attributes& attributes) noexcept;
+bool readAttributes(nvinfer1::PluginFieldCollection const* fields, Attributes& attributes) noexcept;
 
 }  // namespace nms_opt_trt

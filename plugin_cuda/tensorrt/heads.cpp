@@ -94,11 +94,12 @@ bool makeLevel(Attributes const& attributes, PluginTensorDesc const* inputs, int
     return false;
   }
   if (confChannels != anchors * attributes.numClasses) {
-    logError("conf_%d has %lld channels, expected %lld: %lld anchors, as loc_%d has, of "
-             "numClasses = %d",
-             i, static_cast<long long>(confChannels),
-             static_cast<long long>(anchors * attributes.numClasses),
-             static_cast<long long>(anchors), i, attributes.numClasses);
+    logError(
+        "conf_%d has %lld channels, expected %lld: %lld anchors, as loc_%d has, of "
+        "numClasses = %d",
+        i, static_cast<long long>(confChannels),
+        static_cast<long long>(anchors * attributes.numClasses), static_cast<long long>(anchors), i,
+        attributes.numClasses);
     return false;
   }
   level.height = static_cast<int32_t>(loc.dims.d[2]);
@@ -111,10 +112,11 @@ bool makeLevel(Attributes const& attributes, PluginTensorDesc const* inputs, int
 
 bool arePriors(Dims const& dims, int64_t numPriors) noexcept {
   if (dims.nbDims != 3 || dims.d[0] != 2 || dims.d[1] != 4 * numPriors || dims.d[2] != 1) {
-    logError("priors have %d dimensions and %lld values a plane, expected [2, %lld, 1]: four for "
-             "each of the %lld priors of the heads",
-             dims.nbDims, dims.nbDims > 1 ? static_cast<long long>(dims.d[1]) : 0LL,
-             static_cast<long long>(4 * numPriors), static_cast<long long>(numPriors));
+    logError(
+        "priors have %d dimensions and %lld values a plane, expected [2, %lld, 1]: four for "
+        "each of the %lld priors of the heads",
+        dims.nbDims, dims.nbDims > 1 ? static_cast<long long>(dims.d[1]) : 0LL,
+        static_cast<long long>(4 * numPriors), static_cast<long long>(numPriors));
     return false;
   }
   return true;
@@ -129,8 +131,7 @@ bool isFormatSupported(Attributes const& attributes, int32_t position,
   if (position < 2 * levels) {
     bool const conf = position >= levels;
     PluginTensorDesc const& first = tensors[conf ? levels : 0].desc;
-    return isHeadFormat(tensor, conf) && tensor.type == first.type &&
-           tensor.format == first.format;
+    return isHeadFormat(tensor, conf) && tensor.type == first.type && tensor.format == first.format;
   }
   bool const isCount = position == numInputs(attributes) + 1;
   return tensor.format == TensorFormat::kLINEAR &&

@@ -19,9 +19,10 @@ constexpr int32_t kFailed = 1;
 
 bool areCounts(Attributes const& attributes, int32_t inputs, int32_t outputs) noexcept {
   if (inputs != numInputs(attributes) || outputs != kNumOutputs) {
-    logError("%d inputs and %d outputs, expected %d (loc and conf of numLayers = %d levels, "
-             "priors) and %d",
-             inputs, outputs, numInputs(attributes), attributes.numLayers, kNumOutputs);
+    logError(
+        "%d inputs and %d outputs, expected %d (loc and conf of numLayers = %d levels, "
+        "priors) and %d",
+        inputs, outputs, numInputs(attributes), attributes.numLayers, kNumOutputs);
     return false;
   }
   return true;
@@ -91,9 +92,8 @@ int32_t Plugin::getOutputDataTypes(DataType* types, int32_t numOutputs, DataType
 }
 
 int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t numInputs,
-                                nvinfer1::DimsExprs const*, int32_t,
-                                nvinfer1::DimsExprs* outputs, int32_t numOutputs,
-                                nvinfer1::IExprBuilder& builder) noexcept {
+                                nvinfer1::DimsExprs const*, int32_t, nvinfer1::DimsExprs* outputs,
+                                int32_t numOutputs, nvinfer1::IExprBuilder& builder) noexcept {
   if (!areCounts(attributes_, numInputs, numOutputs)) {
     return kFailed;
   }

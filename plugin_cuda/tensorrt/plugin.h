@@ -39,8 +39,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                           nvinfer1::DimsExprs const* shapeInputs, int32_t numShapeInputs,
                           nvinfer1::DimsExprs* outputs, int32_t numOutputs,
                           nvinfer1::IExprBuilder& builder) noexcept override;
-  bool supportsFormatCombination(int32_t position,
-                                 nvinfer1::DynamicPluginTensorDesc const* tensors,
+  bool supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* tensors,
                                  int32_t numInputs, int32_t numOutputs) noexcept override;
   int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t numInputs,
                           nvinfer1::DynamicPluginTensorDesc const* outputs,

@@ -46,17 +46,19 @@ __attribute__((constructor)) void registerPlugin() noexcept {
   }
   // 10000 a major version since TensorRT 10, and in TensorRT-RTX, which has versions of its own.
   if (version() / 10000 != NV_TENSORRT_MAJOR) {
-    logError("not registered: getInferLibVersion() of this process is %d, this library is for "
-             "TensorRT %d",
-             version(), NV_TENSORRT_MAJOR);
+    logError(
+        "not registered: getInferLibVersion() of this process is %d, this library is for "
+        "TensorRT %d",
+        version(), NV_TENSORRT_MAJOR);
     return;
   }
   char path[PATH_MAX];
   pluginPath(path);
   if (registry()->loadLibrary(path) == nullptr) {
-    logError("not registered: %s is missing or damaged, or a plugin of that name was registered "
-             "before",
-             path);
+    logError(
+        "not registered: %s is missing or damaged, or a plugin of that name was registered "
+        "before",
+        path);
   }
 }
 

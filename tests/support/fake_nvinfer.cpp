@@ -43,9 +43,7 @@ class Registry final : public IPluginRegistry {
   void setParentSearchEnabled(bool) override { std::abort(); }
   void deregisterLibrary(PluginLibraryHandle) noexcept override { std::abort(); }
   bool registerCreator(IPluginCreatorInterface&, char const*) noexcept override { std::abort(); }
-  IPluginCreatorInterface* const* getAllCreators(int32_t*) const noexcept override {
-    std::abort();
-  }
+  IPluginCreatorInterface* const* getAllCreators(int32_t*) const noexcept override { std::abort(); }
   IPluginCreatorInterface* getCreator(char const*, char const*, char const*) noexcept override {
     std::abort();
   }
