@@ -16,15 +16,21 @@ DEMO := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
 TRITON := $(BUILD_DIR)/triton-server/bin/tritonserver
 DEMO_LOGS := $(BUILD_DIR)/logs/demo
 DEMO_DATA := $(BUILD_DIR)/preprocessed_data
+CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test bench bench_nms bench_triton build_plugins triton_server demo_onnx download_data download_model \
-  preprocess_data calibrate generate_engines run_harness run
+.PHONY: demo test lint lint_python lint_types lint_cuda format bench bench_nms bench_triton build_plugins \
+  triton_server demo_onnx download_data download_model preprocess_data calibrate generate_engines \
+  run_harness run
 
 # The virtual environment: the project and what its commands need, at the tested versions.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv; this takes a minute or two"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,triton]' tox
+	touch $@
+
+.venv/lint: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lint]'
 	touch $@
 
 # The whole route on a CPU, with the checkpoint and the images of demo/.
@@ -37,6 +43,22 @@ demo: demo_onnx
 
 test: .venv/installed
 	$(BIN)/tox run -e py
+
+# What CI checks of the sources, and each commit once `.venv/bin/pre-commit install` was run.
+lint: lint_python lint_types lint_cuda
+lint_python: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+lint_types: .venv/lint
+	$(BIN)/mypy
+lint_cuda: .venv/lint
+	$(BIN)/clang-format --dry-run --Werror $(CUDA)
+
+# Writes imports, Python, CUDA and C++ as `make lint` wants them.
+format: .venv/lint
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CUDA)
 
 # Ratios against peers in one run, to docs/measurements/. Wants a quiet machine.
 bench: demo_onnx
