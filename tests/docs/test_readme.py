@@ -28,7 +28,7 @@ from markdown_it import MarkdownIt
 from harness.loadgen.settings import load_settings
 from tests.support import ROOT
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 REASONS = ("needs a GPU", "needs the network", "needs another program")
 MARKER = re.compile(rf"<!-- not run: ({'|'.join(REASONS)})(: [^<>]+)? -->\n*")
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
