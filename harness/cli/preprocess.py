@@ -11,7 +11,6 @@ import typer
 
 from engine.load import load_engine
 from engine.manifest import load_manifest
-from engine.model import load_detector
 from engine.protocol import InputSpec
 from harness.cli.options import Backend, BuildDir, DatasetName
 from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
@@ -124,6 +123,8 @@ def _input_of(engine: str, model: Path) -> InputSpec:
     if model.suffix != ".onnx":
         return load_manifest(model).input
     if engine == "onnxruntime":
+        from engine.model import load_detector
+
         return load_detector(model).input
     return load_engine(engine, model).input_spec
 

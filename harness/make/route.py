@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
 from engine.errors import EngineError
-from engine.model import Detector, load_detector
 from engine.protocol import InputSpec
 from engine.quantization.thresholds import METHODS
 from engine.support.files import file_sha256, write_atomically
@@ -35,6 +34,7 @@ from harness.errors import HarnessError
 from harness.loadgen.settings import MODEL
 
 if TYPE_CHECKING:
+    from engine.model import Detector
     from engine.quantization.cache import Calibration
 
 DEMO = f"{MODEL}-demo"
@@ -180,6 +180,7 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     HarnessError, EngineError
         When a step fails.
     """
+    from engine.model import load_detector
     from engine.quantization.cache import Calibration
     from engine.quantization.placement import find_placement
     from engine.quantization.quantize import quantize
@@ -311,6 +312,7 @@ def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> 
         return model
     from engine.backends.tensorrt.build import BuildOptions, build
     from engine.backends.tensorrt.module import import_tensorrt
+    from engine.model import load_detector
     from engine.support.environment import gpu_name
 
     folder = route.build_dir / "engines"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from engine.data.preprocessed import PreprocessedSet
 from engine.load import ONNX_BACKENDS
-from engine.model import load_detector
 from harness.data.dataset import known_dataset
 from harness.errors import RunFailedError
 from harness.loadgen.settings import Settings, settings_from
@@ -137,6 +136,8 @@ TARGETS = {
 
 def val_images(route: Route, model: Path) -> PreprocessedSet:
     """Preprocess the validation images for an INT8 ONNX file."""
+    from engine.model import load_detector
+
     return preprocess(route, "val", load_detector(model).input)
 
 

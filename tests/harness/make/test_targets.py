@@ -410,7 +410,7 @@ def test_engines_of_a_built_backend(tmp_path, monkeypatch):
     trt = SimpleNamespace(__version__="11.4")
     monkeypatch.setattr("engine.backends.tensorrt.module.import_tensorrt", lambda _: trt)
     monkeypatch.setattr("engine.backends.tensorrt.build.build", build)
-    monkeypatch.setattr("harness.make.route.load_detector", lambda path: path)
+    monkeypatch.setattr("engine.model.load_detector", lambda path: path)
     route = route_of(BENCHMARK, None, tmp_path, lines.append)
     first = build_engine(route, model, "tensorrt", 64)
     assert build_engine(route, model, "tensorrt", 64) == first
