@@ -70,8 +70,26 @@ def input_scale(metadata: Mapping[str, str], model: Path) -> float:
     return scale
 
 
-def check_images(images: Sequence[NDArray[np.generic]], spec: InputSpec, taker: str) -> int:
-    """Check the dtype and the shape of a batch, given as runs, against what ``the <taker>`` takes.
+def check_batch(
+    images: Sequence[NDArray[np.generic]],
+    spec: InputSpec,
+    max_batch: int | None = None,
+    *,
+    taker: str = "engine",
+    too_large: str | None = None,
+) -> int:
+    """Check a batch, given as runs of images, against what an engine takes.
+
+    Parameters
+    ----------
+    images, spec
+        The runs, and what an image is.
+    max_batch
+        Largest batch; None: any.
+    taker
+        What messages call that which takes them.
+    too_large
+        What a message says of a larger batch; None: how many images are taken.
 
     Returns
     -------
@@ -81,7 +99,7 @@ def check_images(images: Sequence[NDArray[np.generic]], spec: InputSpec, taker: 
     Raises
     ------
     EngineError
-        When one of them is another, or there is no image.
+        When its dtype, shape or number is another.
     """
     total = 0
     for run in images:
@@ -95,6 +113,9 @@ def check_images(images: Sequence[NDArray[np.generic]], spec: InputSpec, taker: 
         total += len(run)
     if not total:
         raise EngineError("a batch without images")
+    if max_batch is not None and total > max_batch:
+        limit = too_large or f"the {taker} takes 1 to {max_batch}"
+        raise EngineError(f"a batch of {total} images, {limit}")
     return total
 
 

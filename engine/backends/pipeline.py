@@ -10,13 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda import Event, Stream, pinned, use_gpu
 from engine.errors import EngineError
-from engine.protocol import DETECTION_FIELDS, InputSpec, Session, check_images
+from engine.protocol import DETECTION_FIELDS, InputSpec, Session, check_batch
 
 DEPTH = 2
 """Batches in flight: one is computed, one is copied or waits."""
@@ -65,6 +66,8 @@ class PipelinedSession(Session):
         Makes what is to be done with a batch.
     depth
         Batches that may be in flight.
+    too_large
+        See `engine.protocol.check_batch`.
     """
 
     def __init__(
@@ -76,13 +79,13 @@ class PipelinedSession(Session):
         prepare: Prepare,
         *,
         depth: int = DEPTH,
+        too_large: str | None = None,
     ) -> None:
         use_gpu(device)  # the current device is a matter of each thread
         self._depth = depth
         self._device = device
-        self._spec = spec
-        self._max_batch = max_batch
-        self._image_bytes = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
+        self._check = partial(check_batch, spec=spec, max_batch=max_batch, too_large=too_large)
+        image_bytes = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
         self._lock = threading.Lock()
         self._flying: deque[tuple[int, int]] = deque()  # (ticket, images)
         self._tickets = 0
@@ -99,7 +102,7 @@ class PipelinedSession(Session):
             detections, counts = self._results[0]
             self._slots = tuple(
                 Slot(
-                    self._work.device(max_batch * self._image_bytes),
+                    self._work.device(max_batch * image_bytes),
                     self._work.device(detections.nbytes),
                     self._work.device(counts.nbytes),
                 )
@@ -127,9 +130,7 @@ class PipelinedSession(Session):
             When the images are not what the engine takes, `depth` batches are in flight, or CUDA
             fails.
         """
-        count = check_images(images, self._spec, "engine")
-        if count > self._max_batch:
-            raise EngineError(f"a batch of {count} images, the engine takes 1 to {self._max_batch}")
+        count = self._check(images)
         with self._lock:
             if len(self._flying) == self.depth:
                 raise EngineError(f"{self.depth} batches are in flight; take a result first")

@@ -11,6 +11,8 @@ import ctypes
 
 import numpy as np
 
+from engine.backends import pipeline
+
 
 class Work:
     """Something to do once, after other things."""
@@ -56,6 +58,13 @@ class LazyCuda:
         self.rng = np.random.default_rng(seed)
         self.fault = None
         self.open, self.used, self.streams = 0, [], []
+
+    def stand_in(self, patch):
+        """Let sessions of `engine.backends.pipeline` run on it."""
+        patch.setattr(pipeline, "Stream", self.stream)
+        patch.setattr(pipeline, "pinned", self.pinned)
+        patch.setattr(pipeline, "use_gpu", self.use_gpu)
+        return self
 
     def stream(self):
         self.streams.append(LazyStream(self))

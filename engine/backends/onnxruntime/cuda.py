@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from engine.backends.cuda import Stream, gpu_index, pinned, runtime, use_gpu
 from engine.backends.onnxruntime.session import (
-    check_batch,
+    batch_check,
     describe,
     find_provider,
     input_spec,
@@ -174,6 +174,7 @@ class SplitSession(Session):
         self._split = parts
         self._spec = spec
         self._fixed_batch = fixed_batch
+        self._check = batch_check(spec, fixed_batch)
         self._device = device
         self._buffers: _Buffers | None = None
         self._passes: dict[int, _Pass] = {}
@@ -191,7 +192,7 @@ class SplitSession(Session):
         """Start a batch; see `engine.protocol.Session.submit`."""
         if self._count:
             raise EngineError("the result of the last batch was not taken")
-        count = check_batch(images, self._spec, self._fixed_batch)
+        count = self._check(images)
         try:
             self._start(images, self._fixed_batch or count)
         except BaseException as error:

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from engine.backends.blocking import BlockingSession
 from engine.backends.cuda import gpu_index
 from engine.backends.onnxruntime.session import (
-    check_batch,
+    batch_check,
     describe,
     find_provider,
     input_spec,
@@ -122,7 +122,7 @@ class OnnxRuntimeEngine:
                 raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
             return detections[:count], counts[:count]
 
-        return BlockingSession(lambda images: check_batch(images, spec, fixed), detect)
+        return BlockingSession(batch_check(spec, fixed), detect)
 
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Allocate ordinary memory."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.backends.cuda import gpu_index
 from engine.errors import EngineError, one_line
-from engine.protocol import InputSpec, check_images, input_scale
+from engine.protocol import InputSpec, check_batch, input_scale
 from engine.support.files import file_sha256
 
 if TYPE_CHECKING:
@@ -150,27 +151,12 @@ def describe(
     }
 
 
-def check_batch(
-    images: Sequence[NDArray[np.generic]], spec: InputSpec, fixed_batch: int | None
-) -> int:
-    """Check a batch, given as runs of images, against what a model takes.
-
-    Returns
-    -------
-    int
-        Images of the batch.
-
-    Raises
-    ------
-    EngineError
-        When its dtype, shape or number is another.
-    """
-    count = check_images(images, spec, "model")
-    if fixed_batch is not None and count > fixed_batch:
-        raise EngineError(
-            f"a batch of {count} images, but the model's batch is fixed at {fixed_batch}"
-        )
-    return count
+def batch_check(
+    spec: InputSpec, fixed_batch: int | None
+) -> Callable[[Sequence[NDArray[np.generic]]], int]:
+    """`engine.protocol.check_batch` for a model, whose batch may be fixed."""
+    fixed = f"but the model's batch is fixed at {fixed_batch}"
+    return partial(check_batch, spec=spec, max_batch=fixed_batch, taker="model", too_large=fixed)
 
 
 def input_spec(session: onnxruntime.InferenceSession, model: Path) -> tuple[InputSpec, int | None]:

@@ -5,15 +5,15 @@ TensorRT 10.6 was run on an H200; TensorRT-RTX only builds here, for it knows no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from engine.backends.cuda import Stream, gpu_index, pinned, use_gpu
+from engine.backends.pipeline import Enqueue, PipelinedSession, Slot
 from engine.backends.tensorrt.log import polygraphy_log
 from engine.backends.tensorrt.module import RTX, import_tensorrt
 from engine.backends.tensorrt.plugins import load_plugins
@@ -26,16 +26,11 @@ from engine.manifest import (
     check_plugins,
     load_manifest,
 )
-from engine.protocol import InputSpec, check_images
-from engine.protocol import Session as _Session
+from engine.protocol import DETECTIONS, NUM_DETECTIONS, InputSpec
 from engine.support.files import write_atomically
 
 if TYPE_CHECKING:
     import tensorrt
-    import tensorrt_rtx
-
-_OUTPUTS = {"detections": np.float32, "num_detections": np.int32}
-"""The detector's outputs and their types; `engine.backends.tensorrt.build` builds nothing else."""
 
 
 def load_tensorrt(model: Path, *, device: str = "cuda", threads: int | None = None) -> Engine:
@@ -91,7 +86,7 @@ def load(backend: str, model: Path, device: str) -> Engine:
     load_plugins(trt, libraries)
     engine = _deserialize(trt, plan, model, manifest)
     described = {**manifest.to_dict(), "device": f"cuda:{index}"}
-    return Engine(manifest.input, manifest.max_batch, described, trt, engine, index)
+    return Engine(manifest.input, manifest.max_batch, described, engine, index)
 
 
 @dataclass(frozen=True)
@@ -101,133 +96,57 @@ class Engine:
     input_spec: InputSpec
     max_batch: int
     manifest: Mapping[str, object]
-    _trt: Any = field(repr=False)
     _engine: tensorrt.ICudaEngine = field(repr=False)
     _device: int = 0
 
-    def session(self, *, cuda_graphs: bool = False) -> Session:
-        """Open a session: a stream, a context and buffers of its own.
+    def session(self) -> PipelinedSession:
+        """Open a session: streams, a context and buffers of its own.
 
-        Parameters
-        ----------
-        cuda_graphs
-            Record the work of each batch size when it comes for the first time, and replay it.
+        One batch is under way at a time, and a second session overlaps its copies with the work of
+        the first.
         """
-        use_gpu(self._device)  # the current device is a matter of each thread
-        if self.manifest["backend"] == RTX:
-            context = _rtx_context(self._trt, self._engine, cuda_graphs)
-            return Session(self, context, capture=False)
-        context = _made(self._engine.create_execution_context)
-        return Session(self, context, capture=cuda_graphs)
+        _, rows, _ = self._engine.get_tensor_shape(DETECTIONS)
+        return PipelinedSession(
+            self._device,
+            self.input_spec,
+            self.max_batch,
+            rows,
+            self._prepare,
+            depth=1,
+            too_large=(
+                f"but the engine's profile ends at {self.max_batch}; build it with a larger max "
+                "batch"
+            ),
+        )
 
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Allocate page-locked memory."""
         use_gpu(self._device)
         return pinned(shape, dtype)
 
-    def output_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of an output at the largest batch."""
-        _, *sizes = self._engine.get_tensor_shape(name)
-        return (self.max_batch, *sizes)
-
-
-class Session(_Session):
-    """A stream of execution; see `engine.protocol.Session`.
-
-    One batch is under way at a time, and a second session overlaps its copies with the work of the
-    first.
-    """
-
-    depth = 1
-
-    def __init__(
-        self, engine: Engine, context: tensorrt.IExecutionContext, *, capture: bool
-    ) -> None:
-        self._engine = engine
-        self._context = context
-        self._spec = engine.input_spec
-        self._min_batch = int(str(engine.manifest["min_batch"]))
-        self._capture = capture
-        self._replays: dict[int, Callable[[], None]] = {}
-        self._batch: int | None = None
-        self._count = 0
-        self._stream = Stream()
-        self._outputs = {
-            name: pinned(engine.output_shape(name), dtype) for name, dtype in _OUTPUTS.items()
-        }
-        image_bytes = int(np.prod(self._spec.shape)) * np.dtype(self._spec.dtype).itemsize
-        sizes = {name: array.nbytes for name, array in self._outputs.items()}
-        sizes[self._spec.name] = engine.max_batch * image_bytes
-        self._addresses: dict[str, int] = {}
-        for name, size in sizes.items():
-            self._addresses[name] = self._stream.device(size)
-            if not context.set_tensor_address(name, self._addresses[name]):
+    def _prepare(self, stream: Stream, slots: Sequence[Slot]) -> Enqueue:
+        """Make a context whose inputs and outputs lie in the only slot."""
+        context: tensorrt.IExecutionContext = _make_context(self._engine)
+        (slot,) = slots
+        image = self.input_spec.name
+        addresses = {image: slot.images, DETECTIONS: slot.detections, NUM_DETECTIONS: slot.counts}
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
                 raise EngineError(f"TensorRT refuses the buffer of {name}")
+        least = int(str(self.manifest["min_batch"]))
+        shaped = 0
 
-    def submit(self, images: Sequence[NDArray[np.generic]]) -> None:
-        """Start a batch; see `engine.protocol.Session.submit`."""
-        if self._count:
-            raise EngineError("the result of the last batch was not taken")
-        count = check_batch(images, self._spec, self._engine.max_batch)
-        batch = max(count, self._min_batch)
-        address = self._addresses[self._spec.name]
-        for run in images:
-            self._stream.upload(address, run)
-            address += run.nbytes
-        if batch in self._replays:
-            self._replays[batch]()
-        else:
-            self._run(batch)
-            if self._capture:  # the run above has done what must not happen while recording
-                self._stream.synchronize()
-                self._replays[batch] = self._stream.capture(lambda: self._run(batch))
-        self._count = count
+        def enqueue(count: int, _: int) -> None:
+            nonlocal shaped
+            batch = max(count, least)
+            if batch != shaped:
+                if not context.set_input_shape(image, (batch, *self.input_spec.shape)):
+                    raise EngineError(f"TensorRT refuses a batch of {batch}")
+                shaped = batch
+            if not context.execute_async_v3(stream.handle):
+                raise EngineError("TensorRT could not start the batch; see its messages above")
 
-    def result(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Wait for the batch; see `engine.protocol.Session.result`."""
-        if not self._count:
-            raise EngineError("no batch was submitted")
-        self._stream.synchronize()
-        detections, counts = (self._outputs[name][: self._count].copy() for name in _OUTPUTS)
-        self._count = 0
-        return detections, counts
-
-    def close(self) -> None:
-        """Release the stream and the buffers."""
-        self._stream.close()
-
-    def _run(self, batch: int) -> None:
-        context = self._context
-        if batch != self._batch:
-            if not context.set_input_shape(self._spec.name, (batch, *self._spec.shape)):
-                raise EngineError(f"TensorRT refuses a batch of {batch}")
-            self._batch = batch
-        if not context.execute_async_v3(self._stream.handle):
-            raise EngineError("TensorRT could not start the batch; see its messages above")
-        for name, array in self._outputs.items():
-            self._stream.download(array[:batch], self._addresses[name])
-
-
-def check_batch(images: Sequence[NDArray[np.generic]], spec: InputSpec, max_batch: int) -> int:
-    """Check a batch, given as runs of images, against what an engine takes.
-
-    Returns
-    -------
-    int
-        Images of the batch.
-
-    Raises
-    ------
-    EngineError
-        When its dtype, shape or number is another.
-    """
-    count = check_images(images, spec, "engine")
-    if count > max_batch:
-        raise EngineError(
-            f"a batch of {count} images, but the engine's profile ends at {max_batch}; "
-            "build it with a larger max batch"
-        )
-    return count
+        return enqueue
 
 
 def write_layer_info(trt: Any, plan: bytes, path: Path) -> None:
@@ -267,19 +186,9 @@ def _deserialize(trt: Any, plan: bytes, path: Path, manifest: Manifest) -> tenso
     return engine
 
 
-def _rtx_context(
-    rtx: Any, engine: tensorrt_rtx.ICudaEngine, cuda_graphs: bool
-) -> tensorrt_rtx.IExecutionContext:
-    """TensorRT-RTX compiles kernels on first use, and captures graphs by itself after that."""
-    config: tensorrt_rtx.IRuntimeConfig = engine.create_runtime_config()
-    if cuda_graphs:
-        config.cuda_graph_strategy = rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    return _made(lambda: engine.create_execution_context(config))
-
-
-def _made(create: Callable[[], tensorrt.IExecutionContext | None]) -> tensorrt.IExecutionContext:
+def _make_context(engine: tensorrt.ICudaEngine) -> tensorrt.IExecutionContext:
     with polygraphy_log("warning") as errors:
-        context = create()
+        context: tensorrt.IExecutionContext | None = engine.create_execution_context()
     if context is None:
         cause = errors.first("too little GPU memory?")
         raise EngineError(f"TensorRT could not make a context: {cause}")

@@ -29,7 +29,7 @@ from engine.backends.triton.memory import (
 )
 from engine.backends.triton.served import served_model
 from engine.errors import EngineError, SessionLostError, one_line
-from engine.protocol import DETECTIONS, NUM_DETECTIONS, InputSpec, Session, check_images
+from engine.protocol import DETECTIONS, NUM_DETECTIONS, InputSpec, Session, check_batch
 from engine.support.progress import progress_bar
 
 START_UP_SECONDS = 300.0
@@ -224,11 +224,9 @@ class TritonSession(Session):
         """Send a request for a batch; see `engine.protocol.Session.submit`."""
         from tritonclient.utils import InferenceServerException
 
-        count = check_images(images, self._spec, "model")
-        if count > self._max_batch:
-            raise EngineError(
-                f"a batch of {count} images, but the server {self._url} takes {self._max_batch}"
-            )
+        limit = self._max_batch
+        too_large = f"but the server {self._url} takes {limit}"
+        count = check_batch(images, self._spec, limit, taker="model", too_large=too_large)
         if not self._free:
             raise EngineError(f"{self.depth} batches are in flight already")
         place = self._free.popleft()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 
 from engine.backends.blocking import BlockingSession
 from engine.errors import EngineError
-from engine.protocol import InputSpec, check_images
+from engine.protocol import InputSpec, check_batch
 
 SPEC = InputSpec("image", (1, 2, 2), "float32")
 
@@ -19,7 +20,7 @@ def session(seen):
         seen.append(images)
         return images.sum(axis=(1, 2, 3))[:, None, None], np.arange(len(images), dtype=np.int32)
 
-    return BlockingSession(lambda runs: check_images(runs, SPEC, "model"), detect)
+    return BlockingSession(partial(check_batch, spec=SPEC), detect)
 
 
 def batch(count, start=0):

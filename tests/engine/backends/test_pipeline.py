@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.backends import pipeline
 from engine.backends.pipeline import PipelinedSession
 from engine.errors import EngineError
 from engine.protocol import InputSpec
@@ -56,11 +55,7 @@ class Session(PipelinedSession):
 @pytest.fixture
 def make(monkeypatch):
     def made(seed=0, **options):
-        cuda = LazyCuda(seed)
-        monkeypatch.setattr(pipeline, "Stream", cuda.stream)
-        monkeypatch.setattr(pipeline, "pinned", cuda.pinned)
-        monkeypatch.setattr(pipeline, "use_gpu", cuda.use_gpu)
-        return Session(cuda, **options)
+        return Session(LazyCuda(seed).stand_in(monkeypatch), **options)
 
     return made
 
@@ -81,10 +76,7 @@ def random_images(rng, count):
 @given(seed=st.integers(0, 2**32 - 1), depth=st.integers(1, 3))
 def test_batches_in_flight_do_not_disturb_each_other(seed, depth):
     with pytest.MonkeyPatch.context() as patch:
-        cuda = LazyCuda(seed)
-        patch.setattr(pipeline, "Stream", cuda.stream)
-        patch.setattr(pipeline, "pinned", cuda.pinned)
-        patch.setattr(pipeline, "use_gpu", cuda.use_gpu)
+        cuda = LazyCuda(seed).stand_in(patch)
         session = Session(cuda, depth=depth)
         rng = np.random.default_rng(seed)
         flying, last = [], None
@@ -205,10 +197,7 @@ def test_a_fault_of_the_gpu_comes_out_of_result(make):
 
 
 def test_a_session_that_does_not_open_leaves_no_stream(monkeypatch):
-    cuda = LazyCuda(0)
-    monkeypatch.setattr(pipeline, "Stream", cuda.stream)
-    monkeypatch.setattr(pipeline, "pinned", cuda.pinned)
-    monkeypatch.setattr(pipeline, "use_gpu", cuda.use_gpu)
+    cuda = LazyCuda(0).stand_in(monkeypatch)
     with pytest.raises(EngineError, match="no memory"):
         Session(cuda, failing=True)
     assert cuda.open == 0

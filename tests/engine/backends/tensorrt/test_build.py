@@ -11,14 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.backends.tensorrt.build import BuildOptions, PluginName, build, wanted_plugin
-from engine.backends.tensorrt.engine import check_batch
 from engine.backends.tensorrt.plugins import headers_version, load_plugins
 from engine.errors import EngineError
 from engine.load import load_engine
@@ -454,23 +452,3 @@ def test_plugin_of_other_headers(trt_plugin_library):
     ):
         load_plugins(trt, [trt_plugin_library])
     assert headers_version(Path(_ctypes.__file__)) is None
-
-
-# Batches
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (np.zeros((17, 3, 4, 4), np.int8), "a batch of 17 images, but the engine's profile ends"),
-        (np.zeros((1, 3, 4, 4), np.float32), "images are float32, the engine takes int8"),
-        (np.zeros((0, 3, 4, 4), np.int8), "the shape"),
-        (np.zeros((1, 3, 4, 5), np.int8), "the shape"),
-        (np.zeros((3, 4, 4), np.int8), "the shape"),
-    ],
-)
-def test_batch_that_the_engine_does_not_take(images, message):
-    spec = InputSpec("image", (3, 4, 4), "int8", 0.1)
-    assert check_batch([np.zeros((8, 3, 4, 4), np.int8)] * 2, spec, 16) == 16
-    with pytest.raises(EngineError, match=message):
-        check_batch([images], spec, 16)
