@@ -24,7 +24,12 @@ ONNX_BACKENDS = ("onnxruntime", "cudnn")
 
 
 def load_engine(
-    backend: str, model: Path, *, device: str | None = None, threads: int | None = None
+    backend: str,
+    model: Path,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    max_batch: int | None = None,
 ) -> Engine:
     """Load a model with one of `BACKENDS`.
 
@@ -40,6 +45,9 @@ def load_engine(
         takes it, else ``cuda``. For ``triton`` the server, ``HOST:PORT``.
     threads
         Threads that work on one batch; None: one for each CPU the process may use.
+    max_batch
+        Largest batch that will be asked for: ``cudnn`` prepares no larger one. None: not known. The
+        others take what they take.
 
     Raises
     ------
@@ -49,5 +57,8 @@ def load_engine(
     if backend not in _LOADERS:
         raise EngineError(f"unknown engine {backend!r}; choose one of: {', '.join(BACKENDS)}")
     device = device or ("cpu" if backend == "onnxruntime" else "cuda")
-    engine: Engine = resolve_name(_LOADERS[backend])(model, device=device, threads=threads)
+    given: dict[str, object] = {"device": device, "threads": threads}
+    if backend == "cudnn":
+        given["max_batch"] = max_batch
+    engine: Engine = resolve_name(_LOADERS[backend])(model, **given)
     return engine

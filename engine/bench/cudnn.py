@@ -21,7 +21,7 @@ import typer
 from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream, check, runtime, use_gpu
-from engine.backends.cudnn.engine import CudnnEngine, load_batches
+from engine.backends.cudnn.engine import CudnnEngine, batch_sizes, load
 from engine.backends.cudnn.graph import Convolution, Int8Graph, Layer
 from engine.backends.cudnn.measure import measure
 from engine.backends.pipeline import Slot
@@ -101,8 +101,14 @@ def bench(
         raise EngineError(f"--batches {batches}: numbers with commas between expected") from error
     if sizes[0] < 1:
         raise EngineError(f"--batches {batches}: a batch has one image at least")
+    prepared = batch_sizes(sizes[-1])
+    if other := sorted(set(sizes) - set(prepared)):
+        raise EngineError(
+            f"--batches {batches}: the engine runs {other[0]} images as more; what it prepares: "
+            f"{', '.join(map(str, prepared))}"
+        )
     start = time.perf_counter()
-    engine = load_batches(model, sizes, device=device)
+    engine = load(model, device=device, max_batch=sizes[-1])
     peak = _peak(engine)
     document: dict[str, Any] = {
         **circumstances(),

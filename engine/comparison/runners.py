@@ -197,9 +197,9 @@ def open_side(path: Path, name: str, backend: str = "onnxruntime") -> Side:
         runner: DetectorRunner = EngineRunner(name, engine)
         return Side(runner, engine.manifest, engine.input_spec.dtype == "int8")
     if backend == "cudnn":
-        from engine.backends.cudnn.engine import load_batches
+        from engine.backends.cudnn.engine import load
 
-        cudnn = load_batches(path, (1,))
+        cudnn = load(path, max_batch=1)
         heads = head_tensors(load_detector(path).model)
         return Side(CudnnRunner(name, cudnn, heads), cudnn.manifest, quantized=True)
     detector = load_detector(path)

@@ -60,7 +60,7 @@ def bench(
     ),
 ) -> None:
     """Measure the harness and write the figures to a JSON file."""
-    loaded = load_engine(engine, model, threads=threads)
+    loaded = load_engine(engine, model, threads=threads, max_batch=batch)
     data = known_dataset(dataset, "val", build_dir)
     document: dict[str, Any] = {
         "finished": now(),

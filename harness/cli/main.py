@@ -19,7 +19,7 @@ from harness.cli.triton import triton_repository
 from harness.command import run_command
 from harness.data.dataset import known_dataset, load_map, preprocessed_dir
 from harness.errors import HarnessError
-from harness.loadgen.settings import MODEL, MODES, SCENARIOS, load_settings
+from harness.loadgen.settings import MODEL, MODES, SCENARIOS, largest_batch, load_settings
 from harness.make.arguments import choices
 from harness.results.devices import load_engines, parse_devices, parse_urls
 
@@ -149,7 +149,13 @@ def run(
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
     engines = load_engines(
-        engine, model, device=device, devices=numbers, threads=threads, urls=urls
+        engine,
+        model,
+        device=device,
+        devices=numbers,
+        threads=threads,
+        urls=urls,
+        max_batch=largest_batch(settings),
     )
     spec = engines[0].input_spec
     data = known_dataset(dataset, split, build_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from harness.loadgen.audit import COMPLIANCE_TESTS
 from harness.results.devices import load_engines, parse_devices, parse_urls
 
 if TYPE_CHECKING:
+    from engine.protocol import Engine
     from harness.submission.compliance import Verdict
 
 
@@ -70,14 +72,25 @@ def compliance(
     bases = find_bases([base])
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
-    engines = load_engines(
-        engine, model, device=device, devices=numbers, threads=threads, urls=urls
-    )
-    spec = engines[0].input_spec
+
+    @functools.cache
+    def engines_up_to(max_batch: int | None) -> tuple[Engine, ...]:
+        return load_engines(
+            engine,
+            model,
+            device=device,
+            devices=numbers,
+            threads=threads,
+            urls=urls,
+            max_batch=max_batch,
+        )
+
     failed = False
     try:
         for one in bases:
             _, result = one.run("PerformanceOnly")
+            engines = engines_up_to(result.engine.get("max_batch"))  # as prepared for the base run
+            spec = engines[0].input_spec
             dataset, _, split = str(result.dataset["name"]).rpartition("-")
             data = known_dataset(dataset, split, build_dir)
             directory = preprocessed or preprocessed_dir(build_dir, data, spec)

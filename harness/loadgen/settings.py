@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -225,6 +225,11 @@ class Offline(Settings):
 SCENARIOS: Mapping[str, type[Settings]] = {
     kind.scenario: kind for kind in (Offline, Server, SingleStream, MultiStream)
 }
+
+
+def largest_batch(settings: Iterable[Settings]) -> int:
+    """Largest batch of some tests on an engine that was built for none in particular."""
+    return max(one.batch for one in settings)
 
 
 def load_settings(

@@ -10,7 +10,7 @@ from engine.data.preprocessed import PreprocessedSet
 from engine.load import ONNX_BACKENDS
 from harness.data.dataset import known_dataset
 from harness.errors import RunFailedError
-from harness.loadgen.settings import Settings, settings_from
+from harness.loadgen.settings import Settings, largest_batch, settings_from
 from harness.make.arguments import FAST, RunArgs
 from harness.make.route import (
     DATASETS,
@@ -107,6 +107,7 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
                 devices=arguments.devices or config.devices,
                 threads=config.threads,
                 urls=urls,
+                max_batch=largest_batch(one for one in settings if files[one.scenario] == file),
             )
         root = root or new_log_dir(route.build_dir)
         folder = root / config.name.replace("/", "-") / route.benchmark

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from engine.load import ONNX_BACKENDS
-from harness.loadgen.settings import Settings
+from harness.loadgen.settings import Settings, largest_batch
 from harness.make.route import Route
 from harness.make.system_config import SystemConfig
 from harness.results.devices import parse_urls
@@ -35,7 +35,7 @@ def make_repository(
         folder,
         "python" if onnx else config.builder,
         engine=config.builder if onnx else None,
-        max_batch=max(setting.batch for setting in settings) if onnx else None,
+        max_batch=largest_batch(settings) if onnx else None,
         instances=max(setting.streams for setting in settings),
     )
     route.say(f"triton: wrote {folder}: tritonserver {shlex.join(repository.server_arguments)}")

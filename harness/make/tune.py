@@ -106,7 +106,14 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
 
     def engine(batch: int, threads: int | None) -> Engine:
         file = model if onnx else build_engine(route, model, tuning.engine, batch)
-        return load_engine(tuning.engine, file, device=tuning.device, threads=threads)
+        # for the largest of all trials: kernels are searched best at the largest batch
+        return load_engine(
+            tuning.engine,
+            file,
+            device=tuning.device,
+            threads=threads,
+            max_batch=tuning.max_batch,
+        )
 
     return search(
         engine,

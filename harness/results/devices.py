@@ -56,12 +56,13 @@ def load_engines(
     devices: Sequence[int] | None,
     threads: int | None,
     urls: Sequence[str] | None = None,
+    max_batch: int | None = None,
 ) -> tuple[Engine, ...]:
     """Load a model on every device, or connect to every server.
 
     Parameters
     ----------
-    backend, model, threads
+    backend, model, threads, max_batch
         See `engine.load.load_engine`.
     device
         See `engine.load.load_engine`; with `devices`, ``cuda`` or None.
@@ -94,4 +95,7 @@ def load_engines(
         names = [f"cuda:{number}" for number in devices]
     else:
         raise HarnessError(f"--devices chooses GPUs, but the device is {device}")
-    return tuple(load_engine(backend, model, device=name, threads=threads) for name in names)
+    return tuple(
+        load_engine(backend, model, device=name, threads=threads, max_batch=max_batch)
+        for name in names
+    )

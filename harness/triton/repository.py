@@ -234,7 +234,7 @@ def make_config(
 def _known_answers(served: ServedModel, reference: Path | None) -> KnownAnswers:
     try:
         if reference is None:
-            engine = load_engine(served.backend, served.path)
+            engine = load_engine(served.backend, served.path, max_batch=1)
         elif file_sha256(reference) == served.onnx_sha256:
             engine = load_engine("onnxruntime", reference)
         else:

@@ -54,7 +54,7 @@ from plugin_cuda.library import FLOAT16, Config, Format, library_path, workspace
 
 _LOG = logging.getLogger(__name__)
 
-MAX_BATCH = 64
+_MAX_BATCH = 64
 """Largest batch, unless another is asked for."""
 
 
@@ -68,10 +68,16 @@ def batch_sizes(max_batch: int) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def load(model: Path, *, device: str = "cuda", threads: int | None = None) -> CudnnEngine:
-    """Load an INT8 detector that ends in NMS_OPT_TRT, for batches of up to `MAX_BATCH`.
+def load(
+    model: Path,
+    *,
+    device: str = "cuda",
+    threads: int | None = None,
+    max_batch: int | None = None,
+) -> CudnnEngine:
+    """Load an INT8 detector that ends in NMS_OPT_TRT, for the sizes of `batch_sizes`.
 
-    What the tuning cache lacks is tuned first, which takes minutes.
+    What the tuning cache lacks of them is tuned first, which takes minutes.
 
     Parameters
     ----------
@@ -81,6 +87,8 @@ def load(model: Path, *, device: str = "cuda", threads: int | None = None) -> Cu
         ``cuda`` or ``cuda:N``.
     threads
         Not used.
+    max_batch
+        Largest batch; None: 64.
 
     Raises
     ------
@@ -89,11 +97,7 @@ def load(model: Path, *, device: str = "cuda", threads: int | None = None) -> Cu
         cannot be run in INT8.
     """
     del threads
-    return load_batches(model, batch_sizes(MAX_BATCH), device=device)
-
-
-def load_batches(model: Path, batches: Sequence[int], *, device: str = "cuda") -> CudnnEngine:
-    """Load as `load` does, for some batch sizes in ascending order."""
+    batches = batch_sizes(max_batch or _MAX_BATCH)
     index = gpu_index(device)
     if index is None:
         raise EngineError(f"cudnn runs on a GPU, not on {device!r}; use --device cuda")

@@ -34,6 +34,7 @@ class TritonPythonModel:
             model,
             device=f"cuda:{args['model_instance_device_id']}" if gpu else "cpu",
             threads=None if gpu else max(1, thread_count(None) // instances),
+            max_batch=config["max_batch_size"],
         )
         self._session = engine.session()
         self._image = engine.input_spec.name

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engine.backends.cudnn.layers import groups
-from engine.bench.cudnn import least_bytes, operations
+from engine.bench.cudnn import bench, least_bytes, operations
+from engine.errors import EngineError
 from tests.support.ssd_geometry import ssd_graph
 
 
@@ -21,6 +22,13 @@ def test_head_maps_of_the_full_network():
     assert list(maps) == [50, 25, 13, 7, 3]
     cells = [graph.tensors[head.tensor] for name, head in graph.heads.items() if "conf" in name]
     assert sum(t.height * t.width * t.channels // 85 for t in cells) == 15130  # priors
+
+
+def test_a_size_that_the_engine_runs_as_another(tmp_path):
+    with pytest.raises(
+        EngineError, match="engine runs 5 images as more; what it prepares: 1, 2, 3"
+    ):
+        bench(tmp_path / "m.onnx", output=tmp_path / "o.json", batches="1,5,8")
 
 
 def test_least_bytes():

@@ -56,12 +56,14 @@ def test_a_gpu_given_twice():
     ],
 )
 def test_an_engine_for_each_device(device, devices, loaded, monkeypatch, tmp_path):
-    def load(backend, model, *, device, threads):
-        assert (backend, model, threads) == ("tensorrt", tmp_path, 3)
+    def load(backend, model, *, device, threads, max_batch):
+        assert (backend, model, threads, max_batch) == ("tensorrt", tmp_path, 3, 8)
         return device
 
     monkeypatch.setattr(module, "load_engine", load)
-    engines = load_engines("tensorrt", tmp_path, device=device, devices=devices, threads=3)
+    engines = load_engines(
+        "tensorrt", tmp_path, device=device, devices=devices, threads=3, max_batch=8
+    )
     assert list(engines) == loaded
 
 

@@ -13,6 +13,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -34,11 +35,11 @@ from tests.support import ROOT
 from tests.support.calibrated import run, snr_db, write_images
 from tests.support.cudnn_gpu import cudnn_missing
 from tests.support.demo_detector import demo_images, write_demo
+from tests.support.host_stream import HostStream
 from tests.support.int8_graphs import Builder
 from tests.support.int8_layers import packed, pooled, rounded, run_layers
 
-BATCHES = (1, 3, 8)
-
+MAX_BATCH = 8
 
 gpu_reason = cudnn_missing()
 on_gpu = pytest.mark.skipif(gpu_reason is not None, reason=gpu_reason or "")
@@ -49,6 +50,37 @@ def test_batch_sizes():
     assert batch_sizes(1) == (1,)
     assert batch_sizes(5) == (1, 2, 3, 4, 5)
     assert batch_sizes(100)[-3:] == (64, 96, 100)
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"),
+    [(1, (1,)), (8, (1, 2, 3, 4, 6, 8)), (5, (1, 2, 3, 4, 5)), (None, batch_sizes(64))],
+)
+def test_kernels_are_looked_for_up_to_the_largest_batch_alone(
+    largest, sizes, tmp_path, monkeypatch
+):
+    """As far as that search, which needs a GPU."""
+
+    class SearchedError(Exception):
+        pass
+
+    def search(_cudnn, _handle, _graph, batches, *_, **__):
+        raise SearchedError(batches)
+
+    monkeypatch.setattr(cudnn, "_plans", search)
+    monkeypatch.setattr(cudnn, "Stream", HostStream)
+    monkeypatch.setattr(cudnn, "import_cudnn", lambda: MagicMock(__version__="1.0"))
+    for name in (
+        *("use_gpu", "load_detector", "split", "load_layers_library", "read_int8_graph"),
+        "hopper_library",
+    ):
+        monkeypatch.setattr(cudnn, name, MagicMock())
+    model = tmp_path / "model.onnx"
+    model.touch()
+    with pytest.raises(SearchedError) as found:
+        load_engine("cudnn", model, max_batch=largest)
+    assert found.value.args == (sizes,)
+    assert HostStream.open_streams == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:x", "gpu"])
@@ -66,7 +98,7 @@ def test_the_command_says_what_to_install(tmp_path):
     """In a process of its own, where nothing finds cuDNN's frontend."""
     model = tmp_path / "model.onnx"
     model.write_bytes(b"")
-    hide = "import sys; sys.modules['cudnn'] = None; from harness.cli import main; main()"
+    hide = "import sys; sys.modules['cudnn'] = None; from harness.cli.main import main; main()"
     arguments = ["run", str(model), "--engine", "cudnn", "--device", "cuda"]
     done = subprocess.run(
         [sys.executable, "-c", hide, *arguments],
@@ -127,7 +159,7 @@ def model(pictures, tmp_path_factory):
 def engine(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cudnn_tuning, "HEAVY", 2.0)  # what cuDNN's heuristics advise will do
-        return cudnn.load_batches(model, BATCHES)
+        return cudnn.load(model, max_batch=MAX_BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +247,7 @@ def test_sessions_beside_each_other_and_an_engine_loaded_again(engine, model, se
         other.submit([images[4:12]])
         same(session.result(), expected)
         same([part[:4] for part in other.result()], [part[4:] for part in expected])
-    again = cudnn.load_batches(model, BATCHES)  # from the tuning cache
+    again = cudnn.load(model, max_batch=MAX_BATCH)  # from the tuning cache
     assert again.manifest == engine.manifest
     with closing(again.session()) as other:
         same(other.infer(images[:8]), expected)
@@ -226,7 +258,7 @@ def test_sessions_beside_each_other_and_an_engine_loaded_again(engine, model, se
 def test_the_manifest_says_what_runs(engine, model):
     manifest = engine.manifest
     assert manifest["backend"] == "cudnn"
-    assert manifest["max_batch"] == engine.max_batch == BATCHES[-1]
+    assert manifest["max_batch"] == engine.max_batch == MAX_BATCH
     assert manifest["input"]["dtype"] == engine.input_spec.dtype == "int8"
     kernels = set(manifest["kernels"].values())
     assert all("cuDNN engine" in name or name.startswith("int8_conv") for name in kernels)
