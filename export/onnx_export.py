@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -314,11 +315,12 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     ExportError
         When the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of no other process
     try:
-        onnx.save(model, partial)
-        partial.replace(path)
+        temporary.write_bytes(model.SerializeToString())
+        temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise ExportError(f"{path}: cannot write ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import onnx
@@ -45,11 +46,12 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     SurgeryError
         When the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of no other process
     try:
-        partial.write_bytes(model.SerializeToString())
-        partial.replace(path)
+        temporary.write_bytes(model.SerializeToString())
+        temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise SurgeryError(f"{path}: cannot write it: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plugin_cuda.errors import PluginError
+from plugin_cuda.files import whole
 from plugin_cuda.toolchain import (
     Nvcc,
     TensorRTHeaders,
@@ -202,10 +203,6 @@ def _run(plan: Plan, command: Sequence[str | Path]) -> None:
 def _install(built: Path, target: Path) -> Path:
     """Put a library in place by a rename: a process that has it open keeps the old one."""
     if not (target.is_file() and filecmp.cmp(built, target, shallow=False)):
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
+        with whole(target) as temporary:
             shutil.copy2(built, temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
     return target

@@ -6,13 +6,14 @@ Left, images a second over the batch size; right, every layer of the largest bat
 from __future__ import annotations
 
 import json
-import os
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from engine.errors import EngineError
+from engine.support.files import write_atomically
 
 _COLOURS = {"int8_conv": "#4c72b0", "libnms_opt": "#55a868"}
 _CUDNN = "#c44e52"
@@ -34,9 +35,9 @@ def plot(
     _draw_speed(left, batches, figures.get("peer"))
     _draw_layers(right, max(batches), batches[max(batches)]["layers"])
     figure.suptitle(f"INT8, cuDNN engine, {figures['manifest']['gpu']}, copies and NMS included")
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.png")
-    figure.savefig(temporary)
-    temporary.replace(output)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomically(output, picture.getbuffer())
 
 
 def _draw_speed(axis: Any, batches: dict[int, dict[str, Any]], peer: dict[str, Any] | None) -> None:

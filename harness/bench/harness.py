@@ -28,7 +28,7 @@ from engine.data.preprocessed import MEAN, STD
 from engine.load import load_engine
 from engine.protocol import DETECTION_FIELDS, Engine, InputSpec, Session
 from engine.support.environment import circumstances, now
-from engine.support.files import write_json
+from engine.support.files import write_atomically, write_json
 from harness.data.dataset import Dataset, known_dataset, load_map
 from harness.data.preprocess import preprocess
 from harness.errors import HarnessError
@@ -198,7 +198,7 @@ def measure_preprocessing(
     def ours(count: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             some = Path(folder) / "map.txt"
-            some.write_text("".join(f"{name}\n" for name in names[:count]))
+            write_atomically(some, "".join(f"{name}\n" for name in names[:count]).encode())
             start = time.perf_counter()
             preprocess(
                 dataclasses.replace(dataset, map_file=some),

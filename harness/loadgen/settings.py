@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from engine.support.files import write_atomically
 from harness.errors import HarnessError
 
 MODEL = "ssd-resnet34"
@@ -358,7 +359,7 @@ def apply(settings: Settings, mode: Mode, conf: Path) -> Any:
     """
     import mlperf_loadgen as lg
 
-    conf.write_text(user_conf(settings))
+    write_atomically(conf, user_conf(settings).encode())
     test = lg.TestSettings()
     # Type 0 is LoadGen's embedded mlperf.conf, which brings the seeds; type 2 reads only the file.
     # Type 1 would do both, but only once in a process.

@@ -12,6 +12,7 @@ import mlperf_loadgen as lg
 
 from engine.errors import EngineError
 from engine.protocol import Engine
+from engine.support.files import write_atomically
 from engine.support.progress import Progress
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.audit import Audit
@@ -199,7 +200,7 @@ class _StartTest(threading.Thread):
         config = ""
         if self._audit is not None:
             config = str(self._directory / AUDIT_CONFIG)
-            Path(config).write_text(self._audit.config)
+            write_atomically(Path(config), self._audit.config.encode())
             self._test.test05 = self._audit.other_seeds
         lg.StartTestWithLogSettings(sut, qsl, self._test, log, config)
         lg.DestroySUT(sut)

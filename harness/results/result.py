@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.support.environment import cpu_count, cpu_name
+from engine.support.files import write_atomically
 from harness.errors import HarnessError
 from harness.loadgen.settings import MODEL
 from harness.loadgen.test import Outcome
@@ -99,7 +100,7 @@ class RunResult:
     def write(self, directory: Path) -> None:
         """Write the file into the folder of a run."""
         document = {"benchmark": MODEL, **dataclasses.asdict(self)}
-        (directory / RESULT).write_text(json.dumps(document, indent=2) + "\n")
+        write_atomically(directory / RESULT, (json.dumps(document, indent=2) + "\n").encode())
 
 
 def read_result(path: Path) -> RunResult:

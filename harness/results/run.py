@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.protocol import Engine
 from engine.support.environment import command_line, commit, now
+from engine.support.files import write_atomically
 from engine.support.progress import Progress
 from harness.data.dataset import Dataset, category_names, load_map
 from harness.errors import HarnessError, RunFailedError
@@ -126,7 +127,8 @@ def run(
             if partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
-            (partial / SAMPLES).write_text("".join(f"{name}\n" for name in benchmark.source.files))
+            samples = "".join(f"{name}\n" for name in benchmark.source.files)
+            write_atomically(partial / SAMPLES, samples.encode())
             outcome = run_test(
                 benchmark.engines,
                 benchmark.source,
@@ -164,7 +166,7 @@ def _error_kept(partial: Path) -> Iterator[None]:
         yield
     except Exception as error:
         with contextlib.suppress(OSError):
-            (partial / ERROR).write_text("".join(traceback.format_exception(error)))
+            write_atomically(partial / ERROR, "".join(traceback.format_exception(error)).encode())
         raise
 
 

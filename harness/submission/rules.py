@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from engine.support.files import write_atomically
 from harness.errors import HarnessError
 from harness.loadgen.accuracy_log import read_accuracy_log
 from harness.loadgen.log import ACCURACY, DetailLog
@@ -183,7 +184,7 @@ def _mean_average_precision(
     with TemporaryDirectory() as folder:
         log = Path(folder) / ACCURACY
         records = [{"qsl_idx": sample, "data": data} for sample, data in sorted(answers.items())]
-        log.write_text(json.dumps(records))
+        write_atomically(log, json.dumps(records).encode())
         return evaluate(log, annotations, files).mAP
 
 

@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.support.files import file_sha256
+from engine.support.files import file_sha256, write_atomically
 from harness.errors import HarnessError
 from harness.loadgen.audit import COMPLIANCE_TESTS
 from harness.loadgen.log import ACCURACY, DETAIL, SUMMARY
@@ -188,9 +188,9 @@ def _write_scenario(root: Path, base: Base, description: Description, notes: lis
 def _write_accuracy(source: Path, target: Path, value: float | None) -> None:
     """Truncated accuracy log, and accuracy.txt with the mAP and the hash of the whole log."""
     target.mkdir(parents=True, exist_ok=True)
-    (target / ACCURACY).write_bytes(truncated((source / ACCURACY).read_bytes()))
+    write_atomically(target / ACCURACY, truncated((source / ACCURACY).read_bytes()))
     line = "" if value is None else map_line(value)
-    (target / ACCURACY_TEXT).write_text(f"{line}hash={file_sha256(source / ACCURACY)}\n")
+    _write(target / ACCURACY_TEXT, f"{line}hash={file_sha256(source / ACCURACY)}\n")
 
 
 def _write_compliance(target: Path, base: Base, name: str) -> bool:
@@ -312,7 +312,7 @@ def _copy(source: Path, target: Path, *names: str) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text.encode())
 
 
 def _json(content: object) -> str:

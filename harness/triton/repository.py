@@ -23,7 +23,7 @@ from engine.errors import EngineError
 from engine.load import ONNX_BACKENDS, load_engine
 from engine.manifest import check_engine, check_plugins, save_engine
 from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS
-from engine.support.files import file_sha256
+from engine.support.files import file_sha256, write_atomically
 from engine.support.progress import progress_bar
 from harness.errors import HarnessError
 from harness.loadgen.settings import DEFAULT_BATCH, SCENARIOS, MultiStream
@@ -147,9 +147,10 @@ def write_repository(
         (partial / MODEL_NAME / "configs").mkdir()
         _copy_model(served, backend, version)
         for name, config in configs.items():
-            (partial / MODEL_NAME / name).write_text(text_format.MessageToString(config))
+            text = text_format.MessageToString(config)
+            write_atomically(partial / MODEL_NAME / name, text.encode())
         arguments = _server_arguments(output, served, backend)
-        (partial / "README").write_text(_readme(served, backend, arguments))
+        write_atomically(partial / "README", _readme(served, backend, arguments).encode())
         partial.rename(output)
     except OSError as error:
         raise HarnessError(f"{error.filename}: cannot write it: {error.strerror}") from error
@@ -314,7 +315,7 @@ def _copy_model(served: ServedModel, backend: str, version: Path) -> None:
     if backend != "python":
         shutil.copyfile(source, version / _FILES[backend])
         return
-    (version / _FILES[backend]).write_text(_PYTHON_MODEL)
+    write_atomically(version / _FILES[backend], _PYTHON_MODEL.encode())
     if manifest is None:
         shutil.copyfile(source, version / source.name)
     else:

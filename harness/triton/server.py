@@ -26,6 +26,7 @@ import typer
 
 from engine.backends.triton.engine import START_UP_SECONDS
 from engine.support.environment import distribution
+from engine.support.files import write_atomically
 from engine.support.leaving import on_leaving
 from engine.support.progress import progress_bar
 from harness.command import run_command
@@ -233,10 +234,10 @@ def install(folder: Annotated[Path, typer.Argument(help="Virtual environment to 
     _check_libraries(stub, python)
     shutil.copy(stub, server / "backends" / "python")
     # the backend's process does not look at PYTHONPATH
-    (packages / "ssd-resnet34-trt.pth").write_text(f"{_ROOT}\n")
+    write_atomically(packages / "ssd-resnet34-trt.pth", f"{_ROOT}\n".encode())
     final = venv / "bin" / "tritonserver"
     script = final.with_name("tritonserver.partial")
-    script.write_text(_SCRIPT.format(venv=venv, server=server))
+    write_atomically(script, _SCRIPT.format(venv=venv, server=server).encode())
     script.chmod(0o755)
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
     if "--model-repository" not in done.stdout + done.stderr:

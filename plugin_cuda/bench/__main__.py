@@ -13,7 +13,6 @@ Counters of each kernel, by Nsight Compute, on one plain run of each load at a b
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -41,6 +40,7 @@ from plugin_cuda.bench.plot import plot
 from plugin_cuda.bench.timing import captured, copy_bandwidth, measure
 from plugin_cuda.binding import Plan, Run
 from plugin_cuda.errors import PluginError
+from plugin_cuda.files import whole
 
 BATCHES = (1, 8, 64, 256)
 GRAPH, LAUNCHES, MULTIPASS, TORCH = "nms_opt graph", "nms_opt launches", "multi-pass", "torch"
@@ -93,9 +93,8 @@ def bench(
                 rows.append(row)
                 typer.echo(_line(row))
     document = environment() | {"copy_bytes_per_second": bandwidth, "rows": rows}
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(output)
+    with whole(output) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _check_gpu() -> None:

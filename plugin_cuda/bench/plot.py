@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from plugin_cuda.errors import PluginError
+from plugin_cuda.files import whole
 
 _LINES = {  # (implementation, dtype, layout): label, colour, marker
     ("torch", "float16", "NCHW"): ("PyTorch, batched_nms", "#888888", "s"),
@@ -41,9 +41,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"SSD-ResNet34 detections from the heads, {document['gpu']}")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(temporary)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw(axis: Any, rows: list[dict[str, Any]]) -> None:

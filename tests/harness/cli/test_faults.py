@@ -142,7 +142,7 @@ def test_a_full_disk(mode, tmp_path):
         pytest.skip("needs a mount namespace")
     copy = tmp_path / "copy"
     script = (
-        'mount -t tmpfs -o "size=$1" none "$2"; "$3" "$4" "" "$2/run" Offline "$5"; code=$?; '
+        'mount -t tmpfs -o "size=$1" none "$2"; "$3" -m "$4" "" "$2/run" Offline "$5"; code=$?; '
         'test -e "$2/run" && cp -r "$2/run" "$6"; exit $code'
     )
     outcomes = set()
@@ -158,7 +158,6 @@ def test_a_full_disk(mode, tmp_path):
                 f"{kib}k",
                 mount,
                 sys.executable,
-                "-m",
                 FAKES,
                 mode,
                 copy,
