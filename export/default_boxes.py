@@ -43,9 +43,3 @@ def default_boxes(config: SSDConfig) -> NDArray[np.float32]:
         boxes[..., 2:] = np.array(shapes)[:, None, None, :]
         levels.append(boxes.reshape(-1, 4))
     return np.concatenate(levels).clip(0.0, 1.0).astype(np.float32)
-
-
-def to_ltrb(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Convert (cx, cy, w, h) to (xmin, ymin, xmax, ymax); [..., 4] to [..., 4], not clipped."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return np.concatenate([centre - half, centre + half], axis=-1)

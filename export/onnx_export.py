@@ -222,23 +222,15 @@ def _run(
     return list(session.run(list(outputs), inputs))
 
 
-def compare_with_onnxruntime(
-    detector: Detector, model: onnx.ModelProto, images: NDArray[np.float32] | None = None
-) -> Agreement:
-    """Run both on the same images: compare the heads, then the detections from the same heads.
-
-    Parameters
-    ----------
-    images
-        float32 [N, 3, S, S]; two images of smooth noise when not given.
+def compare_with_onnxruntime(detector: Detector, model: onnx.ModelProto) -> Agreement:
+    """Run both on smooth noise: compare the heads, then the detections from the same heads.
 
     Raises
     ------
     ExportError
         When heads or detections differ by more than the tolerances.
     """
-    if images is None:
-        images = _check_images(detector.model.config.image_size, 2)
+    images = _check_images(detector.model.config.image_size, 2)
     with torch.inference_mode():
         expected_heads = [t.numpy() for t in detector(torch.from_numpy(images))[2:]]
     *shipped, loc_joined, conf_joined = _run(

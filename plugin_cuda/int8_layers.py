@@ -87,13 +87,8 @@ def max_pool(
     _check(library, library.int8_layers_max_pool(to_c, multiplier, x, y, stream))
 
 
-def load_layers_library(path: Path | None = None) -> ctypes.CDLL:
-    """Load libint8_layers.so; needs no GPU.
-
-    Parameters
-    ----------
-    path
-        The library; None: that of `layers_library_path`.
+def load_layers_library() -> ctypes.CDLL:
+    """Load libint8_layers.so from `layers_library_path`; needs no GPU.
 
     Raises
     ------
@@ -101,7 +96,7 @@ def load_layers_library(path: Path | None = None) -> ctypes.CDLL:
         When it is missing, cannot be loaded or is of another version.
     """
     remedy = "build it with build-plugin, into the folder of libnms_opt.so"
-    return load((path or layers_library_path()).resolve(), "int8_layers", VERSION, _declare, remedy)
+    return load(layers_library_path().resolve(), "int8_layers", VERSION, _declare, remedy)
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -42,11 +42,11 @@ Images = NDArray[np.float32]
 _MEAN, _STD = (np.array(values, np.float32)[:, None, None] for values in (MEAN, STD))
 
 
-def _middle(images: Images, colour: float, parts: int = 3) -> Images:
-    """The middle of each, and a colour around it."""
+def _middle(images: Images, colour: float) -> Images:
+    """The middle ninth of each, and a colour around it."""
     new = np.broadcast_to((colour - _MEAN) / _STD, images.shape).copy()
     rows, columns = (
-        slice((size - size // parts) // 2, (size + size // parts) // 2) for size in images.shape[2:]
+        slice((size - size // 3) // 2, (size + size // 3) // 2) for size in images.shape[2:]
     )
     new[:, :, rows, columns] = images[:, :, rows, columns]
     return new

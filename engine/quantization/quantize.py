@@ -25,8 +25,6 @@ from graph_surgery.nms_function import DOMAIN, nms_function
 FloatType = Literal["fp32", "fp16"]
 """Type of everything that is not INT8."""
 
-FLOAT_TYPES: tuple[FloatType, ...] = ("fp32", "fp16")
-
 _FP16_LARGEST = float(np.finfo(np.float16).max)
 _BIAS_STEPS = {"fp32": 2**30, "fp16": 60_000}
 """Most steps of a bias. int32 has 2^31, of which the sums of a convolution take 127² a product; in

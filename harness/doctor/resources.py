@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-_MEGA, _GIGA, _GIBI = 10**6, 10**9, 2**30
+_MEGA, _GIBI = 10**6, 2**30
 
 _FP32_IMAGE = 3 * 1200 * 1200 * 4
 _INT8_IMAGE = 3 * 1200 * 1200

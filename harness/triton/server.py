@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,9 +127,7 @@ def server_backends(command: Path) -> dict[str, str]:
 
 
 @contextmanager
-def running_server(
-    command: Path, repository: Repository, log: Path, arguments: Sequence[str] = ()
-) -> Iterator[TritonServer]:
+def running_server(command: Path, repository: Repository, log: Path) -> Iterator[TritonServer]:
     """Start a server on a free port of this machine; stop it in the end, whatever that is.
 
     The context begins when it serves.
@@ -142,8 +140,6 @@ def running_server(
         What to serve.
     log
         File for what the server prints.
-    arguments
-        More arguments of the command.
 
     Raises
     ------
@@ -157,7 +153,7 @@ def running_server(
         *(str(command), *repository.server_arguments),
         *("--allow-http=false", "--allow-metrics=false"),
         *("--grpc-address=127.0.0.1", f"--grpc-port={port}"),
-        *(f"--backend-config=python,shm-region-prefix-name={shared}", *arguments),
+        f"--backend-config=python,shm-region-prefix-name={shared}",
     ]
     try:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import torch
 
 from export.checkpoint import infer_config, load_model, read_checkpoint
 from export.config import SSDConfig
-from export.default_boxes import default_boxes, to_ltrb
+from export.default_boxes import default_boxes
 from export.errors import ExportError
 from export.model import SSDResNet34
 from export.onnx_export import (
@@ -54,7 +54,6 @@ def test_default_boxes_are_the_references(golden):
     assert boxes.dtype == np.float32
     assert boxes.shape == (MLPERF.num_priors, 4) == expected["xywh"].shape
     np.testing.assert_allclose(boxes, expected["xywh"], atol=1e-6)
-    np.testing.assert_allclose(to_ltrb(boxes), expected["ltrb"], atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [MLPERF, SSDConfig(400, 81, 16), SSDConfig(512, 5, 8)])
@@ -206,8 +205,8 @@ def _tamper(model: onnx.ModelProto, op_type: str, position: int, value: float) -
     return changed
 
 
-def test_check_accepts_the_export(detector_and_onnx, small_images):
-    agreement = compare_with_onnxruntime(*detector_and_onnx, small_images)
+def test_check_accepts_the_export(detector_and_onnx):
+    agreement = compare_with_onnxruntime(*detector_and_onnx)
     assert agreement.detections > 0
     assert max(agreement.loc, agreement.conf) <= 1e-4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,9 @@ def start(repository, tmp_path):
 
         def one(*arguments):
             log = tmp_path / f"{len(list(tmp_path.glob('*.log')))}.log"
-            return stack.enter_context(running_server(command, repository, log, arguments))
+            all_of_them = (*repository.server_arguments, *arguments)
+            served = replace(repository, server_arguments=all_of_them)
+            return stack.enter_context(running_server(command, served, log))
 
         yield one
 
