@@ -6,16 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from engine.errors import EngineError
-from engine.protocol import InputSpec
+from engine.protocol import InputSpec, output_shapes
+from engine.support.documents import read_as
 from engine.support.files import file_sha256, write_atomically
 
 AMPERE = (8, 0)
 """Oldest compute capability that a hardware-compatible plan runs on (TensorRT's AMPERE_PLUS)."""
+
+KEEP_TOP_K = 200
+"""Detections of an image, the benchmark's, where a manifest from before does not say them."""
 
 _REBUILD = "build it again with 'engine build'"
 
@@ -68,6 +71,10 @@ class Manifest:
         The other build options that were set.
     seconds
         Parsing and building.
+    keep_top_k
+        Rows of ``detections`` for each image.
+    outputs
+        Output to its shape for one image.
     """
 
     backend: str
@@ -86,6 +93,10 @@ class Manifest:
     max_batch: int
     options: Mapping[str, object]
     seconds: float
+    keep_top_k: int = KEEP_TOP_K
+    outputs: Mapping[str, list[int | None]] = field(
+        default_factory=lambda: output_shapes(KEEP_TOP_K)
+    )
 
     def to_dict(self) -> dict[str, object]:
         """Return the content of the JSON file."""
@@ -133,25 +144,14 @@ def load_manifest(engine: Path) -> Manifest:
         When there is none, or it is not one.
     """
     path = manifest_path(engine)
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        if not engine.is_file():
-            raise EngineError(f"{engine}: no such engine file") from error
-        raise EngineError(
-            f"{engine}: no manifest {path.name} beside it; an engine is loaded only with the "
-            "manifest that 'engine build' writes"
-        ) from error
-    except OSError as error:
-        raise EngineError(f"{path}: cannot read it: {error.strerror}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise EngineError(f"{path}: not JSON; {_REBUILD}") from error
-    try:
-        return _from_dict(values)
-    except KeyError as error:
-        raise EngineError(f"{path}: no line {error.args[0]!r}; {_REBUILD}") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise EngineError(f"{path}: not the manifest of an engine; {_REBUILD}") from error
+    if path.exists():
+        return read_as(Manifest, path, _REBUILD)
+    if not engine.is_file():
+        raise EngineError(f"{engine}: no such engine file")
+    raise EngineError(
+        f"{engine}: no manifest {path.name} beside it; an engine is loaded only with the "
+        "manifest that 'engine build' writes"
+    )
 
 
 def check_engine(engine: Path, manifest: Manifest) -> bytes:
@@ -240,29 +240,3 @@ def _same(engine: Path, line: str, built: str, here: str) -> None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdecimal())
-
-
-def _from_dict(values: dict[str, Any]) -> Manifest:
-    image = values["input"]
-    batches = [values[f"{name}_batch"] for name in ("min", "opt", "max")]
-    if not all(isinstance(size, int) for size in (*batches, values["engine_bytes"])):
-        raise TypeError
-    channels, height, width = image["shape"]
-    return Manifest(
-        backend=str(values["backend"]),
-        version=str(values["version"]),
-        gpu=None if values["gpu"] is None else str(values["gpu"]),
-        compute_capabilities=tuple(map(str, values["compute_capabilities"])),
-        model=str(values["model"]),
-        onnx_sha256=str(values["onnx_sha256"]),
-        plugins=tuple(PluginLibrary(**item) for item in values["plugins"]),
-        metadata=dict(values["metadata"]),
-        engine_sha256=str(values["engine_sha256"]),
-        engine_bytes=values["engine_bytes"],
-        input=InputSpec(image["name"], (channels, height, width), image["dtype"], image["scale"]),
-        min_batch=batches[0],
-        opt_batch=batches[1],
-        max_batch=batches[2],
-        options=dict(values["options"]),
-        seconds=float(values["seconds"]),
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -43,6 +43,15 @@ class InputSpec:
     shape: tuple[int, int, int]
     dtype: Literal["float32", "int8"]
     scale: float | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields as JSON has them."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+def output_shapes(keep_top_k: int | None) -> dict[str, list[int | None]]:
+    """Shapes of an engine's outputs for one image; None where the model leaves a size open."""
+    return {DETECTIONS: [keep_top_k, DETECTION_FIELDS], NUM_DETECTIONS: []}
 
 
 def input_scale(metadata: Mapping[str, str], model: Path) -> float:
@@ -204,7 +213,10 @@ class Engine(Protocol):
 
     @property
     def manifest(self) -> Mapping[str, object]:
-        """What it is: backend, version, device, SHA-256 of the ONNX file. JSON-serialisable."""
+        """What it is: backend, version, device, SHA-256 of the ONNX file, input and outputs.
+
+        JSON-serialisable.
+        """
         ...
 
     def session(self) -> Session:

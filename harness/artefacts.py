@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import engine
 from engine.data.preprocessed import MANIFEST
+from engine.errors import EngineError
+from engine.support.documents import read_as
 from engine.support.environment import distribution
 from engine.support.files import file_sha256, write_atomically
 from harness.errors import HarnessError
@@ -46,19 +48,28 @@ class Artefact:
     inputs: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What an artefact was made from, and its own SHA-256."""
+
+    inputs: Mapping[str, str]
+    sha256: str
+
+
 def stale(artefact: Artefact) -> str | None:
     """Say why an artefact has to be made (again); None when it is current."""
     content = _content(artefact.path)
     if not content.exists():
         return MISSING
-    made_from, digest = _record(artefact)
-    if not made_from:
+    record = _record(artefact)
+    if record is None or not record.inputs:
         return "nothing tells what it was made from"
+    made_from = record.inputs
     names = [*artefact.inputs, *(name for name in made_from if name not in artefact.inputs)]
     changed = [name for name in names if artefact.inputs.get(name) != made_from.get(name)]
     if changed:
         return f"{', '.join(changed)} changed"
-    return None if digest == file_sha256(content) else "it was changed after it was made"
+    return None if record.sha256 == file_sha256(content) else "it was changed after it was made"
 
 
 def make(artefact: Artefact, build: Callable[[], object], say: Say) -> Path:
@@ -86,11 +97,8 @@ def remake(artefact: Artefact, build: Callable[[], object], say: Say, reason: st
         artefact.path.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)  # what is interrupted counts as never made
         build()
-        document = {
-            "inputs": dict(artefact.inputs),
-            "sha256": file_sha256(_content(artefact.path)),
-        }
-        write_atomically(record, (json.dumps(document, indent=1) + "\n").encode())
+        made = _Record(dict(artefact.inputs), file_sha256(_content(artefact.path)))
+        write_atomically(record, (json.dumps(asdict(made), indent=1) + "\n").encode())
     except OSError as error:
         raise HarnessError(
             f"{artefact.step}: {error.filename or artefact.path}: {error.strerror}"
@@ -130,10 +138,9 @@ def _record_path(artefact: Artefact) -> Path:
     return artefact.path.with_name(f"{artefact.path.name}.inputs.json")
 
 
-def _record(artefact: Artefact) -> tuple[Mapping[str, str], str | None]:
-    """Recorded inputs and SHA-256; of a missing or damaged record, nothing."""
+def _record(artefact: Artefact) -> _Record | None:
+    """Read a record; None where it is missing or damaged."""
     try:
-        document = json.loads(_record_path(artefact).read_bytes())
-        return dict(document["inputs"]), str(document["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}, None
+        return read_as(_Record, _record_path(artefact))
+    except EngineError:
+        return None

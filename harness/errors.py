@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine.errors import EngineError
+
 
 class HarnessError(Exception):
     """A user-visible failure: what was wrong, where, what to do. One line."""
+
+
+@contextmanager
+def as_harness_error() -> Iterator[None]:
+    """Turn an `EngineError` into a `HarnessError` of the same words."""
+    try:
+        yield
+    except EngineError as error:
+        raise HarnessError(str(error)) from error
 
 
 class RunFailedError(Exception):

@@ -5,7 +5,6 @@ Left, images a second over the batch size; right, every layer of the largest bat
 
 from __future__ import annotations
 
-import json
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.errors import EngineError
+from engine.support.documents import read_json
 from engine.support.files import write_atomically
 
 _COLOURS = {"int8_conv": "#4c72b0", "libnms_opt": "#55a868"}
@@ -28,7 +28,7 @@ def plot(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EngineError("plotting needs matplotlib: pip install matplotlib") from error
-    figures = json.loads(document.read_bytes())
+    figures = read_json(document)
     batches = {int(size): found for size, found in figures["batches"].items()}
     figure = Figure(figsize=(13, 5), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, width_ratios=(1, 2))

@@ -208,7 +208,14 @@ def open_side(path: Path, name: str, backend: str = "onnxruntime") -> Side:
     except SurgeryError:  # a detector whose tail the surgery does not understand
         engine = load_engine("onnxruntime", path)
         return Side(EngineRunner(name, engine), engine.manifest, detector.quantized)
-    manifest = describe(path, "cpu", None, detector.input, detector.batch)
+    manifest = describe(
+        path,
+        "cpu",
+        None,
+        detector.input,
+        max_batch=detector.batch,
+        keep_top_k=detector.keep_top_k,
+    )
     return Side(OnnxRunner(name, detector, heads), manifest, detector.quantized)
 
 

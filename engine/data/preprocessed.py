@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from engine.data.npy import has_npy_size, npy_path, read_npy
 from engine.errors import EngineError
 from engine.protocol import InputSpec
+from engine.support.documents import checked, read_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
@@ -41,6 +42,55 @@ _FORMATS = {"float32": "fp32", "int8": "int8_linear"}
 
 
 @dataclass(frozen=True)
+class ImageEntry:
+    """An image of a set, and what its source was: see `harness.data.transform.Source`."""
+
+    file: str
+    size: int
+    mtime_ns: int
+    sha256: str | None = None  # the first sets did not say
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that is not in a set, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SetManifest:
+    """Content of a set's manifest.
+
+    Attributes
+    ----------
+    dataset, map_sha256
+        What was preprocessed.
+    format, image_size, dtype, scale, mean, std, interpolation
+        See `transform_settings`.
+    opencv, code_sha256
+        What made the images; None: it does not say.
+    images, bad
+        Those of the map, in its order.
+    """
+
+    dataset: str
+    map_sha256: str
+    format: int
+    image_size: tuple[int, int]
+    dtype: Literal["float32", "int8"]
+    scale: float | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    images: tuple[ImageEntry, ...]
+    bad: tuple[BadImage, ...]
+    opencv: str | None = None
+    code_sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class PreprocessedSet:
     """A complete set of preprocessed images.
 
@@ -53,7 +103,7 @@ class PreprocessedSet:
     spec
         The input that the images were made for.
     manifest
-        Content of the manifest file.
+        Content of the manifest file, a `SetManifest`.
     """
 
     directory: Path
@@ -121,19 +171,16 @@ def load_preprocessed(directory: Path, spec: InputSpec) -> PreprocessedSet:
     """
     wanted = transform_settings(spec)
     path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        names = tuple(entry["file"] for entry in manifest["images"])
-    except FileNotFoundError:
+    if not path.exists():
         unfinished = (directory / JOURNAL).exists()
         state = "is unfinished" if unfinished else "holds no preprocessed images"
         raise EngineError(
             f"{directory} {state}; run `harness preprocess MODEL --dataset NAME` first"
-        ) from None
-    except OSError as error:
-        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{path} is damaged; run `harness preprocess` again") from error
+        )
+    remedy = "it is damaged; run `harness preprocess` again"
+    manifest = read_json(path, remedy)
+    found = checked(SetManifest, manifest, f"{path}: ", remedy)
+    names = tuple(entry.file for entry in found.images)
     for key, value in wanted.items():
         if manifest.get(key) != value:
             raise EngineError(

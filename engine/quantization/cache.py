@@ -6,17 +6,20 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import onnx
+from pydantic import AfterValidator, Field
 
 from engine.data.preprocessed import preprocessing_sha256
 from engine.errors import EngineError
 from engine.quantization.network import network_sha256
 from engine.quantization.placement import Placement
 from engine.quantization.thresholds import METHODS
+from engine.support.documents import checked, one_of, read_json
 from engine.support.files import write_atomically
 
 _FORMAT = 2
@@ -27,6 +30,17 @@ _TRT_NAMES = {
     "minmax": "MinMaxCalibration",
 }
 _TRT_HEADER = re.compile(r"TRT-\d+-\w+")
+_DAMAGED = "no calibration cache, or a damaged one"
+
+
+def _by_every_method(scales: Mapping[str, float]) -> Mapping[str, float]:
+    if scales.keys() != set(METHODS):
+        raise ValueError(f"a scale by each of {', '.join(METHODS)}")
+    return scales
+
+
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -43,9 +57,9 @@ class Statistics:
         Power of its values over that of their error by that scale, in dB.
     """
 
-    scales: Mapping[str, float]
-    clipped: float
-    snr_db: float
+    scales: Annotated[Mapping[str, Scale], AfterValidator(_by_every_method)]
+    clipped: Annotated[float, Field(ge=0, le=1)]
+    snr_db: float  # infinite without an error
 
 
 @dataclass(frozen=True)
@@ -79,17 +93,17 @@ class Calibration:
         Of every tensor with a scale that is neither the image nor 0 everywhere.
     """
 
-    scales: Mapping[str, float]
-    method: str
-    images: int
+    scales: Mapping[str, Scale]
+    method: Annotated[str, one_of(METHODS)]
+    images: Count
     images_sha256: str
     model_sha256: str
     preprocessing_sha256: str
     versions: Mapping[str, str]
-    empty_images: int = 0
-    narrowed: tuple[str, ...] = ()
-    largest: Mapping[str, float] = field(default_factory=dict)
-    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    empty_images: Count
+    narrowed: tuple[str, ...]
+    largest: Mapping[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    statistics: Mapping[str, Statistics]
 
     @property
     def warning(self) -> str | None:
@@ -125,31 +139,15 @@ class Calibration:
         EngineError
             When the file is missing, damaged, of another format, or has an unusable scale.
         """
-        try:
-            content = json.loads(path.read_bytes())
-            if content.pop("format") != _FORMAT:
-                raise EngineError(
-                    f"{path}: a calibration cache of another format; make it anew: 'engine "
-                    f"calibrate MODEL --data FOLDER -o {path}'"
-                )
-            statistics = {name: Statistics(**s) for name, s in content["statistics"].items()}
-            largest = {name: float(value) for name, value in content["largest"].items()}
-            content |= {"statistics": statistics, "largest": largest}
-            found = cls(**content | {"narrowed": tuple(content["narrowed"])})
-            scales = {str(name): float(scale) for name, scale in found.scales.items()}
-            counts = (found.images, found.empty_images)
-            if not all(type(one) is int for one in counts) or found.method not in METHODS:
-                raise TypeError
-            if not all(set(METHODS) == one.scales.keys() for one in statistics.values()):
-                raise TypeError
-        except OSError as error:
-            raise EngineError(f"{path}: cannot read it: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EngineError(f"{path}: no calibration cache, or a damaged one") from error
-        for name, scale in scales.items():
-            if not 0 < scale < np.inf:
-                raise EngineError(f"{path}: tensor {name!r} has the scale {scale}")
-        return found
+        content = read_json(path, _DAMAGED, infinite=True)
+        if not isinstance(content, dict) or "format" not in content:
+            raise EngineError(f"{path}: {_DAMAGED}")
+        if content.pop("format") != _FORMAT:
+            raise EngineError(
+                f"{path}: a calibration cache of another format; make it anew: 'engine "
+                f"calibrate MODEL --data FOLDER -o {path}'"
+            )
+        return checked(cls, content, f"{path}: ", _DAMAGED)
 
     def check(self, model: onnx.ModelProto, placement: Placement) -> None:
         """Make sure that the scales are those of a model.

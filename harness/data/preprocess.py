@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from engine.data.npy import is_npy, npy_bytes, npy_path
 from engine.data.preprocessed import (
     JOURNAL,
     MANIFEST,
+    BadImage,
+    ImageEntry,
     PreprocessedSet,
+    SetManifest,
     load_preprocessed,
     transform_settings,
 )
 from engine.protocol import InputSpec
+from engine.support.documents import parse_json
 from engine.support.files import file_sha256, write_atomically
 from harness.artefacts import TRANSFORM_CODE, code_sha256
 from harness.data.dataset import Dataset, load_map
@@ -154,19 +159,21 @@ def _preprocess(
             _write_text(out_dir / BAD_IMAGES, "".join(f"{name}\t{bad[name]}\n" for name in bad))
         if bad and not (skip_bad and finished):
             raise HarnessError(_describe_bad(bad, len(files), dataset.image_dir, out_dir))
-        manifest = {
-            "dataset": dataset.name,
-            "map_sha256": file_sha256(dataset.map_file),
-            **settings,
-            "images": _entries({name: finished[name] for name in files if name in finished}),
-            "bad": [{"file": name, "reason": reason} for name, reason in bad.items()],
-        }
+        done = {name: finished[name] for name in files if name in finished}
+        manifest = asdict(
+            SetManifest(
+                dataset=dataset.name,
+                map_sha256=file_sha256(dataset.map_file),
+                **settings,
+                images=tuple(ImageEntry(name, *source) for name, source in done.items()),
+                bad=tuple(BadImage(name, reason) for name, reason in bad.items()),
+            )
+        )
         _write_text(out_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         (out_dir / JOURNAL).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(out_dir, error) from error
-    files = tuple(name for name in files if name in finished)
-    return PreprocessedSet(out_dir, files, spec, manifest)
+    return PreprocessedSet(out_dir, tuple(done), spec, manifest)
 
 
 def _unwritable(out_dir: Path, error: OSError) -> HarnessError:
@@ -199,10 +206,10 @@ def open_current(dataset: Dataset, spec: InputSpec, directory: Path) -> Preproce
     """
     found = load_preprocessed(directory, spec)
     again = "run `harness preprocess` again"
+    bad = {entry["file"] for entry in found.manifest["bad"]}
     try:
-        bad = {entry["file"] for entry in found.manifest["bad"]}
         sources = [(entry["file"], _source(entry)) for entry in found.manifest["images"]]
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise HarnessError(f"{directory / MANIFEST} is damaged; {again}") from error
     if found.files != tuple(name for name in load_map(dataset.map_file) if name not in bad):
         raise HarnessError(
@@ -275,7 +282,7 @@ def _read_finished(out_dir: Path, settings: Mapping[str, Any]) -> dict[str, Sour
     """Images that the manifest, or else the journal, calls finished with the same settings."""
     try:
         if (out_dir / MANIFEST).exists():
-            head = json.loads((out_dir / MANIFEST).read_bytes())
+            head = parse_json((out_dir / MANIFEST).read_bytes())
             entries = head["images"]
         else:
             head, *entries = _read_journal(out_dir / JOURNAL)
@@ -291,6 +298,6 @@ def _read_journal(path: Path) -> Iterator[Any]:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                yield json.loads(line)
+                yield parse_json(line)
             except ValueError:
                 return

@@ -7,13 +7,25 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import AfterValidator
+
+from engine.support.documents import read_as
 from engine.support.files import write_atomically
-from harness.errors import HarnessError
+from harness.errors import HarnessError, as_harness_error
 from harness.lock import locked
 
 RECORD = "downloads.json"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _sha256(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError("a SHA-256 in hex")
+    return text
+
+
+_Sha256 = Annotated[str, AfterValidator(_sha256)]
 
 
 def load_record(folder: Path) -> dict[str, str]:
@@ -35,20 +47,11 @@ def load_record(folder: Path) -> dict[str, str]:
         The record is damaged.
     """
     path = folder / RECORD
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not all(
-        isinstance(value, str) and _SHA256.fullmatch(value) for value in record.values()
-    ):
-        raise HarnessError(
-            f"{path} is damaged: it holds file names and their SHA-256; remove it, and what is "
-            "there is recorded anew"
-        )
-    return record
+    remedy = "it holds file names and their SHA-256; remove it, and what is there is recorded anew"
+    with as_harness_error():
+        return read_as(dict[str, _Sha256], path, remedy)
 
 
 def save_record(folder: Path, record: Mapping[str, str]) -> None:

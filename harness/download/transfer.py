@@ -21,6 +21,8 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
+from engine.errors import EngineError
+from engine.support.documents import read_as
 from engine.support.files import file_sha256, write_atomically
 from engine.support.progress import Progress
 from harness.disk import require_space
@@ -101,10 +103,10 @@ class _Part:
     def version(self, url: str) -> _Version | None:
         """The version of the part, if it is one of `url` that can be continued; else None."""
         try:
-            found = _Version(**json.loads(self._note.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
+            found = read_as(_Version, self._note)
+        except EngineError:
             return None
-        if found.url != url or found.validator is None or not isinstance(found.size, int):
+        if found.url != url or found.validator is None or found.size is None:
             return None
         return found if 0 < self.size <= found.size else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.protocol import DETECTION_FIELDS
+from engine.support.documents import parse_json
 from harness.errors import HarnessError
 
 _SAMPLE_LIMIT = 2**24  # payloads carry the sample index as float32
@@ -112,12 +112,12 @@ def read_accuracy_log(path: Path) -> AccuracyLog:
 
 def _records(path: Path) -> list[Any]:
     try:
-        records = json.loads(path.read_bytes())
+        records = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise HarnessError(f"accuracy log {path} not found") from None
     except OSError as error:
         raise HarnessError(f"accuracy log {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise HarnessError(
             f"accuracy log {path} is no valid JSON ({error}); did the run end properly?"
         ) from error

@@ -6,13 +6,13 @@ does not end as LoadGen ends it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.support.documents import parse_json
 from harness.errors import HarnessError
 from harness.loadgen.accuracy_log import read_accuracy_log
 
@@ -101,7 +101,7 @@ def read_detail(path: Path) -> DetailLog:
         try:
             if not line.startswith(_PREFIX):
                 raise ValueError("no :::MLLOG line")
-            entry = json.loads(line[len(_PREFIX) :])
+            entry = parse_json(line[len(_PREFIX) :])
             values[entry["key"]] = entry["value"]
             if entry["metadata"]["is_error"]:
                 errors.append(f"{entry['key']}: {entry['value']}")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from pydantic import Field, PositiveInt
+
+from engine.support.documents import checked, read_toml
 from engine.support.files import write_atomically
-from harness.errors import HarnessError
+from harness.errors import HarnessError, as_harness_error
 
 MODEL = "ssd-resnet34"
 """LoadGen's name of the benchmark."""
@@ -27,6 +29,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 DEFAULT_BATCH = 8
 
 _NS_PER_MS = 1_000_000
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _loadgen(key: str, attribute: str, scale: int = 1) -> dict[str, Any]:
@@ -52,17 +56,17 @@ class Settings:
 
     scenario: ClassVar[str]
 
-    min_duration_ms: int = field(
+    min_duration_ms: PositiveInt = field(
         default=600_000, metadata=_loadgen("min_duration", "min_duration_ms")
     )
-    min_query_count: int = field(
+    min_query_count: PositiveInt = field(
         default=100, metadata=_loadgen("min_query_count", "min_query_count")
     )
-    performance_sample_count: int = field(
+    performance_sample_count: PositiveInt = field(
         default=64,
         metadata=_loadgen("performance_sample_count_override", "performance_sample_count_override"),
     )
-    streams: int = 1
+    streams: PositiveInt = 1
 
     @property
     def batch(self) -> int:
@@ -97,7 +101,7 @@ class SingleStream(Settings):
 
     scenario: ClassVar[str] = "SingleStream"
 
-    target_latency_ms: float | None = field(
+    target_latency_ms: Positive | None = field(
         default=None,
         metadata=_loadgen("target_latency", "single_stream_expected_latency_ns", _NS_PER_MS),
     )
@@ -122,13 +126,13 @@ class MultiStream(Settings):
 
     scenario: ClassVar[str] = "MultiStream"
 
-    min_query_count: int = field(
+    min_query_count: PositiveInt = field(
         default=662, metadata=_loadgen("min_query_count", "min_query_count")
     )
-    samples_per_query: int = field(
+    samples_per_query: PositiveInt = field(
         default=8, metadata=_loadgen("samples_per_query", "multi_stream_samples_per_query")
     )
-    target_latency_ms: float | None = field(
+    target_latency_ms: Positive | None = field(
         default=None,
         metadata=_loadgen("target_latency", "multi_stream_expected_latency_ns", _NS_PER_MS),
     )
@@ -162,14 +166,14 @@ class Server(Settings):
 
     scenario: ClassVar[str] = "Server"
 
-    target_qps: float | None = field(
+    target_qps: Positive | None = field(
         default=None, metadata=_loadgen("target_qps", "server_target_qps")
     )
-    target_latency_ms: int = field(
+    target_latency_ms: PositiveInt = field(
         default=100, metadata=_loadgen("target_latency", "server_target_latency_ns", _NS_PER_MS)
     )
-    batch_size: int | None = None
-    batch_delay_ms: float = 2.0
+    batch_size: PositiveInt | None = None
+    batch_delay_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
 
     @property
     def batch(self) -> int:
@@ -203,13 +207,13 @@ class Offline(Settings):
 
     scenario: ClassVar[str] = "Offline"
 
-    min_query_count: int = field(
+    min_query_count: PositiveInt = field(
         default=24_576, metadata=_loadgen("min_query_count", "min_query_count")
     )
-    target_qps: float | None = field(
+    target_qps: Positive | None = field(
         default=None, metadata=_loadgen("target_qps", "offline_expected_qps")
     )
-    batch_size: int | None = None
+    batch_size: PositiveInt | None = None
 
     @property
     def batch(self) -> int:
@@ -256,11 +260,9 @@ def load_settings(
     """
     tables: dict[str, Any] = {}
     if config is not None:
-        try:
-            tables = tomllib.loads(config.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise HarnessError(f"{config}: cannot read the settings: {error}") from error
-        check_tables(tables, str(config))
+        with as_harness_error():
+            tables = read_toml(config)
+        check_tables(tables, f"{config}: ")
     return settings_from(tables, scenarios, overrides)
 
 
@@ -277,31 +279,27 @@ def settings_from(
     result = []
     for kind in kinds:
         merged = {**shared, **tables.get(kind.scenario, {}), **given}
-        values: dict[str, Any] = {
-            key: _checked(kind, key, value) for key, value in merged.items() if key in _fields(kind)
-        }
-        result.append(kind(**values))
+        values = {key: value for key, value in merged.items() if key in _fields(kind)}
+        with as_harness_error():
+            result.append(checked(kind, values, f"{kind.scenario}."))
     return tuple(result)
 
 
 def check_tables(tables: Mapping[str, Any], where: str) -> None:
-    """Refuse unknown names in the content of a settings file, which messages call `where`."""
+    """Check the content of a settings file, whose messages begin with `where`.
+
+    Raises
+    ------
+    HarnessError
+        For an unknown name, or a wrong value in the table of a scenario.
+    """
     every = {key for kind in SCENARIOS.values() for key in _fields(kind)}
     for key, value in tables.items():
-        if not isinstance(value, dict):
-            known: set[str] = every
-        elif key in SCENARIOS:
-            for inner in value:
-                if inner not in _fields(SCENARIOS[key]):
-                    raise HarnessError(
-                        f"{where}: {key} has no setting {inner!r}; "
-                        f"it has: {', '.join(_fields(SCENARIOS[key]))}"
-                    )
-            continue
-        else:
-            known = set(SCENARIOS)
-        if key not in known:
-            raise HarnessError(f"{where}: {key!r} is unknown; known: {', '.join(sorted(known))}")
+        if isinstance(value, dict) and key in SCENARIOS:
+            with as_harness_error():
+                checked(SCENARIOS[key], value, f"{where}{key}.")
+        elif key not in (known := set(SCENARIOS) if isinstance(value, dict) else every):
+            raise HarnessError(f"{where}{key}: unknown; known: {', '.join(sorted(known))}")
 
 
 def fitted(settings: Settings, max_batch: int | None, best: int | None = None) -> Settings:
@@ -389,15 +387,3 @@ def _entries(settings: Settings) -> list[tuple[Mapping[str, Any], int | float]]:
 
 def _fields(kind: type[Settings]) -> dict[str, dataclasses.Field[Any]]:
     return {item.name: item for item in dataclasses.fields(kind)}
-
-
-def _checked(kind: type[Settings], key: str, value: object) -> int | float:
-    whole = not str(_fields(kind)[key].type).startswith("float")
-    zero = key == "batch_delay_ms"
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[arg-type, operator]
-        raise HarnessError(
-            f"{kind.scenario}.{key} is {value!r}; a positive "
-            f"{'whole number' if whole else 'number'} expected"
-        )
-    return value if whole else float(value)  # type: ignore[arg-type, return-value]

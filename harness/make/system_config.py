@@ -19,15 +19,17 @@ choose:
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 
 from engine.load import BACKENDS
+from engine.support.documents import checked, one_of, read_toml
 from engine.support.environment import cpu_name, gpu_name
-from harness.errors import HarnessError
+from harness.errors import HarnessError, as_harness_error
 from harness.loadgen.settings import check_tables
 
 CONFIGS = Path("configs")
@@ -36,15 +38,45 @@ CONFIGS = Path("configs")
 DEFAULT_VERSION = "default"
 VERSIONS = (DEFAULT_VERSION, "triton", "maxq")
 
-ENGINE_KEYS = {
-    "engine": str,
-    "device": str,
-    "devices": list,
-    "threads": int,
-    "url": str,
-    "serves": str,
-}
-"""What a version says of the engine, and its type."""
+
+def _distinct(devices: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(devices)) < max(1, len(devices)):
+        raise ValueError("different GPUs as [0, 1]")
+    return devices
+
+
+Devices = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_distinct)]
+Backend = Annotated[str, one_of(BACKENDS)]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Which benchmark and machine a file is for: how the GPU's or the processor's name begins."""
+
+    benchmark: str
+    gpu: str | None = None
+    cpu: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that it is one of both."""
+        if (self.gpu is None) == (self.cpu is None):
+            raise ValueError("benchmark, and either gpu or cpu")
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """Content of a file: the machine, and the table of each of `VERSIONS` that it has."""
+
+    system: Machine
+    default: Mapping[str, Any] | None = None
+    triton: Mapping[str, Any] | None = None
+    maxq: Mapping[str, Any] | None = None
+
+    @property
+    def versions(self) -> dict[str, Mapping[str, Any]]:
+        """The tables by their names."""
+        tables = {version: getattr(self, version) for version in VERSIONS}
+        return {version: table for version, table in tables.items() if table is not None}
 
 
 @dataclass(frozen=True)
@@ -71,12 +103,12 @@ class SystemConfig:
 
     name: str
     source: Path | None = None
-    engine: str = "onnxruntime"
+    engine: Backend = "onnxruntime"
     device: str = "cpu"
-    devices: tuple[int, ...] | None = None
-    threads: int | None = None
+    devices: Devices | None = None
+    threads: PositiveInt | None = None
     url: str | None = None
-    serves: str | None = None
+    serves: Backend | None = None
     tables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -87,6 +119,12 @@ class SystemConfig:
         if self.serves is not None:
             return self.serves
         return "onnxruntime" if self.device == "cpu" else "tensorrt"
+
+
+ENGINE_KEYS = tuple(
+    item.name for item in fields(SystemConfig) if item.name not in ("name", "source", "tables")
+)
+"""What a version says of the engine; its other keys are settings."""
 
 
 def system_config(benchmark: str, version: str, name: str | None) -> SystemConfig:
@@ -107,8 +145,8 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
     HarnessError
         When there is no such file, it lacks the version, or it cannot be understood.
     """
-    files = {path: read_tables(path) for path in sorted(CONFIGS.glob("*.toml"))}
-    fitting = {p: t for p, t in files.items() if t["system"]["benchmark"] == benchmark}
+    files = {path: read_config_file(path) for path in sorted(CONFIGS.glob("*.toml"))}
+    fitting = {p: file for p, file in files.items() if file.system.benchmark == benchmark}
     if name is not None:
         path = CONFIGS / f"{name}.toml"
         if path not in fitting:
@@ -132,79 +170,48 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
                 )
             return SystemConfig(machine)
         path = found
-    tables = files[path]
-    versions = [key for key in tables if key != "system"]
+    tables = files[path].versions
     if version not in tables:
-        raise HarnessError(f"{path} has no [{version}]; it has: {', '.join(versions)}")
+        raise HarnessError(f"{path} has no [{version}]; it has: {', '.join(tables)}")
     return _config(path, version, tables[version])
 
 
 def named_configs(benchmark: str, key: str, name: str) -> list[Path]:
     """Files in `CONFIGS` for a benchmark on the machine of exactly this ``gpu`` or ``cpu``."""
-    files = {path: read_tables(path)["system"] for path in sorted(CONFIGS.glob("*.toml"))}
-    return [p for p, s in files.items() if (s["benchmark"], s.get(key)) == (benchmark, name)]
+    files = {path: read_config_file(path).system for path in sorted(CONFIGS.glob("*.toml"))}
+    return [p for p, s in files.items() if (s.benchmark, getattr(s, key)) == (benchmark, name)]
 
 
 def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
+    where = f"{path} [{version}]: "
     settings = {key: value for key, value in table.items() if key not in ENGINE_KEYS}
-    check_tables(settings, f"{path} [{version}]")
+    check_tables(settings, where)
     chosen = {key: value for key, value in table.items() if key in ENGINE_KEYS}
-    for key, value in chosen.items():
-        if type(value) is not ENGINE_KEYS[key] or value == 0:
-            raise HarnessError(
-                f"{path} [{version}]: {key} is {value!r}; a {ENGINE_KEYS[key].__name__} expected"
-            )
-    if "devices" in chosen:
-        devices = chosen["devices"] = tuple(chosen["devices"])
-        known = all(type(number) is int and number >= 0 for number in devices)
-        if not known or len(set(devices)) < max(1, len(devices)):
-            raise HarnessError(
-                f"{path} [{version}]: devices are {list(devices)}; as [0, 1] expected"
-            )
-    for key in ("engine", "serves"):
-        if chosen.get(key, BACKENDS[0]) not in BACKENDS:
-            raise HarnessError(
-                f"{path} [{version}] is for the engine {chosen[key]!r}, which is not among this "
-                f"release's: {', '.join(BACKENDS)}"
-            )
-    return SystemConfig(path.stem, path, tables=settings, **chosen)
+    document = {"name": path.stem, "source": str(path), "tables": settings, **chosen}
+    with as_harness_error():
+        return checked(SystemConfig, document, where)
 
 
-def _match(files: Mapping[Path, Mapping[str, Any]], key: str, here: str | None) -> Path | None:
+def _match(files: Mapping[Path, ConfigFile], key: str, here: str | None) -> Path | None:
     """File for a GPU or processor, that with the longest beginning of its name."""
     if here is None:
         return None
+    begins = {path: getattr(file.system, key) for path, file in files.items()}
     found = {
-        path: len(tables["system"][key])
-        for path, tables in files.items()
-        if here.startswith(tables["system"].get(key, "\n"))
+        path: len(name)
+        for path, name in begins.items()
+        if name is not None and here.startswith(name)
     }
     return max(found, key=lambda path: found[path], default=None)
 
 
-def read_tables(path: Path) -> dict[str, Any]:
-    """Content of a file, its [system] and its versions' names checked.
+def read_config_file(path: Path) -> ConfigFile:
+    """Read a file, its [system] and its versions' names checked.
 
     Raises
     ------
     HarnessError
         When it cannot be read, or is no configuration.
     """
-    try:
-        tables = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HarnessError(f"{path}: cannot read the configuration: {error}") from error
-    system = tables.get("system")
-    if (
-        not isinstance(system, dict)
-        or system.keys() not in ({"benchmark", "gpu"}, {"benchmark", "cpu"})
-        or not all(isinstance(value, str) for value in system.values())
-    ):
-        raise HarnessError(f"{path}: [system] needs benchmark, and either gpu or cpu, as texts")
-    for key, value in tables.items():
-        if key != "system" and (key not in VERSIONS or not isinstance(value, dict)):
-            raise HarnessError(
-                f"{path}: {key!r} is unknown; known: [system], "
-                f"{', '.join(f'[{version}]' for version in VERSIONS)}"
-            )
-    return tables
+    with as_harness_error():
+        return checked(ConfigFile, read_toml(path), f"{path}: ")

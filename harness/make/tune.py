@@ -28,7 +28,7 @@ from harness.make.system_config import (
     DEFAULT_VERSION,
     ENGINE_KEYS,
     named_configs,
-    read_tables,
+    read_config_file,
 )
 from harness.make.targets import TIMEOUT_S, val_images
 
@@ -306,8 +306,9 @@ def read_config(path: Path, benchmark: str, device: str) -> TOMLDocument:
         document = tomlkit.document()
         document["system"] = {"benchmark": benchmark, key: name}
         return document
-    system = read_tables(path)["system"]
-    if system["benchmark"] != benchmark or not name.startswith(system.get(key, "\n")):
+    system = read_config_file(path).system
+    begins = getattr(system, key)
+    if system.benchmark != benchmark or begins is None or not name.startswith(begins):
         raise HarnessError(f"{path} is not for {benchmark} on {name}; name another file with -o")
     return tomlkit.parse(path.read_bytes())
 

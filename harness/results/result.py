@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.support.documents import read_as
 from engine.support.environment import cpu_count, cpu_name
 from engine.support.files import write_atomically
-from harness.errors import HarnessError
-from harness.loadgen.settings import MODEL
+from harness.errors import as_harness_error
 from harness.loadgen.test import Outcome
 
 RESULT = "result.json"
@@ -40,6 +39,8 @@ class RunResult:
 
     Attributes
     ----------
+    benchmark
+        LoadGen's name of the benchmark.
     scenario, mode
         The LoadGen test.
     metric, value
@@ -77,6 +78,7 @@ class RunResult:
         End of the run, ISO 8601, UTC.
     """
 
+    benchmark: str
     scenario: str
     mode: str
     metric: str
@@ -99,8 +101,8 @@ class RunResult:
 
     def write(self, directory: Path) -> None:
         """Write the file into the folder of a run."""
-        document = {"benchmark": MODEL, **dataclasses.asdict(self)}
-        write_atomically(directory / RESULT, (json.dumps(document, indent=2) + "\n").encode())
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        write_atomically(directory / RESULT, text.encode())
 
 
 def read_result(path: Path) -> RunResult:
@@ -111,14 +113,8 @@ def read_result(path: Path) -> RunResult:
     HarnessError
         When it cannot be read or is none of ours.
     """
-    try:
-        document = json.loads(path.read_text())
-        del document["benchmark"]
-        for key in ("errors", "warnings"):
-            document[key] = tuple(document[key])
-        return RunResult(**document)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise HarnessError(f"{path}: not a result of 'harness run': {error}") from error
+    with as_harness_error():
+        return read_as(RunResult, path, "it is not a result of 'harness run'")
 
 
 def performance_figures(outcome: Outcome) -> dict[str, Any]:

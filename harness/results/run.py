@@ -21,7 +21,7 @@ from harness.loadgen.accuracy_log import read_accuracy_log
 from harness.loadgen.audit import Audit
 from harness.loadgen.log import ACCURACY
 from harness.loadgen.qsl import SampleSource
-from harness.loadgen.settings import Mode, Settings
+from harness.loadgen.settings import MODEL, Mode, Settings
 from harness.loadgen.test import Outcome, run_test
 from harness.results.accuracy import evaluate
 from harness.results.pictures import draw_detections
@@ -179,6 +179,7 @@ def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path)
     dataset = benchmark.dataset
     return RunResult(
         **{
+            "benchmark": MODEL,
             "scenario": outcome.settings.scenario,
             "mode": mode,
             "valid": detail.valid,

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.manifest import KEEP_TOP_K
+from engine.protocol import output_shapes
+from engine.support.documents import checked
 from engine.support.files import write_atomically
 from engine.support.progress import Progress
 from harness.data.dataset import load_map
-from harness.errors import HarnessError
+from harness.errors import HarnessError, as_harness_error
 from harness.loadgen.audit import COMPLIANCE_TESTS, SAMPLING_TARGET
 from harness.loadgen.log import ACCURACY, DETAIL, DetailLog, read_detail
 from harness.loadgen.settings import MODES, SCENARIOS, Settings
 from harness.results.report import find_results
-from harness.results.result import RunResult
+from harness.results.result import RESULT, RunResult
 from harness.results.run import SAMPLES, Benchmark, run
 from harness.submission.rules import (
     Check,
@@ -167,7 +170,7 @@ def check_compliance(
         raise HarnessError(f"{test} runs with the samples of the base run; leave out --samples")
     for directory in needed:
         _check_same(benchmark, directory, base.results[directory.name])
-    settings = _settings(reference)
+    settings = _settings(reference_dir, reference)
     if samples is not None:
         settings = dataclasses.replace(settings, performance_sample_count=samples)
     audits = COMPLIANCE_TESTS[test]
@@ -200,8 +203,9 @@ def check_compliance(
 
 def _check_same(benchmark: Benchmark, directory: Path, result: RunResult) -> None:
     """A compliance test says something only about the engine and the samples that were run."""
-    now: dict[str, Any] = json.loads(json.dumps(benchmark.manifest))
-    then = dict(result.engine)
+    unsaid = {"keep_top_k": KEEP_TOP_K, "outputs": output_shapes(KEEP_TOP_K)}  # before
+    now: dict[str, Any] = unsaid | json.loads(json.dumps(benchmark.manifest))
+    then: dict[str, Any] = {**unsaid, **result.engine}
     different = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     if different:
         key = different[0]
@@ -215,11 +219,13 @@ def _check_same(benchmark: Benchmark, directory: Path, result: RunResult) -> Non
         )
 
 
-def _settings(result: RunResult) -> Settings:
+def _settings(directory: Path, result: RunResult) -> Settings:
     """The settings of a run, with what its warm-up estimated."""
     kind = SCENARIOS[result.scenario]
     names = [item.name for item in dataclasses.fields(kind)]
-    return kind(**{name: result.settings[name] for name in names if name in result.settings})
+    found = {name: result.settings[name] for name in names if name in result.settings}
+    with as_harness_error():
+        return checked(kind, found, f"{directory / RESULT}: settings.")
 
 
 def _remarks(

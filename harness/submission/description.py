@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.support.documents import read_toml
 from engine.support.environment import cpu_name
-from harness.errors import HarnessError
+from harness.errors import HarnessError, as_harness_error
 from harness.results.result import RunResult
 
 SYSTEM_FIELDS = (
@@ -97,10 +97,8 @@ def load_description(path: Path | None) -> Description:
     """
     if path is None:
         return Description()
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HarnessError(f"{path}: cannot read the system description: {error}") from error
+    with as_harness_error():
+        content = read_toml(path)
     measurements = content.pop("measurements", {})
     if not isinstance(measurements, dict):
         raise HarnessError(f"{path}: measurements is no table; write [measurements]")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.support.documents import parse_json
 from harness.errors import HarnessError
 from harness.loadgen.log import DetailLog, read_detail
 from harness.submission.description import MAY_BE_EMPTY
@@ -91,7 +91,7 @@ def folder_files(
 def json_object(path: Path, fields: tuple[str, ...]) -> Generator[Finding, None, dict[str, Any]]:
     """Missing and empty fields of a JSON object; returns it, or an empty one."""
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except FileNotFoundError:
         yield Finding(path, "the file is missing")
         return {}

@@ -15,14 +15,15 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.support.documents import read_as
 from engine.support.files import file_sha256, write_atomically
-from harness.errors import HarnessError
+from harness.errors import HarnessError, as_harness_error
 from harness.loadgen.audit import COMPLIANCE_TESTS
 from harness.loadgen.log import ACCURACY, DETAIL, SUMMARY
 from harness.loadgen.settings import MODEL, MODES
 from harness.loadgen.test import USER_CONF
 from harness.results.result import RESULT, RunResult
-from harness.submission.compliance import VERDICT, Base
+from harness.submission.compliance import VERDICT, Base, Verdict
 from harness.submission.description import (
     CALIBRATION,
     MAY_BE_EMPTY,
@@ -240,8 +241,9 @@ def _readme(base: Base, result: RunResult) -> str:
         "the model's v2.0 settings are in user.conf, as this LoadGen does not know the model",
     ]
     for path in sorted(base.directory.glob(f"TEST*/{VERDICT}")):
-        test = json.loads(path.read_text())
-        remarks += [f"{test['test']}: {remark}" for remark in test["remarks"]]
+        with as_harness_error():
+            test = read_as(Verdict, path)
+        remarks += [f"{test.test}: {remark}" for remark in test.remarks]
     departures = "\n".join(f"* {remark}" for remark in remarks)
     runs = [base.run(mode)[1] for mode in MODES]
     commands = "\n".join(dict.fromkeys(f"    {run.command}" for run in runs))

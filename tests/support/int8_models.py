@@ -24,6 +24,10 @@ def write_int8(surgered, path, float_type):
         model_sha256=network_sha256(model, placement),
         preprocessing_sha256=preprocessing_sha256(placement.shape),
         versions={},
+        empty_images=0,
+        narrowed=(),
+        largest={},
+        statistics={},
     )
     onnx.save(quantize(model, calibration, float_type=float_type), path)
     return path

@@ -42,7 +42,7 @@ from engine.backends.pipeline import Enqueue, PipelinedSession, Slot
 from engine.backends.split import Split, UnsplitError, split
 from engine.errors import EngineError
 from engine.model import load_detector
-from engine.protocol import DETECTION_FIELDS, InputSpec
+from engine.protocol import DETECTION_FIELDS, InputSpec, output_shapes
 from engine.support.files import file_sha256
 from engine.support.progress import progress_bar
 from plugin_cuda.binding import Plan
@@ -148,12 +148,9 @@ def load(
             "device": f"cuda:{index}",
             "model": model.name,
             "onnx_sha256": file_sha256(model),
-            "input": {
-                "name": spec.name,
-                "shape": list(spec.shape),
-                "dtype": spec.dtype,
-                "scale": spec.scale,
-            },
+            "input": spec.to_dict(),
+            "keep_top_k": parts.config.keep_top_k,
+            "outputs": output_shapes(parts.config.keep_top_k),
             "max_batch": batches[-1],
             "batch_sizes": list(batches),
             "nms": library_path().name,

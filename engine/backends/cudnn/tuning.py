@@ -18,9 +18,12 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from engine.backends.cudnn.plans import (
     Choice,
@@ -30,6 +33,7 @@ from engine.backends.cudnn.plans import (
     compile_all,
 )
 from engine.errors import EngineError
+from engine.support.documents import checked, read_as
 from engine.support.files import write_atomically
 
 HEAVY = 0.003
@@ -46,11 +50,6 @@ _ADVISED = 3
 
 _NEAR = 2
 """How many times the images of a known batch a largest batch may have to try what won there."""
-
-_PARTS = ("plans", "winners")
-
-_DAMAGED = (AttributeError, KeyError, OverflowError, TypeError, ValueError, zlib.error)
-"""What reading a damaged cache may raise."""
 
 Measure = Callable[[ConvShape, Sequence[CompiledPlan]], list[float]]
 """Milliseconds of plans of one shape; infinite for one that does not run."""
@@ -81,6 +80,25 @@ class Tuned:
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """A `Tuned` in a cache: choices as engine and knobs, the plan compressed, in base 85."""
+
+    milliseconds: float
+    ranking: Annotated[tuple[tuple[int, Mapping[str, int]], ...], Field(min_length=1)]
+    workspace_bytes: Annotated[int, Field(ge=0)]
+    plan: str
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Content of a file: an `_Entry` by shape, the name of a winner by key; some may be damaged."""
+
+    machine: list[str]
+    plans: dict[str, Any] = field(default_factory=dict)
+    winners: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Machine:
     """What plans are made for: GPU model, cuDNN's version, its frontend's version."""
 
@@ -101,13 +119,12 @@ def load_cache(path: Path, machine: Machine, shapes: Iterable[ConvShape]) -> dic
 
     A missing file, one of another machine and damaged entries are as good as none.
     """
-    plans = _read(path, machine)["plans"]
+    plans = _read(path, machine).plans
     found = {}
     for shape in shapes:
-        try:
-            found[shape] = _from_json(shape, plans[str(shape)])
-        except _DAMAGED:
-            continue
+        with suppress(EngineError, ValueError, zlib.error):
+            entry = checked(_Entry, plans.get(str(shape)), f"{path}: {shape}: ")
+            found[shape] = _tuned(shape, entry)
     return found
 
 
@@ -119,12 +136,13 @@ def save_cache(path: Path, machine: Machine, tuned: Mapping[ConvShape, Tuned]) -
     EngineError
         When the file cannot be written.
     """
-    _save(path, machine, "plans", {str(shape): _to_json(one) for shape, one in tuned.items()})
+    entries = {str(shape): asdict(_entry(one)) for shape, one in tuned.items()}
+    _save(path, machine, "plans", entries)
 
 
 def load_winners(path: Path, machine: Machine) -> dict[str, str]:
     """Read which candidate was the fastest, by the key of `cudnn_measure.Chooser`."""
-    winners = _read(path, machine)["winners"]
+    winners = _read(path, machine).winners
     return {key: name for key, name in winners.items() if isinstance(name, str)}
 
 
@@ -144,9 +162,9 @@ def _save(path: Path, machine: Machine, part: str, entries: Mapping[str, object]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_name(f"{path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # what others save in between would be lost
-            parts = _read(path, machine)
-            parts[part] |= entries
-            text = json.dumps({"machine": _machine(machine), **parts}, indent=1) + "\n"
+            cache = _read(path, machine)
+            getattr(cache, part).update(entries)
+            text = json.dumps(asdict(cache), indent=1) + "\n"
             write_atomically(path, text.encode())
     except OSError as error:
         raise EngineError(f"{path}: cannot write it: {error.strerror}") from error
@@ -244,37 +262,30 @@ def _search(
     return tuned
 
 
-def _read(path: Path, machine: Machine) -> dict[str, dict[str, Any]]:
-    """Parts of a cache of a machine; empty where the file is missing, another's or damaged."""
-    try:
-        document = json.loads(path.read_bytes())
-        if document["machine"] == _machine(machine):
-            return {part: dict(document.get(part, {})) for part in _PARTS}
-    except (OSError, *_DAMAGED):
-        pass
-    return {part: {} for part in _PARTS}
+def _read(path: Path, machine: Machine) -> _Cache:
+    """Read the cache of a machine; an empty one where it is missing, another's or damaged."""
+    with suppress(EngineError):
+        found = read_as(_Cache, path)
+        if found.machine == _machine(machine):
+            return found
+    return _Cache(_machine(machine))
 
 
 def _machine(machine: Machine) -> list[str]:
     return [machine.gpu, machine.cudnn, machine.frontend, f"search {SEARCH}"]
 
 
-def _to_json(tuned: Tuned) -> dict[str, object]:
-    return {
-        "milliseconds": tuned.milliseconds,
-        "ranking": [[choice.engine, dict(choice.knobs)] for choice in tuned.ranking],
-        "workspace_bytes": tuned.plan.workspace_bytes,
-        "plan": base64.b85encode(zlib.compress(tuned.plan.plan)).decode(),
-    }
-
-
-def _from_json(shape: ConvShape, entry: Mapping[str, Any]) -> Tuned:
-    ranking = tuple(
-        Choice(int(engine), tuple((str(k), int(v)) for k, v in dict(knobs).items()))
-        for engine, knobs in entry["ranking"]
+def _entry(tuned: Tuned) -> _Entry:
+    return _Entry(
+        tuned.milliseconds,
+        tuple((choice.engine, dict(choice.knobs)) for choice in tuned.ranking),
+        tuned.plan.workspace_bytes,
+        base64.b85encode(zlib.compress(tuned.plan.plan)).decode(),
     )
-    data = zlib.decompress(base64.b85decode(entry["plan"]))
-    size = int(entry["workspace_bytes"])
-    if size < 0 or not ranking:
-        raise ValueError
-    return Tuned(CompiledPlan(shape, ranking[0], size, data), float(entry["milliseconds"]), ranking)
+
+
+def _tuned(shape: ConvShape, entry: _Entry) -> Tuned:
+    ranking = tuple(Choice(engine, tuple(knobs.items())) for engine, knobs in entry.ranking)
+    data = zlib.decompress(base64.b85decode(entry.plan))
+    plan = CompiledPlan(shape, ranking[0], entry.workspace_bytes, data)
+    return Tuned(plan, entry.milliseconds, ranking)

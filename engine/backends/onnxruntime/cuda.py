@@ -96,7 +96,9 @@ def load_split(
 
     # opened once for its errors alone: what can be refused is refused here
     spec, max_batch = input_spec(open_network(), model)
-    manifest = describe(model, device, threads, spec, max_batch) | {
+    rows = parts.config.keep_top_k
+    manifest = {
+        **describe(model, device, threads, spec, max_batch=max_batch, keep_top_k=rows),
         "provider_options": dict(options),
         "gpu": gpu.name,
         "compute_capability": gpu.compute_capability,

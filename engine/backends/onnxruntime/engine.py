@@ -87,8 +87,8 @@ def load_whole(
     options = {} if index is None else {"device_id": str(index)}
     session = open_session(model, model, provider, options, threads)
     spec, max_batch = input_spec(session, model)
-    _check_outputs(session, model)
-    manifest = describe(model, device, threads, spec, max_batch)
+    rows = _check_outputs(session, model)
+    manifest = describe(model, device, threads, spec, max_batch=max_batch, keep_top_k=rows)
     if index is not None:
         manifest["nms"] = "ONNX Runtime"
     return OnnxRuntimeEngine(spec, max_batch, manifest, session)
@@ -129,7 +129,8 @@ class OnnxRuntimeEngine:
         return np.empty(shape, dtype)
 
 
-def _check_outputs(session: onnxruntime.InferenceSession, model: Path) -> None:
+def _check_outputs(session: onnxruntime.InferenceSession, model: Path) -> int | None:
+    """Check the outputs, and return the detections of an image where the model says them."""
     found: dict[str, Any] = {item.name: item for item in session.get_outputs()}
     for name, kind, rank in (
         ("detections", "tensor(float)", 3),
@@ -145,8 +146,9 @@ def _check_outputs(session: onnxruntime.InferenceSession, model: Path) -> None:
                 f"{model}: output {name!r} is {found[name].type} {found[name].shape}; "
                 f"{kind} with {rank} dimension(s) expected"
             )
-    width = found["detections"].shape[2]
+    _, rows, width = found["detections"].shape
     if isinstance(width, int) and width != DETECTION_FIELDS:
         raise EngineError(
             f"{model}: rows of 'detections' have {width} columns; {DETECTION_FIELDS} expected"
         )
+    return rows if isinstance(rows, int) else None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.backends.cuda import gpu_index
 from engine.errors import EngineError, one_line
-from engine.protocol import InputSpec, check_batch, input_scale
+from engine.protocol import InputSpec, check_batch, input_scale, output_shapes
 from engine.support.files import file_sha256
 
 if TYPE_CHECKING:
@@ -127,9 +127,15 @@ def thread_count(threads: int | None) -> int:
 
 
 def describe(
-    model: Path, device: str, threads: int | None, spec: InputSpec, max_batch: int | None
+    model: Path,
+    device: str,
+    threads: int | None,
+    spec: InputSpec,
+    *,
+    max_batch: int | None,
+    keep_top_k: int | None,
 ) -> dict[str, object]:
-    """Write the manifest of a loaded model."""
+    """Write the manifest of a loaded model; `keep_top_k` None: it does not say."""
     import onnxruntime as ort
 
     gpu = gpu_index(device)
@@ -141,12 +147,9 @@ def describe(
         "threads": thread_count(threads),
         "model": model.name,
         "onnx_sha256": file_sha256(model),
-        "input": {
-            "name": spec.name,
-            "shape": list(spec.shape),
-            "dtype": spec.dtype,
-            "scale": spec.scale,
-        },
+        "input": spec.to_dict(),
+        "keep_top_k": keep_top_k,
+        "outputs": output_shapes(keep_top_k),
         "max_batch": max_batch,
     }
 

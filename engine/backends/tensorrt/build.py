@@ -23,7 +23,7 @@ from engine.backends.tensorrt.plugins import headers_version, is_registered, loa
 from engine.errors import EngineError
 from engine.manifest import Manifest, plugin_library, save_engine
 from engine.model import Detector
-from engine.protocol import InputSpec
+from engine.protocol import InputSpec, output_shapes
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
 
@@ -152,6 +152,7 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
         if file is not None and not file.parent.is_dir():
             raise EngineError(f"{file.parent}: no such folder to write {file.name} to")
     image, plugin = detector.input, wanted_plugin(detector)
+    rows = detector.keep_top_k
     trt = import_tensorrt(backend)
     gpu = None
     if backend != RTX or options.device is not None:
@@ -205,6 +206,8 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
         max_batch=options.max_batch,
         options=_set_options(options),
         seconds=round(seconds, 3),
+        keep_top_k=rows,
+        outputs=output_shapes(rows),
     )
     save_engine(output, plan, manifest)
     return manifest

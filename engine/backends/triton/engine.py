@@ -29,7 +29,14 @@ from engine.backends.triton.memory import (
 )
 from engine.backends.triton.served import served_model
 from engine.errors import EngineError, SessionLostError, one_line
-from engine.protocol import DETECTIONS, NUM_DETECTIONS, InputSpec, Session, check_batch
+from engine.protocol import (
+    DETECTIONS,
+    NUM_DETECTIONS,
+    InputSpec,
+    Session,
+    check_batch,
+    output_shapes,
+)
 from engine.support.progress import progress_bar
 
 START_UP_SECONDS = 300.0
@@ -112,12 +119,9 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
         "queue_delay_us": config.dynamic_batching.max_queue_delay_microseconds,
         "model": model.name,
         "onnx_sha256": served.onnx_sha256,
-        "input": {
-            "name": served.input.name,
-            "shape": list(served.input.shape),
-            "dtype": served.input.dtype,
-            "scale": served.input.scale,
-        },
+        "input": served.input.to_dict(),
+        "keep_top_k": served.keep_top_k,
+        "outputs": output_shapes(served.keep_top_k),
         "max_batch": config.max_batch_size,
         "known_answers": len(known.seeds),
     }

@@ -25,6 +25,7 @@ from engine.data.matching import match_detections
 from engine.data.preprocessed import MEAN, STD, quantize_images
 from engine.errors import EngineError
 from engine.protocol import Engine, InputSpec, Session
+from engine.support.documents import parse_json
 from engine.support.progress import Progress
 
 COUNT = 24
@@ -99,7 +100,7 @@ class KnownAnswers:
             When it is something else.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             answers = [
                 np.insert(np.array(rows, np.float32).reshape(-1, 6), 0, 0, axis=1)
                 for rows in values["answers"]

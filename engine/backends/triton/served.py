@@ -10,9 +10,6 @@ from engine.manifest import Manifest, load_manifest
 from engine.model import load_detector
 from engine.protocol import InputSpec
 
-_KEEP_TOP_K = 200
-"""Detections of an image, the benchmark's; the manifest of an engine does not repeat them."""
-
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -58,7 +55,12 @@ def served_model(path: Path) -> ServedModel:
     if path.suffix != ".onnx":
         manifest = load_manifest(path)
         return ServedModel(
-            path, manifest.backend, manifest.onnx_sha256, manifest.input, _KEEP_TOP_K, manifest
+            path,
+            manifest.backend,
+            manifest.onnx_sha256,
+            manifest.input,
+            manifest.keep_top_k,
+            manifest,
         )
     detector = load_detector(path)
     keep_top_k, image = detector.keep_top_k, detector.input

@@ -43,6 +43,10 @@ def write_cache(path: Path, size: int, name: str = "image") -> None:
         model_sha256="0" * 64,
         preprocessing_sha256=preprocessing_sha256((3, size, size)),
         versions={},
+        empty_images=0,
+        narrowed=(),
+        largest={},
+        statistics={},
     ).save(path)
 
 

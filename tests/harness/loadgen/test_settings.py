@@ -119,14 +119,20 @@ def test_file_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("min_duration = 5", "'min_duration' is unknown"),
-        ("[server]\ntarget_qps = 5", "'server' is unknown"),
-        ("[Offline]\ntarget_latency_ms = 5", "Offline has no setting 'target_latency_ms'"),
-        ("[Server]\ntarget_latency_ms = 12.7", "whole number"),
-        ("[Server]\ntarget_qps = 'fast'", "'fast'"),
-        ("[Server]\ntarget_qps = nan", "nan"),
-        ("[Server]\nbatch_size = 0", "positive"),
-        ("[Server]\nbatch_size = true", "True"),
+        ("min_duration = 5", "min_duration: unknown; known: .*min_duration_ms"),
+        ("[server]\ntarget_qps = 5", "server: unknown; known: Multi.*Server"),
+        (
+            "[Offline]\ntarget_latency_ms = 5",
+            "Offline.target_latency_ms: unknown; known: .*target_qps",
+        ),
+        (
+            "[Server]\ntarget_latency_ms = 12.7",
+            "Server.target_latency_ms: a valid integer expected, not 12.7",
+        ),
+        ("[Server]\ntarget_qps = 'fast'", 'Server.target_qps: a valid number expected, not "fast"'),
+        ("[Server]\ntarget_qps = nan", "Server.target_qps: .* expected, not NaN"),
+        ("[Server]\nbatch_size = 0", "Server.batch_size: greater than 0 expected, not 0"),
+        ("[Server]\nbatch_size = true", "Server.batch_size: a valid integer expected, not true"),
         ("[Server", "cannot read"),
     ],
 )

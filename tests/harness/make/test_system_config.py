@@ -78,7 +78,9 @@ def test_what_a_server_runs(write):
     write("bad", 'cpu = "Other"', '[triton]\nengine = "triton"\nserves = "cuddn"')
     assert system_config(MODEL, "triton", "sys").builder == "tensorrt"
     assert system_config(MODEL, "triton", "own").builder == "cudnn"
-    with pytest.raises(HarnessError, match="is for the engine 'cuddn', which is not among"):
+    with pytest.raises(
+        HarnessError, match=r"\[triton\]: serves: one of .*cudnn.* expected, not \"cuddn\""
+    ):
         system_config(MODEL, "triton", "bad")
 
 
@@ -129,28 +131,44 @@ def test_devices_and_streams(write):
 @pytest.mark.parametrize(
     ("machine", "text", "message"),
     [
-        ('cpu = ""', "[fastest]", r"'fastest' is unknown; known: \[system\], \[default\]"),
-        ('cpu = ""', "default = 1\n", "either gpu or cpu"),
+        ('cpu = ""', "[fastest]", "fastest: unknown; known: system, default, triton, maxq"),
+        ('cpu = ""', "default = 1\n", "default: unknown"),
         (
             'cpu = ""',
             "[default]\nsessions = 2",
-            r"\[default\]: 'sessions' is unknown; known: .*batch",
+            r"\[default\]: sessions: unknown; known: .*batch",
         ),
-        ('cpu = ""', "[default.Batch]\n", r"\[default\]: 'Batch' is unknown"),
-        ('cpu = ""', "[default.Offline]\nqps = 1", "Offline has no setting 'qps'"),
-        ('cpu = ""', '[default]\nthreads = "2"', "threads is '2'; a int expected"),
-        ('cpu = ""', "[default]\nthreads = 0", "threads is 0"),
-        ('cpu = ""', "[default]\ndevices = []", r"devices are \[\]; as \[0, 1\] expected"),
-        ('cpu = ""', "[default]\ndevices = [-1]", r"devices are \[-1\]"),
-        ('cpu = ""', "[default]\ndevices = [0, true]", r"devices are \[0, True\]"),
-        ('cpu = ""', "[default]\ndevices = [1, 1]", r"devices are \[1, 1\]"),
-        ('cpu = ""', "[default]\ndevices = 1", "devices is 1; a list expected"),
-        ('cpu = ""', '[default]\nengine = "fast"', "engine 'fast', which is not among"),
+        ('cpu = ""', "[default.Batch]\n", r"\[default\]: Batch: unknown"),
+        ('cpu = ""', "[default.Offline]\nqps = 1", "Offline.qps: unknown; known: .*target_qps"),
+        ('cpu = ""', '[default]\nthreads = "2"', 'threads: a valid integer expected, not "2"'),
+        ('cpu = ""', "[default]\nthreads = 0", "threads: greater than 0 expected, not 0"),
+        (
+            'cpu = ""',
+            "[default]\ndevices = []",
+            r"devices: different GPUs as \[0, 1\] expected, not \[\]",
+        ),
+        (
+            'cpu = ""',
+            "[default]\ndevices = [-1]",
+            r"devices\[0\]: greater than or equal to 0 expected, not -1",
+        ),
+        (
+            'cpu = ""',
+            "[default]\ndevices = [0, true]",
+            r"devices\[1\]: a valid integer expected, not true",
+        ),
+        (
+            'cpu = ""',
+            "[default]\ndevices = [1, 1]",
+            r"devices: different GPUs as \[0, 1\] expected, not \[1, 1\]",
+        ),
+        ('cpu = ""', "[default]\ndevices = 1", "devices: a valid array expected, not 1"),
+        ('cpu = ""', '[default]\nengine = "fast"', 'engine: one of .* expected, not "fast"'),
         ('cpu = ""', "[maxq]", r"has no \[default\]; it has: maxq"),
         ("", "[default]", "either gpu or cpu"),
         ('cpu = ""\ngpu = ""', "[default]", "either gpu or cpu"),
-        ("cpu = 1", "[default]", "as texts"),
-        ("cpu = ", "[default]", "cannot read the configuration"),
+        ("cpu = 1", "[default]", "system.cpu: a valid string expected, not 1"),
+        ("cpu = ", "[default]", "cannot read it"),
     ],
 )
 def test_bad_files_are_refused(write, machine, text, message):

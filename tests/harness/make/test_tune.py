@@ -221,7 +221,7 @@ def test_any_way_to_write_it(tmp_path, monkeypatch, default):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[system", "cannot read the configuration"),
+        ("[system", "cannot read it"),
         ("[system]\nbenchmark = 'ssd-resnet34'\ngpu = 'NVIDIA A100'", "is not for ssd-resnet34 on"),
         ("[system]\nbenchmark = 'ssd-resnet34-demo'\ngpu = ''", "is not for ssd-resnet34 on"),
     ],

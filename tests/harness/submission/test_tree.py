@@ -482,7 +482,6 @@ def test_bad_names_are_refused(change, message, runs, tmp_path):
         ({"commit": "--output=taken"}, "commit '--output=taken' is none of git's"),
         ({"commit": "--remote=ssh://host/x"}, "is none of git's"),
         ({"commit": "HEAD"}, "is none of git's"),
-        ({"commit": 3}, "commit 3 is none of git's"),
         ({"engine": {"backend": "../../../fake"}}, "backend '../../../fake' is no folder name"),
         ({"engine": {"backend": "/tmp/fake"}}, "backend '/tmp/fake' is no folder name"),  # noqa: S108
         ({"engine": {}}, "backend '' is no folder name"),

@@ -234,8 +234,8 @@ def test_no_manifest(tmp_path):
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "not the manifest"),
-        ("{}", "no line 'input'"),
+        ("[]", "an object expected"),
+        ("{}", "backend: missing; build it again"),
         (b"\xff\xfe\x00", "not JSON"),
     ],
 )
