@@ -207,6 +207,21 @@ def test_a_cut_detail_log_is_refused(cut, tmp_path_factory):
         read_detail(path)
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('{"key": "a", "key": "b"}', 'the key "key" stands twice'),
+        ("[" * 100_000, "in each other"),
+    ],
+)
+def test_a_line_that_is_no_document(entry, message, tmp_path):
+    path = tmp_path / DETAIL
+    path.write_text(line("power_begin", "now") + f":::MLLOG {entry}\n")
+    with pytest.raises(HarnessError, match=f"line 2: not a complete .*{message}") as caught:
+        read_detail(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_log_or_an_error(content):

@@ -6,7 +6,8 @@ import dataclasses
 
 import mlperf_loadgen as lg
 import pytest
-from hypothesis import given, settings
+import tomlkit
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from harness.errors import HarnessError
@@ -22,6 +23,7 @@ from harness.loadgen.settings import (
     load_settings,
     user_conf,
 )
+from tests.support.formats import Sample, damages
 
 # MLPerf Inference v2.0 rules for ssd-resnet34, and the seeds of the installed LoadGen's own model
 BENCHMARK_RULES = {
@@ -134,6 +136,9 @@ def test_file_and_overrides(tmp_path):
         ("[Server]\nbatch_size = 0", "Server.batch_size: greater than 0 expected, not 0"),
         ("[Server]\nbatch_size = true", "Server.batch_size: a valid integer expected, not true"),
         ("[Server", "cannot read"),
+        ("[Server]\ntarget_qps = 2020-01-01", "Server.target_qps: a valid number expected"),
+        ("[Server]\ntarget_qps = " + "[" * 100_000, "cannot read it: more than 64 lists"),
+        ("batch_size = '8'", 'Server.batch_size: a valid integer expected, not "8"'),
     ],
 )
 def test_bad_files_are_refused(text, message, tmp_path):
@@ -142,6 +147,64 @@ def test_bad_files_are_refused(text, message, tmp_path):
     with pytest.raises(HarnessError, match=message):
         load("Server", config)
         load("Offline", config)
+
+
+WHOLE = st.integers(1, 2**63)
+SPEED = st.floats(0, exclude_min=True, allow_infinity=False)
+
+
+@given(
+    st.one_of(
+        st.builds(
+            kind,
+            **dict.fromkeys(("min_duration_ms", "min_query_count", "streams"), WHOLE),
+            **{"performance_sample_count": WHOLE, **more},
+        )
+        for kind, more in (
+            (Offline, {"target_qps": SPEED, "batch_size": WHOLE}),
+            (
+                Server,
+                {
+                    "target_qps": SPEED,
+                    "target_latency_ms": WHOLE,
+                    "batch_size": WHOLE,
+                    "batch_delay_ms": SPEED | st.just(0.0),
+                },
+            ),
+            (SingleStream, {"target_latency_ms": SPEED}),
+            (MultiStream, {"target_latency_ms": SPEED, "samples_per_query": WHOLE}),
+        )
+    )
+)
+def test_settings_come_back(tmp_path_factory, made):
+    path = tmp_path_factory.getbasetemp() / "settings.toml"
+    path.write_text(tomlkit.dumps({made.scenario: dataclasses.asdict(made)}))
+    assert load(made.scenario, path) == made
+
+
+TABLES = Sample(
+    {
+        "Offline": {"target_qps": 900.5, "batch_size": 64, "streams": 2},
+        "Server": {"target_qps": 800.0, "target_latency_ms": 100, "batch_delay_ms": 0.0},
+        "SingleStream": {"target_latency_ms": 1.5, "min_query_count": 64},
+        "MultiStream": {"samples_per_query": 8, "min_duration_ms": 1},
+    }
+)
+# a table's place taken by a value makes that a setting of all scenarios, which is unknown
+PLACES = ("replace", "add")
+
+
+@given(damages(TABLES, PLACES))
+def test_damage_is_named_by_its_path(tmp_path_factory, damage):
+    path = tmp_path_factory.getbasetemp() / "damaged.toml"
+    try:
+        path.write_text(tomlkit.dumps(damage.document))
+    except (ValueError, TypeError):
+        assume(False)  # TOML has no null, and whole numbers of 64 bits
+    with pytest.raises(HarnessError) as caught:
+        load("Offline", path)
+    assert str(caught.value).startswith(f"{path}: {damage.says}")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_missing_file_is_refused(tmp_path):

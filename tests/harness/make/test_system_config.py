@@ -6,7 +6,8 @@ import subprocess
 import tomllib
 
 import pytest
-from hypothesis import given
+import tomlkit
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from engine.load import BACKENDS
@@ -15,6 +16,7 @@ from harness.errors import HarnessError
 from harness.loadgen.settings import SCENARIOS, settings_from
 from harness.make import system_config as module
 from harness.make.system_config import CONFIGS, VERSIONS, SystemConfig, system_config
+from tests.support.formats import Sample, damages
 
 MODEL = "ssd-resnet34"
 SHIPPED = sorted(CONFIGS.resolve().glob("*.toml"))
@@ -176,6 +178,47 @@ def test_bad_files_are_refused(write, machine, text, message):
     with pytest.raises(HarnessError, match=message) as error:
         system_config(MODEL, "default", None)
     assert str(path) in str(error.value)
+
+
+TABLES = Sample(
+    {
+        "system": {"benchmark": MODEL, "cpu": "Example"},
+        "default": {
+            "engine": "triton",
+            "device": "cuda",
+            "devices": [0, 1],
+            "threads": 2,
+            "url": "localhost:8001",
+            "serves": "cudnn",
+            "streams": 2,
+            "Offline": {"batch_size": 8},
+        },
+    }
+)
+
+
+def test_the_sample_is_a_configuration(write):
+    path = write("good", "")
+    path.write_text(tomlkit.dumps(TABLES.document))
+    config = system_config(MODEL, "default", None)
+    assert (config.engine, config.serves, config.devices) == ("triton", "cudnn", (0, 1))
+    assert config.tables == {"streams": 2, "Offline": {"batch_size": 8}}
+
+
+@given(damages(TABLES, ("replace", "add")))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damage_is_named_by_its_path(write, damage):
+    path = write("damaged", "")
+    try:
+        path.write_text(tomlkit.dumps(damage.document))
+    except (ValueError, TypeError):
+        assume(False)  # TOML has no null, and whole numbers of 64 bits
+    with pytest.raises(HarnessError) as caught:
+        config = system_config(MODEL, "default", None)
+        settings_from(config.tables, tuple(SCENARIOS), {})
+    says = damage.says.replace("default.", "").replace("default: ", "default")
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_an_unknown_system_lists_those_of_the_benchmark(write):

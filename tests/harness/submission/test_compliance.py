@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from harness.errors import HarnessError
 from harness.loadgen.log import ACCURACY, DETAIL, DetailLog, read_detail
 from harness.results.report import find_results
+from harness.submission import compliance
 from harness.submission.compliance import check_compliance, find_bases
 from harness.submission.rules import verify_performance, verify_same_sample
 from tests.support import ROOT
@@ -303,3 +304,18 @@ def test_command(grey, tmp_path):
     assert str(folder / "verify_accuracy.txt") in done.stdout
     results = find_results([tmp_path / "logs"])
     assert {result.mode for _, result in results} == {*modes.split(","), "TEST01"}
+
+
+def test_a_result_from_before_says_200_detections(place, tmp_path):
+    """Its manifest has neither keep_top_k nor outputs, which an engine's has today."""
+    folder, result = place["SingleStream"].run("PerformanceOnly")
+    assert "keep_top_k" not in result.engine
+
+    def check(rows):
+        outputs = {"detections": [rows, 7], "num_detections": []}
+        manifest = {"backend": "fake", "keep_top_k": rows, "outputs": outputs}
+        compliance._check_same(cheater(tmp_path, manifest=manifest), folder, result)
+
+    check(200)
+    with pytest.raises(HarnessError, match="another engine: keep_top_k was 200 and is 100"):
+        check(100)

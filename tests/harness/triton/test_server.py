@@ -47,7 +47,8 @@ def test_batches_as_the_model_without_a_server(server, direct, exported, batch):
     engine = load_engine("triton", exported, device=server.url)
     assert engine.input_spec == direct.input_spec
     assert engine.max_batch == MAX_BATCH
-    assert engine.manifest["onnx_sha256"] == direct.manifest["onnx_sha256"]
+    for name in ("onnx_sha256", "input", "keep_top_k", "outputs"):
+        assert engine.manifest[name] == direct.manifest[name]
     assert engine.manifest["images_through"] == "system shared memory"
     before = regions(engine)
     memory = shared(engine, batch)

@@ -260,6 +260,9 @@ def test_the_manifest_says_what_runs(engine, model):
     assert manifest["backend"] == "cudnn"
     assert manifest["max_batch"] == engine.max_batch == MAX_BATCH
     assert manifest["input"]["dtype"] == engine.input_spec.dtype == "int8"
+    rows = onnx.load(model).graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    assert manifest["keep_top_k"] == rows
+    assert manifest["outputs"] == {"detections": [rows, 7], "num_detections": []}
     kernels = set(manifest["kernels"].values())
     assert all("cuDNN engine" in name or name.startswith("int8_conv") for name in kernels)
     metadata = {entry.key: entry.value for entry in onnx.load(model).metadata_props}

@@ -26,6 +26,7 @@ from engine.backends.cudnn.tuning import (
 )
 from engine.errors import EngineError
 from engine.support.files import write_atomically
+from tests.support.formats import Sample, damages
 
 MACHINE = Machine("NVIDIA H100 80GB HBM3", "9.19.0", "1.32.0")
 WINDOW = Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
@@ -240,7 +241,16 @@ def test_a_damaged_cache_is_as_good_as_none(tmp_path, data):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"3", b"{}", b'{"machine": null}', b"\xff\xfe", b'{"plans": {"a": 1}}'],
+    [
+        b"[" * 100_000,
+        b"",
+        b"[]",
+        b"3",
+        b"{}",
+        b'{"machine": null}',
+        b"\xff\xfe",
+        b'{"plans": {"a": 1}}',
+    ],
 )
 def test_a_file_that_is_no_cache_is_replaced(tmp_path, content):
     path = tmp_path / "cache.json"
@@ -263,6 +273,38 @@ def test_a_damaged_entry_is_left_out(tmp_path, field, value):
     document["plans"][str(LARGE)][field] = value
     path.write_text(json.dumps(document))
     assert load_cache(path, MACHINE, tuned) == {SMALL: tuned[SMALL]}
+
+
+ENTRY = Sample(
+    {"milliseconds": 0.25, "ranking": [[4, {"KNOB": 26}], [7, {}]], "workspace_bytes": 64}
+    | {"plan": "".join(chr(c) for c in range(97, 122))},
+    maps=frozenset({"ranking[][]"}),
+)
+
+
+@given(damages(ENTRY))
+def test_an_entry_of_another_type_is_left_out(tmp_path_factory, damage):
+    path = tmp_path_factory.getbasetemp() / "cache.json"
+    path.unlink(missing_ok=True)
+    tuned = some_tuned()
+    save_cache(path, MACHINE, tuned)
+    document = json.loads(path.read_bytes())
+    whole = document["plans"][str(LARGE)]
+    document["plans"][str(LARGE)] = damage.document | (
+        {"plan": whole["plan"]} if damage.document.get("plan") == ENTRY.document["plan"] else {}
+    )
+    path.write_text(json.dumps(document))
+    assert load_cache(path, MACHINE, tuned) == {SMALL: tuned[SMALL]}
+
+
+def test_a_cache_from_before_there_were_winners(tmp_path):
+    path = tmp_path / "cache.json"
+    save_cache(path, MACHINE, some_tuned())
+    document = json.loads(path.read_bytes())
+    del document["winners"]
+    path.write_text(json.dumps(document))
+    assert load_cache(path, MACHINE, some_tuned()) == some_tuned()
+    assert load_winners(path, MACHINE) == {}
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):

@@ -157,6 +157,14 @@ def test_manifest_names_the_file_by_its_hash(tmp_path):
     assert manifest["backend"] == "onnxruntime"
     assert manifest["provider"] == "CPUExecutionProvider"
     assert manifest["threads"] == 1
+    assert manifest["input"] == {
+        "name": "image",
+        "shape": [3, SIZE, SIZE],
+        "dtype": "float32",
+        "scale": None,
+    }
+    assert manifest["keep_top_k"] == KEEP
+    assert manifest["outputs"] == {"detections": [KEEP, 7], "num_detections": []}
 
 
 INT8 = TensorProto.INT8

@@ -130,6 +130,9 @@ def test_demo_model_builds_for_every_target(demo_int8, plugin, kernels, tmp_path
     assert built.onnx_sha256 == sha256(demo_int8.read_bytes()).hexdigest()
     assert (built.gpu, built.compute_capabilities) == (None, targets)
     assert built.input.dtype == "int8"
+    rows = onnx.load(demo_int8).graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    assert built.keep_top_k == rows == 200
+    assert built.outputs == {"detections": [rows, 7], "num_detections": []}
     assert len(plan) > 4_000_000  # the INT8 weights are in it
 
 
