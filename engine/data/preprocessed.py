@@ -84,8 +84,8 @@ class SetManifest:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
-    images: tuple[ImageEntry, ...]
-    bad: tuple[BadImage, ...]
+    images: list[ImageEntry]
+    bad: list[BadImage]
     opencv: str | None = None
     code_sha256: str | None = None
 

@@ -165,8 +165,8 @@ def _preprocess(
                 dataset=dataset.name,
                 map_sha256=file_sha256(dataset.map_file),
                 **settings,
-                images=tuple(ImageEntry(name, *source) for name, source in done.items()),
-                bad=tuple(BadImage(name, reason) for name, reason in bad.items()),
+                images=[ImageEntry(name, *source) for name, source in done.items()],
+                bad=[BadImage(name, reason) for name, reason in bad.items()],
             )
         )
         _write_text(out_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")

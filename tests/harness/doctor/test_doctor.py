@@ -155,7 +155,7 @@ def test_dependencies_alone(dependencies_alone, tmp_path):
 @pytest.mark.parametrize("project", [True, False])
 def test_next_to_nothing(tmp_path, project):
     """Even without ONNX Runtime, OpenCV and LoadGen it runs, and says what to install."""
-    names = ["typer", "rich", "numpy", "packaging"]
+    names = ["typer", "rich", "numpy", "packaging", "pydantic"]
     python = interpreter(tmp_path / "venv", names, project=project)
     report = report_of(python)
     for name in ("harness", "export-onnx", "engine onnxruntime, cpu", "engine tensorrt-rtx"):
