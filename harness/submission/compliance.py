@@ -203,7 +203,8 @@ def check_compliance(
 
 def _check_same(benchmark: Benchmark, directory: Path, result: RunResult) -> None:
     """A compliance test says something only about the engine and the samples that were run."""
-    unsaid = {"keep_top_k": KEEP_TOP_K, "outputs": output_shapes(KEEP_TOP_K)}  # before
+    # where a manifest from before does not say them
+    unsaid = {"keep_top_k": KEEP_TOP_K, "outputs": output_shapes(KEEP_TOP_K)}
     now: dict[str, Any] = unsaid | json.loads(json.dumps(benchmark.manifest))
     then: dict[str, Any] = {**unsaid, **result.engine}
     different = [key for key in {**then, **now} if then.get(key) != now.get(key)]
