@@ -3,7 +3,12 @@
 For each ONNX model: the mAP by ONNX Runtime on the CPU; a plan, built here; then, without a server
 and through a server on this machine with Triton's TensorRT backend (one and two instances, images
 by CUDA and by system shared memory), accuracy runs with batches of 1, of 8 and of mixed sizes, and
-performance runs. The exit code is 1 when a mAP differs by more than 0.001 or a run is INVALID.
+performance runs. The exit code is 1 when a mAP is wrong or a run is INVALID.
+
+Wrong is a mAP that differs from the plan's own, without a server, by more than 0.001, or from ONNX
+Runtime's by more than 0.001, or 1 % where the model is INT8: ONNX Runtime's graph optimisations round
+elsewhere than the graph says, which alone moved the demo model's mAP by 0.001 to 0.002
+(docs/measurements/int8_rounding.json).
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from harness.triton.repository import write_repository
 from harness.triton.server import find_server, running_server
 
 _TOLERANCE = 0.001
+_INT8_SHARE = 0.01  # as in `engine compare`
 _BATCH = 8
 _PLAN = BuildOptions(opt_batch=_BATCH, max_batch=2 * _BATCH)
 _LOAD = 0.5  # of the Offline rate, for Server
@@ -109,6 +115,9 @@ def _measure(  # noqa: PLR0917
 
     cpu = one(("ONNX Runtime", reference), Offline(batch_size=_BATCH), "AccuracyOnly")
     yield {**cpu, "right": True}
+    quantized = reference.input_spec.dtype == "int8"
+    allowed = _INT8_SHARE * cpu["value"] if quantized else _TOLERANCE
+    own: float | None = None  # the plan's, without a server
     plan = folder / f"{model.stem}.engine"
     cache = build_dir / "engines" / "timing.cache"
     build(
@@ -121,7 +130,9 @@ def _measure(  # noqa: PLR0917
         for settings in _accuracy_tests():
             row = one(way, settings, "AccuracyOnly")
             difference = row["value"] - cpu["value"]
-            yield {**row, "difference": difference, "right": abs(difference) <= _TOLERANCE}
+            own = row["value"] if own is None else own
+            right = abs(difference) <= allowed and abs(row["value"] - own) <= _TOLERANCE
+            yield {**row, "difference": difference, "right": right}
         duration_ms = round(1000 * seconds)
         offline = Offline(min_duration_ms=duration_ms, batch_size=_BATCH)
         bulk = one(way, offline, "PerformanceOnly")
