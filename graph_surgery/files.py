@@ -10,7 +10,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.topology import one_line
+from graph_surgery.protobuf import one_line
 
 
 def load(path: Path) -> onnx.ModelProto:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.topology import Arrays, Runner, Topology, data_inputs
+from graph_surgery.protobuf import Arrays, Runner, part, reads, types
 
 SHAPE_ONLY = frozenset({"Shape", "Size"})
 """Operators that read no value: what they read is shape arithmetic, not data flow."""
@@ -70,42 +71,6 @@ class Heads:
         return sum(level.priors for level in self.levels)
 
 
-def read_heads(topology: Topology, loc: Sequence[str], conf: Sequence[str]) -> Heads:
-    """Pair the head tensors of each level.
-
-    Raises
-    ------
-    SurgeryError
-        When shapes are not static, differ within a pair, or give no common number of classes.
-    """
-    levels: list[Level] = []
-    classes: set[int] = set()
-    batches: set[int | None] = set()
-    for loc_name, conf_name in zip(loc, conf, strict=True):
-        loc_shape, conf_shape = topology.shape(loc_name), topology.shape(conf_name)
-        for name, shape in ((loc_name, loc_shape), (conf_name, conf_shape)):
-            if len(shape) != 4 or None in shape[1:]:
-                raise SurgeryError(
-                    f"head tensor {name!r} has shape {shape}, needed is [N, C, h, w] with static "
-                    "C, h and w: export with a fixed image size"
-                )
-        channels, height, width = (size or 0 for size in loc_shape[1:])
-        conf_channels = conf_shape[1] or 0
-        if loc_shape[2:] != conf_shape[2:] or channels % 4 or conf_channels % (channels // 4):
-            raise SurgeryError(
-                f"head tensors {loc_name!r} {loc_shape} and {conf_name!r} {conf_shape} are no pair "
-                "of [N, A * 4, h, w] and [N, A * C, h, w]"
-            )
-        anchors = channels // 4
-        levels.append(Level(loc_name, conf_name, anchors, height, width))
-        classes.add(conf_channels // anchors)
-        batches.update((loc_shape[0], conf_shape[0]))
-    if len(classes) != 1:
-        raise SurgeryError(f"the levels differ in their number of classes: {sorted(classes)}")
-    batch = batches.pop() if len(batches) == 1 else None
-    return Heads(tuple(levels), classes.pop(), batch)
-
-
 class HeadRunner:
     """Everything from the head tensors to some tensors behind them, in ONNX Runtime.
 
@@ -120,28 +85,35 @@ class HeadRunner:
         When the outputs depend on more than the heads, or ONNX Runtime rejects the part.
     """
 
-    def __init__(self, topology: Topology, heads: Heads, outputs: Sequence[str]) -> None:
+    def __init__(self, model: onnx.ModelProto, heads: Heads, outputs: Sequence[str]) -> None:
         self.heads = heads
+        known = types(model)
         behind, sources = set(heads.names), []
-        for index in topology.upstream(outputs, heads.names):
-            node = topology.nodes[index]
-            if behind.intersection(node.input):
+        given = [onnx.ValueInfoProto(name=name) for name in heads.names]
+        for node in part(model, given, outputs).graph.node:
+            if behind.intersection(reads(node)):
                 behind.update(node.output)
-            elif node.op_type in SHAPE_ONLY and node.input[0] not in topology.constants:
+            elif node.op_type in SHAPE_ONLY:
                 sources.append(node.input[0])
-        self.inputs = list(dict.fromkeys([*heads.names, *sources]))
-        part = topology.part(self.inputs, outputs)
-        known = {tensor.name for tensor in part.graph.initializer}.union(self.inputs)
-        for node in part.graph.node:
-            for name in data_inputs(node):
-                if name not in known:
+        constants = {tensor.name for tensor in model.graph.initializer}
+        constants.update(n.output[0] for n in model.graph.node if n.op_type == "Constant")
+        names = [name for name in dict.fromkeys(sources) if name not in constants]
+        self.inputs = []
+        for name in [*heads.names, *names]:
+            if name not in known:
+                raise SurgeryError(f"the type of tensor {name!r} is not known")
+            self.inputs.append(known[name])
+        cut = part(model, self.inputs, outputs)
+        made = {value.name for value in self.inputs}.union(constants)
+        for node in cut.graph.node:
+            for name in reads(node):
+                if name not in made:
                     raise SurgeryError(
                         f"{node.op_type} {node.name!r} behind the heads also reads {name!r}, which "
                         "does not come from them"
                     )
-            known.update(node.output)
-        self.types = [(topology.shape(name), topology.dtype(name)) for name in self.inputs]
-        self.run = Runner(part)
+            made.update(node.output)
+        self.run = Runner(cut)
 
     def __call__(self, loc: NDArray[np.float32], conf: NDArray[np.float32]) -> Arrays:
         """Run on deltas [N, 4, P] and logits [N, C, P].
@@ -152,8 +124,10 @@ class HeadRunner:
         ends = np.cumsum([level.priors for level in levels])[:-1]
         parts = [*np.split(loc, ends, axis=2), *np.split(conf, ends, axis=2)]
         feeds = {}
-        for index, (name, (shape, dtype)) in enumerate(zip(self.inputs, self.types, strict=True)):
-            full = [batch, *(size or 1 for size in shape[1:])]
+        for index, value in enumerate(self.inputs):
+            tensor = value.type.tensor_type
+            full = [batch, *(size.dim_value or 1 for size in tensor.shape.dim[1:])]
             values = parts[index] if index < len(parts) else np.zeros(full)
-            feeds[name] = values.reshape(full).astype(dtype)
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+            feeds[value.name] = values.reshape(full).astype(dtype)
         return self.run(feeds)

@@ -10,9 +10,9 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from graph_surgery.graph import import_graph
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
-from graph_surgery.topology import Topology
 
 
 def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:
@@ -23,11 +23,11 @@ def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:
     SurgeryError
         When there is no tail that the surgery understands.
     """
-    node = find_nms_node(model)
-    topology = Topology(model)
+    graph = import_graph(model)
+    node = find_nms_node(graph)
     if node is None:
-        return find_tail(topology), False
-    return read_surgered(topology, node), True
+        return find_tail(graph, model), False
+    return read_surgered(graph, node), True
 
 
 def tables(tail: DetectionTail, surgered: bool) -> Group:

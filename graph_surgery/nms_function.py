@@ -21,9 +21,13 @@ What the body settles beyond the rules of the plugin it stands for:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
 from graph_surgery.errors import SurgeryError
 
@@ -36,6 +40,11 @@ MIN_OPSET = 18
 
 MIN_IR_VERSION = 8
 """First ONNX IR with model-local functions."""
+
+OUTPUTS = ("detections", "num_detections")
+
+PLUGIN_ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": ""}
+"""What lets TensorRT see a plugin in the node."""
 
 CENTER_SIZE = 1
 """codeType: (dx, dy, dw, dh) scaled by the variances move a prior's centre and stretch its size."""
@@ -133,24 +142,37 @@ def input_names(num_layers: int) -> list[str]:
     return [*loc, *conf, "priors"]
 
 
-def nms_node(inputs: list[str], attributes: NmsAttributes) -> onnx.NodeProto:
-    """Make the node, with all attributes and those that let TensorRT see a plugin.
+def add_nms(
+    graph: gs.Graph, inputs: Sequence[gs.Tensor], attributes: NmsAttributes, size: int | str
+) -> list[gs.Tensor]:
+    """Add the node, with all attributes, and its definition to a graph; its outputs.
 
     Parameters
     ----------
     inputs
-        Tensor names in the order of `input_names`.
+        Tensors in the order of `input_names`.
+    size
+        N.
     """
-    return onnx.helper.make_node(
-        OP_TYPE,
-        inputs,
-        ["detections", "num_detections"],
+    add_definition(graph, attributes.numLayers, sigmoid=attributes.confSigmoid == 1)
+    shapes = [size, attributes.keepTopK, 7], [size]
+    outputs = map(gs.Variable, OUTPUTS, map(np.dtype, (np.float32, np.int32)), shapes)
+    made: list[gs.Tensor] = graph.layer(
+        op=OP_TYPE,
         name=OP_TYPE,
         domain=DOMAIN,
-        plugin_version="1",
-        plugin_namespace="",
-        **asdict(attributes),
+        inputs=list(inputs),
+        outputs=list(outputs),
+        attrs=dict(sorted((asdict(attributes) | PLUGIN_ATTRIBUTES).items())),
     )
+    return made
+
+
+def add_definition(graph: gs.Graph, num_layers: int, *, sigmoid: bool) -> None:
+    """Add the operator's definition to a graph; see `nms_function`."""
+    function = nms_function(num_layers, graph.opset, sigmoid=sigmoid)
+    graph.functions.append(OnnxImporter.import_function(function))
+    graph.import_domains.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
 
 
 def plugin_only(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -187,7 +209,7 @@ def nms_function(num_layers: int, opset: int, *, sigmoid: bool = False) -> onnx.
     if opset < MIN_OPSET:
         raise SurgeryError(f"{OP_TYPE} needs opset {MIN_OPSET} or later, not {opset}")
     inputs = input_names(num_layers)
-    attributes = [*NmsAttributes.__dataclass_fields__, "plugin_version", "plugin_namespace"]
+    attributes = [*NmsAttributes.__dataclass_fields__, *PLUGIN_ATTRIBUTES]
     flatten = "\n".join(
         f"{name}_rows = Reshape ({name}, {name[:4].rstrip('_')}_shape)" for name in inputs[:-1]
     )

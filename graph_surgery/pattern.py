@@ -7,18 +7,19 @@ many ways.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.heads import SHAPE_ONLY, HeadRunner, Heads, read_heads
+from graph_surgery.graph import describe, downstream, output_names, shape_of, upstream, value
+from graph_surgery.heads import SHAPE_ONLY, HeadRunner, Heads, Level
 from graph_surgery.nms_function import DOMAIN, OP_TYPE, NmsAttributes
 from graph_surgery.probe import probe_boxes, probe_scores
-from graph_surgery.topology import Topology
 
 RESHAPING = frozenset(
     {"Reshape", "Transpose", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze"}
@@ -30,7 +31,7 @@ BOUND_OF_FIRST = frozenset({"ReduceMin", "Cast", "Reshape", "Squeeze", "Unsqueez
 """Operators through which a constant upper bound, as in min(200, n), is followed."""
 
 ATTRIBUTE_TYPES = {"int": int, "float": float, "tuple[int, int, int]": list}
-"""How onnx gives the value of an attribute, by the annotation in `NmsAttributes`."""
+"""How graphsurgeon gives the value of an attribute, by the annotation in `NmsAttributes`."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,56 @@ class DetectionTail:
     capped_after_suppression: bool
 
 
-def find_nms_node(model: onnx.ModelProto) -> onnx.NodeProto | None:
+def read_heads(loc: Sequence[gs.Tensor], conf: Sequence[gs.Tensor]) -> Heads:
+    """Pair the head tensors of each level.
+
+    Raises
+    ------
+    SurgeryError
+        When shapes are not static, differ within a pair, or give no common number of classes.
+    """
+    levels: list[Level] = []
+    classes: set[int] = set()
+    batches: set[int | None] = set()
+    for pair in zip(loc, conf, strict=True):
+        for tensor in pair:
+            shape = shape_of(tensor)
+            if len(shape) != 4 or None in shape[1:]:
+                raise SurgeryError(
+                    f"head tensor {tensor.name!r} has shape {shape}, needed is [N, C, h, w] with "
+                    "static C, h and w: export with a fixed image size"
+                )
+            batches.add(shape[0])
+        (_, channels, height, width), (_, conf_channels, *grid) = (one.shape for one in pair)
+        anchors = channels // 4
+        if grid != [height, width] or channels % 4 or not anchors or conf_channels % anchors:
+            text = " and ".join(f"{one.name!r} {shape_of(one)}" for one in pair)
+            raise SurgeryError(
+                f"head tensors {text} are no pair of [N, A * 4, h, w] and [N, A * C, h, w]"
+            )
+        levels.append(Level(pair[0].name, pair[1].name, anchors, height, width))
+        classes.add(conf_channels // anchors)
+    if len(classes) != 1:
+        raise SurgeryError(f"the levels differ in their number of classes: {sorted(classes)}")
+    batch = batches.pop() if len(batches) == 1 else None
+    return Heads(tuple(levels), classes.pop(), batch)
+
+
+def find_nms_node(graph: gs.Graph) -> gs.Node | None:
     """Return the NMS_OPT_TRT node of a graph that had its surgery, else None."""
     kind = (DOMAIN, OP_TYPE)
-    return next((node for node in model.graph.node if (node.domain, node.op_type) == kind), None)
+    return next((node for node in graph.nodes if (node.domain, node.op) == kind), None)
 
 
-def read_surgered(topology: Topology, node: onnx.NodeProto) -> DetectionTail:
+def read_surgered(graph: gs.Graph, node: gs.Node) -> DetectionTail:
     """Read the tail of a graph that has an NMS_OPT_TRT node.
 
     Raises
     ------
     SurgeryError
-        When the node is not written as `nms_function.nms_node` writes it.
+        When the node is not written as `nms_function.add_nms` writes it.
     """
-    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    values = dict(node.attrs)
     names = {field.name: ATTRIBUTE_TYPES[str(field.type)] for field in fields(NmsAttributes)}
     wrong = [name for name, kind in names.items() if not isinstance(values.get(name), kind)]
     if wrong:
@@ -83,12 +119,13 @@ def read_surgered(topology: Topology, node: onnx.NodeProto) -> DetectionTail:
     values["inputOrder"] = tuple(values["inputOrder"])
     attributes = NmsAttributes(**{name: values[name] for name in names})
     levels = attributes.numLayers
-    priors = topology.value(node.input[-1]) if len(node.input) == 2 * levels + 1 else None
+    *tensors, last = node.inputs
+    priors = value(graph, last) if len(tensors) == 2 * levels else None
     if priors is None:
         raise SurgeryError(
             f"{OP_TYPE} with numLayers={levels} takes {2 * levels} head tensors and constant priors"
         )
-    heads = read_heads(topology, node.input[:levels], node.input[levels:-1])
+    heads = read_heads(tensors[:levels], tensors[levels:])
     given = (attributes.numClasses, priors.dtype, priors.shape)
     if given != (heads.num_classes, np.dtype(np.float32), (2, heads.num_priors * 4, 1)):
         raise SurgeryError(
@@ -96,49 +133,50 @@ def read_surgered(topology: Topology, node: onnx.NodeProto) -> DetectionTail:
             f"{list(priors.shape)}; its heads are of {heads.num_classes} classes and "
             f"{heads.num_priors} priors, float32[2, {heads.num_priors * 4}, 1]"
         )
-    return DetectionTail(heads, priors, attributes, tuple(node.output), False)
+    return DetectionTail(heads, priors, attributes, tuple(output_names(node)), False)
 
 
-def find_tail(topology: Topology) -> DetectionTail:
+def find_tail(graph: gs.Graph, model: onnx.ModelProto) -> DetectionTail:
     """Find the tail that NMS_OPT_TRT can replace.
+
+    Parameters
+    ----------
+    model
+        What the graph was imported from; parts of it are run.
 
     Raises
     ------
     SurgeryError
         When there is none, or more than one: what was looked for and what is missing.
     """
-    nms = _find_nms(topology)
-    first, second = _find_heads(topology, nms)
+    nms = _find_nms(graph)
+    first, second = _find_heads(nms)
     paired, errors = [], []
     for loc, conf in ((first, second), (second, first)):
         try:
-            paired.append(read_heads(topology, loc, conf))
+            paired.append(read_heads(loc, conf))
         except SurgeryError as error:
             errors.append(error)
     if paired:
         errors = []
     for heads in paired:  # two where the channels fit both ways round
         try:
-            return _read_tail(topology, nms, heads)
+            return _read_tail(graph, model, nms, heads)
         except SurgeryError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _find_nms(topology: Topology) -> int:
-    """The one NonMaxSuppression on which the outputs depend."""
-    outputs = [output.name for output in topology.model.graph.output]
-    nodes = topology.upstream(outputs)
-    found = [index for index in nodes if topology.nodes[index].op_type == "NonMaxSuppression"]
+def _find_nms(graph: gs.Graph) -> gs.Node:
+    """The one NonMaxSuppression; `import_graph` kept what the outputs depend on alone."""
+    found = [node for node in graph.nodes if node.op == "NonMaxSuppression"]
     if len(found) == 1:
         return found[0]
     if found:
-        names = ", ".join(topology.describe(index) for index in found)
+        names = ", ".join(map(describe, found))
         raise SurgeryError(f"the outputs depend on {len(found)} NMS nodes, not on one: {names}")
     ends = ", ".join(
-        f"{name!r} from {topology.nodes[topology.producer[name]].op_type}"
-        for name in outputs
-        if name in topology.producer
+        f"{tensor.name!r} from {node.op}" for tensor in graph.outputs for node in tensor.inputs
     )
     raise SurgeryError(
         f"no NonMaxSuppression upstream of the outputs ({ends}): the detector must be exported "
@@ -146,104 +184,94 @@ def _find_nms(topology: Topology) -> int:
     )
 
 
-def _find_heads(topology: Topology, nms: int) -> tuple[list[str], list[str]]:
+def _find_heads(nms: gs.Node) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
     """Two groups of head convolutions' outputs, by the Concat that joins each."""
-    convs: dict[int, None] = {}
-    stack, seen = list(reversed(topology.nodes[nms].input[:2])), set()
+    convs: list[gs.Node] = []
+    stack, seen = list(reversed(nms.inputs[:2])), set()
     while stack:
-        index = topology.producer.get(stack.pop())
-        if index is None or index in seen:
-            continue
-        seen.add(index)
-        node = topology.nodes[index]
-        if node.op_type == "Conv":
-            convs[index] = None
-        elif node.op_type not in SHAPE_ONLY:
-            stack.extend(node.input)
+        for node in stack.pop().inputs:
+            if id(node) not in seen:
+                seen.add(id(node))
+                if node.op == "Conv":
+                    convs.append(node)
+                elif node.op not in SHAPE_ONLY:
+                    stack.extend(node.inputs)
     if not convs:
-        raise SurgeryError(f"no Conv upstream of {topology.describe(nms)}")
-    joins = dict.fromkeys(_join_of(topology, conv) for conv in convs)
+        raise SurgeryError(f"no Conv upstream of {describe(nms)}")
+    joins = list({id(join): join for join in map(_join_of, convs)}.values())
     if len(joins) != 2:
-        names = ", ".join(topology.describe(join) for join in joins)
+        names = ", ".join(map(describe, joins))
         raise SurgeryError(
-            f"the {len(convs)} Conv upstream of {topology.describe(nms)} are joined by {names}; "
-            "needed are two Concat, one of all loc heads and one of all conf heads"
+            f"the {len(convs)} Conv upstream of {describe(nms)} are joined by {names}; needed are "
+            "two Concat, one of all loc heads and one of all conf heads"
         )
-    first, second = (
-        [_head_of(topology, join, x) for x in topology.nodes[join].input] for join in joins
-    )
+    first, second = ([_head_of(join, tensor) for tensor in join.inputs] for join in joins)
     if len(first) != len(second):
-        names = " and ".join(topology.describe(join) for join in joins)
+        names = " and ".join(map(describe, joins))
         raise SurgeryError(f"{names} join {len(first)} and {len(second)} heads: one is missing")
     return first, second
 
 
-def _join_of(topology: Topology, conv: int) -> int:
+def _join_of(conv: gs.Node) -> gs.Node:
     """The Concat to which a head convolution leads through reshaping operators alone."""
-    index = conv
+    node = conv
     while True:
-        readers = [
-            reader
-            for reader in topology.consumers.get(topology.nodes[index].output[0], [])
-            if topology.nodes[reader].op_type not in SHAPE_ONLY
-        ]
-        kinds = sorted({topology.nodes[reader].op_type for reader in readers})
-        if kinds == ["Concat"] and len(set(readers)) == 1:
+        readers = [reader for reader in node.outputs[0].outputs if reader.op not in SHAPE_ONLY]
+        kinds = sorted({reader.op for reader in readers})
+        if kinds == ["Concat"] and all(reader is readers[0] for reader in readers):
             return readers[0]
         if len(readers) != 1 or not RESHAPING.issuperset(kinds):
             raise SurgeryError(
-                f"{topology.describe(conv)} is upstream of NonMaxSuppression but is no head: its "
-                f"way to a Concat of the levels meets {', '.join(kinds) or 'no reader'}, where "
-                f"only {', '.join(sorted(RESHAPING))} may stand"
+                f"{describe(conv)} is upstream of NonMaxSuppression but is no head: its way to a "
+                f"Concat of the levels meets {', '.join(kinds) or 'no reader'}, where only "
+                f"{', '.join(sorted(RESHAPING))} may stand"
             )
-        index = readers[0]
+        node = readers[0]
 
 
-def _head_of(topology: Topology, join: int, name: str) -> str:
+def _head_of(join: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
     """The head convolution's output behind one input of the Concat `join`."""
-    tensor = name
-    while (index := topology.producer.get(tensor)) is not None:
-        node = topology.nodes[index]
-        if node.op_type == "Conv":
-            return tensor
-        if node.op_type not in RESHAPING:
+    head = tensor
+    while head.inputs:
+        (node,) = head.inputs
+        if node.op == "Conv":
+            return head
+        if node.op not in RESHAPING:
             break
-        tensor = node.input[0]
+        head = node.inputs[0]
     raise SurgeryError(
-        f"input {name!r} of {topology.describe(join)} does not come from a head Conv through "
+        f"input {tensor.name!r} of {describe(join)} does not come from a head Conv through "
         "reshaping alone"
     )
 
 
-def _read_tail(topology: Topology, nms: int, heads: Heads) -> DetectionTail:
+def _read_tail(
+    graph: gs.Graph, model: onnx.ModelProto, nms: gs.Node, heads: Heads
+) -> DetectionTail:
     """Probe the tail behind the heads and read its parameters."""
-    node = topology.nodes[nms]
-    behind = set(topology.downstream(heads.names))
-    before = sorted(behind.intersection(topology.upstream(node.input[:2], heads.names)))
-    run = HeadRunner(
-        topology, heads, [name for index in before for name in topology.nodes[index].output if name]
-    )
+    behind = {id(node) for node in downstream(graph, heads.names)}
+    feeding = upstream(graph, nms.inputs[:2], heads.names)
+    before = [node for node in feeding if id(node) in behind]
+    run = HeadRunner(model, heads, [name for node in before for name in output_names(node)])
     priors = probe_boxes(run, heads)
     background = probe_scores(run, heads)
 
-    after = topology.downstream(node.output)
-    made = {name for index in after for name in topology.nodes[index].output}
-    outputs = [output.name for output in topology.model.graph.output]
-    needed = set(topology.upstream(outputs))
-    top_k, capped_after = _candidates(topology, nms, _top_ks(topology, before))
-    keep = _top_ks(topology, [index for index in after if index in needed])
+    after = downstream(graph, output_names(nms))
+    made = {name for node in after for name in output_names(node)}
+    top_k, capped_after = _candidates(graph, nms, _top_ks(graph, before))
+    keep = _top_ks(graph, after)
     if not keep:
         raise SurgeryError(
-            f"no TopK with a constant bound between {topology.describe(nms)} and the outputs: how "
-            "many detections an image keeps is not known"
+            f"no TopK with a constant bound between {describe(nms)} and the outputs: how many "
+            "detections an image keeps is not known"
         )
     levels = len(heads.levels)
     attributes = NmsAttributes(
         numClasses=heads.num_classes,
         topK=top_k,
         keepTopK=keep[-1],
-        confidenceThreshold=_scalar(topology, nms, 4),
-        nmsThreshold=_scalar(topology, nms, 3),
+        confidenceThreshold=_scalar(graph, nms, 4),
+        nmsThreshold=_scalar(graph, nms, 3),
         backgroundLabelId=background,
         numLayers=levels,
         inputOrder=(0, levels, 2 * levels),
@@ -252,66 +280,60 @@ def _read_tail(topology: Topology, nms: int, heads: Heads) -> DetectionTail:
         heads,
         priors,
         attributes,
-        tuple(name for name in outputs if name in made),
+        tuple(tensor.name for tensor in graph.outputs if tensor.name in made),
         capped_after and top_k < heads.num_priors,
     )
 
 
-def _candidates(topology: Topology, nms: int, before: list[int]) -> tuple[int, bool]:
+def _candidates(graph: gs.Graph, nms: gs.Node, before: list[int]) -> tuple[int, bool]:
     """topK, and whether it caps the classes after suppression."""
-    node = topology.nodes[nms]
-    cap = _upper_bound(topology, node.input[2]) if len(node.input) > 2 else 0
+    cap = _upper_bound(graph, nms.inputs[2]) if len(nms.inputs) > 2 else 0
     if len(before) > 1:
         raise SurgeryError(
-            f"{len(before)} TopK stand between the heads and {topology.describe(nms)}: at most "
-            "one, the candidates of each class, is understood"
+            f"{len(before)} TopK stand between the heads and {describe(nms)}: at most one, the "
+            "candidates of each class, is understood"
         )
     if before:
         if cap is not None and cap < before[0]:
             raise SurgeryError(
-                f"{topology.describe(nms)} keeps {cap} of the {before[0]} candidates of a class; "
-                f"{OP_TYPE} keeps all that survive"
+                f"{describe(nms)} keeps {cap} of the {before[0]} candidates of a class; {OP_TYPE} "
+                "keeps all that survive"
             )
         return before[0], False
     if not cap:
         raise SurgeryError(
-            f"neither a TopK with a constant bound before {topology.describe(nms)} nor its "
+            f"neither a TopK with a constant bound before {describe(nms)} nor its "
             "max_output_boxes_per_class tells how many candidates of a class count"
         )
     return cap, True
 
 
-def _top_ks(topology: Topology, nodes: Sequence[int]) -> list[int]:
+def _top_ks(graph: gs.Graph, nodes: Iterable[gs.Node]) -> list[int]:
     """Constant bounds of the TopK among the nodes."""
-    top = [topology.nodes[index] for index in nodes if topology.nodes[index].op_type == "TopK"]
-    bounds = [_upper_bound(topology, node.input[1]) for node in top]
+    bounds = [_upper_bound(graph, node.inputs[1]) for node in nodes if node.op == "TopK"]
     return [bound for bound in bounds if bound is not None]
 
 
-def _upper_bound(topology: Topology, name: str) -> int | None:
+def _upper_bound(graph: gs.Graph, tensor: gs.Tensor) -> int | None:
     """The constant c of a tensor that is c, or min(c, something computed); None without one."""
-    value = topology.value(name)
-    if value is not None:
-        return int(value.min())
-    index = topology.producer.get(name)
-    if index is None:
-        return None
-    node = topology.nodes[index]
-    if node.op_type in BOUND_OF_ALL:
-        sources = list(node.input)
-    else:
-        sources = list(node.input[:1]) if node.op_type in BOUND_OF_FIRST else []
-    bounds = [bound for source in sources if (bound := _upper_bound(topology, source)) is not None]
+    known = value(graph, tensor)
+    if known is not None:
+        return int(known.min())
+    sources: Sequence[gs.Tensor] = []
+    for node in tensor.inputs:
+        if node.op in BOUND_OF_ALL:
+            sources = node.inputs
+        elif node.op in BOUND_OF_FIRST:
+            sources = node.inputs[:1]
+    bounds = [b for source in sources if (b := _upper_bound(graph, source)) is not None]
     return min(bounds, default=None)
 
 
-def _scalar(topology: Topology, nms: int, position: int) -> float:
+def _scalar(graph: gs.Graph, nms: gs.Node, position: int) -> float:
     """One of the thresholds of NonMaxSuppression; 0 where it is left out, as ONNX has it."""
-    node = topology.nodes[nms]
-    name = node.input[position] if len(node.input) > position else ""
-    if not name:
+    if len(nms.inputs) <= position or nms.inputs[position].is_empty():
         return 0.0
-    value = topology.value(name)
-    if value is None or value.size != 1:
-        raise SurgeryError(f"input {position} of {topology.describe(nms)} is not a constant number")
-    return float(value.item())
+    known = value(graph, nms.inputs[position])
+    if known is None or known.size != 1:
+        raise SurgeryError(f"input {position} of {describe(nms)} is not a constant number")
+    return float(known.item())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
 from graph_surgery.heads import Heads
-from graph_surgery.topology import Arrays
+from graph_surgery.protobuf import Arrays
 
 Floats = NDArray[np.floating[Any]]
 Run = Callable[[NDArray[np.float32], NDArray[np.float32]], Arrays]

@@ -5,22 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx
-from onnx import TensorProto, helper, numpy_helper, version_converter
+import onnx_graphsurgeon as gs
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.network import BATCH_NORM, fold_batch_norms, free_batch
+from graph_surgery.graph import export_graph, import_graph
+from graph_surgery.network import BATCH, BATCH_NORM, fold_batch_norms, free_batch
 from graph_surgery.nms_function import (
     DOMAIN,
-    DOMAIN_VERSION,
     MIN_IR_VERSION,
     MIN_OPSET,
     OP_TYPE,
+    OUTPUTS,
+    add_nms,
     nms_function,
-    nms_node,
 )
 from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
-from graph_surgery.topology import Topology, one_line
-from graph_surgery.verify import verify_network, verify_tail
+from graph_surgery.protobuf import convert, one_line, opset_of
+from graph_surgery.verify import same_network, verify_network, verify_tail
 
 PRIORS = "nms_priors"
 """Name of the initialiser that holds the priors."""
@@ -65,17 +66,17 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         When no tail, or not one that the operator can express, is found, or the proof fails;
         when the model has an NMS_OPT_TRT node that is not as this function makes it.
     """
-    if (node := find_nms_node(model)) is not None:
-        _check_surgered(model, node)
+    graph = import_graph(model)
+    if (node := find_nms_node(graph)) is not None:
+        _check_surgered(model, graph, node)
         return SurgeryResult(model, False, (f"the graph has its {OP_TYPE} node: nothing to do",))
-    old = Topology(model)
-    tail = find_tail(old)
-    new_model, network_changes = _adapt_network(old, _replace(old, tail), tail)
+    tail = find_tail(graph, model)
+    new_model, network_changes = _adapt_network(model, _replace(graph, model, tail), tail)
     try:
         onnx.checker.check_model(new_model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise SurgeryError(f"the new graph is invalid: {one_line(error)}") from error
-    agreement = verify_tail(old, Topology(new_model), tail)
+    agreement = verify_tail(model, new_model, tail)
 
     folded = _batch_norms(model) - _batch_norms(new_model)
     replaced = len(model.graph.node) - folded - len(new_model.graph.node) + 1
@@ -99,27 +100,27 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
 
 
 def _adapt_network(
-    old: Topology, new: onnx.ModelProto, tail: DetectionTail
+    old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail
 ) -> tuple[onnx.ModelProto, list[str]]:
     """Make the batch of the new model dynamic, prove its network, and say what changed in it."""
     changes = []
-    if folded := _batch_norms(old.model) - _batch_norms(new):
+    if folded := _batch_norms(old) - _batch_norms(new):
         changes.append(f"{folded} batch norms were folded into their convolutions")
-    if (opset := _opset(old.model)) < MIN_OPSET:
+    if (opset := opset_of(old)) < MIN_OPSET:
         changes.append(f"opset {opset} became {MIN_OPSET}, which the definition of {OP_TYPE} needs")
     names = [*tail.heads.names, *_other_outputs(old, tail)]
-    changed, difference = bool(changes), None
+    difference = None
     if (batch := tail.heads.batch) is not None:
         free = free_batch(new, batch)
         try:
-            difference = verify_network(old, Topology(free), names, batch, runs=2)
+            difference = verify_network(old, free, names, batch, runs=2)
         except SurgeryError as error:
             changes.append(f"the batch stays fixed at {batch}: with another, {error}")
         else:
             new = free
             changes.append(f"the batch, fixed at {batch}, became dynamic")
-    if changed and difference is None:
-        difference = verify_network(old, Topology(new), names, batch or 1, runs=1)
+    if difference is None and not same_network(old, new, names):
+        difference = verify_network(old, new, names, batch or 1, runs=1)
     if difference is not None:
         changes.append(
             "proved in ONNX Runtime on random images: the network's outputs differ by "
@@ -132,25 +133,20 @@ def _batch_norms(model: onnx.ModelProto) -> int:
     return sum(node.op_type == BATCH_NORM for node in model.graph.node)
 
 
-def _other_outputs(old: Topology, tail: DetectionTail) -> list[str]:
+def _other_outputs(model: onnx.ModelProto, tail: DetectionTail) -> list[str]:
     """Outputs of the graph that its tail does not make."""
-    names = [output.name for output in old.model.graph.output]
+    names = [output.name for output in model.graph.output]
     return [name for name in names if name not in tail.outputs]
 
 
-def _opset(model: onnx.ModelProto) -> int:
-    versions: list[int] = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
-    return max(versions, default=1)
-
-
-def _check_surgered(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+def _check_surgered(model: onnx.ModelProto, graph: gs.Graph, node: gs.Node) -> None:
     """Check that a model with an NMS_OPT_TRT node is whole."""
     again = "start again from the model before its surgery"
     count = sum((n.domain, n.op_type) == (DOMAIN, OP_TYPE) for n in model.graph.node)
     if count != 1:
         raise SurgeryError(f"the graph has {count} {OP_TYPE} nodes, not one: {again}")
     try:
-        tail = read_surgered(Topology(model), node)
+        attributes = read_surgered(graph, node).attributes
     except SurgeryError as error:
         raise SurgeryError(f"the graph was operated on before, but {error}; {again}") from error
     functions = [f for f in model.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]
@@ -159,8 +155,7 @@ def _check_surgered(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
             f"the graph has an {OP_TYPE} node but not the function that defines it, without which "
             f"ONNX Runtime cannot run it: {again}"
         )
-    opset = _opset(model)
-    attributes = tail.attributes
+    opset = opset_of(model)
     sigmoid = attributes.confSigmoid == 1
     if functions != [nms_function(attributes.numLayers, opset, sigmoid=sigmoid)]:
         raise SurgeryError(
@@ -169,60 +164,26 @@ def _check_surgered(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
         )
 
 
-def _replace(old: Topology, tail: DetectionTail) -> onnx.ModelProto:
-    """Copy the model with a new tail."""
-    heads, attributes = tail.heads, tail.attributes
-    node = nms_node([*heads.names, PRIORS], attributes)
-    others = [output for output in old.model.graph.output if output.name not in tail.outputs]
-    inputs = [value.name for value in old.model.graph.input if value.name not in old.constants]
-    body = old.part(inputs, [*heads.names, *(output.name for output in others)])
-    body.ir_version = max(old.model.ir_version, MIN_IR_VERSION)
-    if _opset(body) < MIN_OPSET:
+def _replace(graph: gs.Graph, model: onnx.ModelProto, tail: DetectionTail) -> onnx.ModelProto:
+    """Give the graph, imported from the model, its new tail."""
+    heads, others = tail.heads.names, _other_outputs(model, tail)
+    tensors = graph.tensors()
+    graph.outputs = [tensors[name] for name in dict.fromkeys([*heads, *others])]
+    graph.cleanup(recurse_functions=False)
+    graph.ir_version = max(graph.ir_version, MIN_IR_VERSION)
+    if graph.opset < MIN_OPSET:
         try:
-            body = version_converter.convert_version(body, MIN_OPSET)
-        except (RuntimeError, version_converter.ConvertError) as error:
-            raise SurgeryError(
-                f"cannot convert opset {_opset(body)} to {MIN_OPSET}: {one_line(error)}; export "
-                f"with opset {MIN_OPSET} or later"
-            ) from error
-    body = fold_batch_norms(body)
-
-    taken = {name for part in body.graph.node for name in (*part.input, *part.output)}
-    for name in (*node.output, PRIORS):
-        if name in taken.union(value.name for value in others):
+            model = convert(export_graph(graph, model), MIN_OPSET)
+        except SurgeryError as error:
+            raise SurgeryError(f"{error}; export with opset {MIN_OPSET} or later") from error
+        graph = import_graph(model)
+    fold_batch_norms(graph)
+    tensors = graph.tensors()
+    for name in (*OUTPUTS, PRIORS):
+        if name in tensors:
             raise SurgeryError(f"the graph has a tensor {name!r} of its own: rename it")
-    model = onnx.ModelProto()
-    model.CopyFrom(old.model)
-    model.ir_version = body.ir_version
-    graph = model.graph
-    for field in ("node", "initializer", "input", "value_info", "output"):
-        graph.ClearField(field)
-    graph.node.extend([*body.graph.node, node])
-    graph.initializer.extend(body.graph.initializer)
-    graph.initializer.append(numpy_helper.from_array(tail.priors, PRIORS))
-    graph.input.extend(body.graph.input)
-    known = {value.name for value in (*graph.input, *others)}
-    graph.value_info.extend(
-        value
-        for value in (*body.graph.value_info, *body.graph.output)
-        if value.name in taken and value.name not in known
-    )
-    batch = old.types[heads.names[0]].type.tensor_type.shape.dim[0]
-    size = batch.dim_value if heads.batch else batch.dim_param or "batch"
-    rows = attributes.keepTopK
-    detections, count = node.output
-    graph.output.extend(
-        [
-            helper.make_tensor_value_info(detections, TensorProto.FLOAT, [size, rows, 7]),
-            helper.make_tensor_value_info(count, TensorProto.INT32, [size]),
-            *others,
-        ]
-    )
-    opset = _opset(body)
-    domains = [entry for entry in model.opset_import if entry.domain not in ("", "ai.onnx", DOMAIN)]
-    model.ClearField("opset_import")
-    model.opset_import.extend(
-        [helper.make_opsetid("", opset), *domains, helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
-    )
-    model.functions.append(nms_function(len(heads.levels), opset))
-    return model
+    inputs = [*(tensors[name] for name in heads), gs.Constant(PRIORS, tail.priors)]
+    size = tail.heads.batch or tensors[heads[0]].shape[0] or BATCH
+    made = add_nms(graph, inputs, tail.attributes, size)
+    graph.outputs = [*made, *(tensors[name] for name in others)]
+    return export_graph(graph, model)

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
 from graph_surgery.heads import HeadRunner
-from graph_surgery.nms_function import OP_TYPE
+from graph_surgery.nms_function import OP_TYPE, OUTPUTS
 from graph_surgery.pattern import DetectionTail
+from graph_surgery.protobuf import Arrays, Runner, inputs, one_line, opset_of, part
 from graph_surgery.samples import proof_images
-from graph_surgery.topology import Arrays, Runner, Topology, one_line
 
 Floats = NDArray[np.float32]
 
@@ -48,7 +49,7 @@ _BOX_COLUMNS = {"ymin, xmin, ymax, xmax": (1, 2, 3, 4), "xmin, ymin, xmax, ymax"
 """Where the corners of the new rows stand in the old ones."""
 
 
-def verify_tail(old: Topology, new: Topology, tail: DetectionTail) -> Agreement:
+def verify_tail(old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail) -> Agreement:
     """Run the old tail and the new node on the head tensors of `samples`.
 
     They must agree on every detection and on the order of detections. What NaN and infinity do
@@ -63,7 +64,7 @@ def verify_tail(old: Topology, new: Topology, tail: DetectionTail) -> Agreement:
     images = proof_images(tail)
     batch = heads.batch or len(images)
     run_old = HeadRunner(old, heads, tail.outputs)
-    run_new = HeadRunner(new, heads, ["detections", "num_detections"])
+    run_new = HeadRunner(new, heads, OUTPUTS)
     pairs: list[tuple[Floats, Floats]] = []
     for start in range(0, len(images), batch):
         chosen = [images[index % len(images)] for index in range(start, start + batch)]
@@ -91,8 +92,14 @@ def verify_tail(old: Topology, new: Topology, tail: DetectionTail) -> Agreement:
     return Agreement(len(pairs), detections, max(differences[order]), order)
 
 
+def same_network(old: onnx.ModelProto, new: onnx.ModelProto, names: Sequence[str]) -> bool:
+    """Whether two models make some tensors by the very same nodes, of one opset, and constants."""
+    one, other = (part(model, inputs(model), names).graph for model in (old, new))
+    return opset_of(old) == opset_of(new) and bool(one == other)
+
+
 def verify_network(
-    old: Topology, new: Topology, names: Sequence[str], batch: int, *, runs: int
+    old: onnx.ModelProto, new: onnx.ModelProto, names: Sequence[str], batch: int, *, runs: int
 ) -> float:
     """Run the networks in front of the heads on random images.
 
@@ -116,13 +123,14 @@ def verify_network(
     """
     rng = np.random.default_rng(0)
     feeds: list[Arrays] = []
-    inputs = [v.name for v in old.model.graph.input if v.name not in old.constants]
     for _ in range(runs):
-        shapes = {name: [size or batch for size in old.shape(name)] for name in inputs}
-        feeds.append(
-            {name: rng.normal(size=shapes[name]).astype(old.dtype(name)) for name in inputs}
-        )
-    run_old, run_new = (Runner(model.part(inputs, names)) for model in (old, new))
+        feeds.append({})
+        for given in inputs(old):
+            tensor = given.type.tensor_type
+            shape = [size.dim_value or batch for size in tensor.shape.dim]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+            feeds[-1][given.name] = rng.normal(size=shape).astype(dtype)
+    run_old, run_new = (Runner(part(model, inputs(model), names)) for model in (old, new))
     expected = _joined([run_old(feed) for feed in feeds])
     actual = run_new(_joined(feeds))
     differences = [0.0]

@@ -12,10 +12,9 @@ import onnx
 from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.heads import Heads
-from graph_surgery.nms_function import OP_TYPE
+from graph_surgery.graph import export_graph, import_graph, output_names, type_of
+from graph_surgery.nms_function import OP_TYPE, OUTPUTS
 from graph_surgery.pattern import find_nms_node, read_surgered
-from graph_surgery.topology import Topology
 from plugin_cuda.errors import PluginError
 from plugin_cuda.library import (
     FLOAT16,
@@ -68,24 +67,26 @@ def split(model: onnx.ModelProto) -> Split:
     UnsplitError
         When the graph does not end in such a node, or libnms_opt.so is missing or refuses it.
     """
-    node = find_nms_node(model)
-    if node is None:
-        raise UnsplitError(f"the graph has no {OP_TYPE} node; run 'graph-surgery nms' on it")
-    outputs = [output.name for output in model.graph.output]
-    if outputs != ["detections", "num_detections"] or list(node.output) != outputs:
-        raise UnsplitError(
-            f"the graph does not end in {OP_TYPE}: its outputs are {', '.join(outputs)}"
-        )
     try:
-        topology = Topology(model)
-        tail = read_surgered(topology, node)
-        constants = {tensor.name for tensor in model.graph.initializer}
-        inputs = [value.name for value in model.graph.input if value.name not in constants]
-        network = topology.part(inputs, tail.heads.names)
+        graph = import_graph(model)
+        node = find_nms_node(graph)
+        if node is None:
+            raise UnsplitError(f"the graph has no {OP_TYPE} node; run 'graph-surgery nms' on it")
+        outputs = [tensor.name for tensor in graph.outputs]
+        if outputs != [*OUTPUTS] or output_names(node) != outputs:
+            raise UnsplitError(
+                f"the graph does not end in {OP_TYPE}: its outputs are {', '.join(outputs)}"
+            )
+        tail = read_surgered(graph, node)
+        graph.outputs, graph.functions = node.inputs[:-1], []
+        graph.cleanup(recurse_functions=False)
+        heads = {one.name: (tuple(one.shape[1:]), type_of(one)) for one in graph.outputs}
+        network = export_graph(graph, model)
     except SurgeryError as error:
         raise UnsplitError(str(error)) from error
-    network.metadata_props.extend(model.metadata_props)
-    heads = _heads(topology, tail.heads)
+    for name, (_, dtype) in heads.items():
+        if dtype not in _DTYPES:
+            raise UnsplitError(f"head tensor {name!r} is {dtype}, not float32 or float16")
     formats = [Format(_DTYPES[dtype]) for _, dtype in heads.values()]
     levels = tail.heads.levels
     attributes = tail.attributes
@@ -110,16 +111,3 @@ def split(model: onnx.ModelProto) -> Split:
     except PluginError as error:
         raise UnsplitError(str(error)) from error
     return Split(network, heads, np.ascontiguousarray(tail.priors), config, library)
-
-
-def _heads(
-    topology: Topology, heads: Heads
-) -> dict[str, tuple[tuple[int, int, int], np.dtype[Any]]]:
-    """Shape of one image and type of every head tensor."""
-    found = {}
-    for name in heads.names:
-        _, channels, height, width = (size or 0 for size in topology.shape(name))
-        found[name] = ((channels, height, width), topology.dtype(name))
-        if found[name][1] not in _DTYPES:
-            raise UnsplitError(f"head tensor {name!r} is {found[name][1]}, not float32 or float16")
-    return found

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from engine.backends.onnxruntime.session import refusal
 from engine.errors import EngineError, one_line
 from engine.quantization.placement import Placement
+from graph_surgery.protobuf import inputs, part
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -25,11 +26,11 @@ def network_sha256(model: onnx.ModelProto, placement: Placement) -> str:
     Neither metadata nor what follows the heads counts, nor in which form the file stores weights.
     """
     digest = sha256()
-    part = heads_model(model, placement)
-    for node in part.graph.node:
+    network = heads_model(model, placement)
+    for node in network.graph.node:
         attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
         digest.update(repr((node.op_type, node.input, node.output, attributes)).encode())
-    for tensor in sorted(part.graph.initializer, key=lambda tensor: tensor.name):
+    for tensor in sorted(network.graph.initializer, key=lambda tensor: tensor.name):
         value = onnx.numpy_helper.to_array(tensor)
         digest.update(repr((tensor.name, value.dtype.str, value.shape)).encode())
         digest.update(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
@@ -46,12 +47,8 @@ def heads_model(
     tensors
         Outputs of the result; none: the heads.
     """
-    extractor = onnx.utils.Extractor(model)
-    outputs = tensors or placement.heads
-    for name in outputs:  # ONNX Runtime infers what the file does not say
-        extractor.value_infos.setdefault(name, onnx.ValueInfoProto(name=name))
-    part: onnx.ModelProto = extractor.extract_model([placement.image], list(outputs))
-    return part
+    images = [value for value in inputs(model) if value.name == placement.image]
+    return part(model, images, tensors or placement.heads)
 
 
 def open_session(

@@ -24,12 +24,14 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
+from graph_surgery.errors import SurgeryError
+from graph_surgery.graph import import_graph, reads, shape_of, upstream, value
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
-from graph_surgery.topology import Topology
 
 _NORMALISATION = "BatchNormalization"
 
@@ -41,7 +43,7 @@ class Point:
     Attributes
     ----------
     node
-        Index of the node in the graph.
+        Its node, by the name of what that makes.
     input
         Index of its input.
     tensor
@@ -51,7 +53,7 @@ class Point:
         for an addition and a pooling, that of the convolution whose kernel feeds it.
     """
 
-    node: int
+    node: str
     input: int
     tensor: str
     layer: int
@@ -66,7 +68,7 @@ class Layer:
     name
         Name for people, from its weight: ``model.layer1.4.0.conv1``, ``loc.0``.
     node
-        Index of the node in the graph.
+        Its node, by the name of what that makes.
     weight
         Name of the initialiser.
     bias
@@ -74,7 +76,7 @@ class Layer:
     """
 
     name: str
-    node: int
+    node: str
     weight: str
     bias: NDArray[np.float32] | None = field(compare=False, repr=False)
 
@@ -152,65 +154,70 @@ def find_placement(model: onnx.ModelProto) -> Placement:
         When the graph has no NMS_OPT_TRT node, is quantised already, is not float32, has an
         unfolded batch norm or a convolution whose weight is no initialiser.
     """
-    graph = Topology(model)
-    nms = find_nms_node(graph.model)
+    try:
+        graph = import_graph(model)
+    except SurgeryError as error:
+        raise EngineError(str(error)) from error
+    nms = find_nms_node(graph)
     if nms is None:
         raise EngineError(f"the graph has no {OP_TYPE} node; run `graph-surgery nms` on it first")
-    heads = tuple(nms.input[:-1])
-    nodes = graph.upstream(heads)
-    for index in nodes:
-        node = graph.nodes[index]
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            raise EngineError(f"the graph is quantised already ({node.name or node.op_type})")
-        if node.op_type == _NORMALISATION:
+    heads = nms.inputs[:-1]
+    nodes = upstream(graph, heads)
+    for node in nodes:
+        if node.op in ("QuantizeLinear", "DequantizeLinear"):
+            raise EngineError(f"the graph is quantised already ({node.name or node.op})")
+        if node.op == _NORMALISATION:
             raise EngineError(
-                f"batch norm {node.name or node.output[0]!r} is not folded into its convolution; "
-                "export the model with 'export-onnx'"
+                f"batch norm {node.name or node.outputs[0].name!r} is not folded into its "
+                "convolution; export the model with 'export-onnx'"
             )
-    convolutions = [index for index in nodes if graph.nodes[index].op_type == "Conv"]
-    weights = [_weight(graph, index) for index in convolutions]
-    biases = [_bias(graph, index) for index in convolutions]
-    layers = tuple(map(Layer, _readable(weights), convolutions, weights, biases))
-    points = tuple(_points(graph, nodes, {index: i for i, index in enumerate(convolutions)}))
-    image, shape, batch = _image(graph, nodes)
-    return Placement(image, shape, batch, heads, layers, points, tuple(_floats(graph, nodes)))
-
-
-def _floats(graph: Topology, nodes: Iterable[int]) -> Iterator[str]:
-    for index in nodes:
-        for name in graph.nodes[index].output:
-            known = name in graph.types and graph.dtype(name) == np.float32
-            if known and graph.value(name) is None and not _ends_in_relu(graph, name):
-                yield name
-
-
-def _ends_in_relu(graph: Topology, name: str) -> bool:
-    readers = [graph.nodes[reader] for reader in graph.consumers.get(name, [])]
-    if [reader.op_type for reader in readers] == ["Add"]:
-        others = [other for other in readers[0].input if other != name]
-        return all(_not_negative(graph, other) for other in others) and _ends_in_relu(
-            graph, readers[0].output[0]
-        )
-    return [reader.op_type for reader in readers] == ["Relu"]
-
-
-def _not_negative(graph: Topology, name: str) -> bool:
-    if name not in graph.producer:
-        return False
-    node = graph.nodes[graph.producer[name]]
-    return node.op_type == "Relu" or (
-        node.op_type == "MaxPool" and _not_negative(graph, node.input[0])
+    convolutions = [node for node in nodes if node.op == "Conv"]
+    names = [node.outputs[0].name for node in convolutions]
+    weights = [_weight(node) for node in convolutions]
+    biases = [_bias(graph, node) for node in convolutions]
+    layers = tuple(map(Layer, _readable(weights), names, weights, biases))
+    points = tuple(_points(graph, nodes, {name: index for index, name in enumerate(names)}))
+    return Placement(
+        *_image(graph, nodes),
+        tuple(tensor.name for tensor in heads),
+        layers,
+        points,
+        tuple(_floats(graph, nodes)),
     )
 
 
-def _image(graph: Topology, nodes: Iterable[int]) -> tuple[str, tuple[int, int, int], int | None]:
-    read = {name for index in nodes for name in graph.nodes[index].input}
-    images = [v for v in graph.model.graph.input if v.name in read - graph.constants.keys()]
+def _floats(graph: gs.Graph, nodes: Iterable[gs.Node]) -> Iterator[str]:
+    for node in nodes:
+        for tensor in node.outputs:
+            known = tensor.dtype == np.float32 and value(graph, tensor) is None
+            if known and not _ends_in_relu(tensor):
+                yield tensor.name
+
+
+def _ends_in_relu(tensor: gs.Tensor) -> bool:
+    kinds = [reader.op for reader in tensor.outputs]
+    if kinds == ["Add"]:
+        (add,) = tensor.outputs
+        others = [other for other in add.inputs if other is not tensor]
+        return all(map(_not_negative, others)) and _ends_in_relu(add.outputs[0])
+    return kinds == ["Relu"]
+
+
+def _not_negative(tensor: gs.Tensor) -> bool:
+    kinds = [node.op for node in tensor.inputs]
+    return kinds == ["Relu"] or (kinds == ["MaxPool"] and _not_negative(tensor.inputs[0].inputs[0]))
+
+
+def _image(
+    graph: gs.Graph, nodes: Iterable[gs.Node]
+) -> tuple[str, tuple[int, int, int], int | None]:
+    read = {tensor.name for node in nodes for tensor in reads(node)}
+    images = [tensor for tensor in graph.inputs if tensor.name in read]
     if len(images) != 1:
         raise EngineError(f"one image input expected, the heads depend on {len(images)}")
     name = images[0].name
-    batch, *shape = graph.shape(name) or [None]
-    if images[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
+    batch, *shape = shape_of(images[0]) or [None]
+    if images[0].dtype != np.float32:
         raise EngineError(f"input {name!r} is not float32; quantisation starts from an FP32 model")
     if len(shape) != 3 or None in shape:
         raise EngineError(f"input {name!r} has no fixed channels, height and width")
@@ -218,19 +225,20 @@ def _image(graph: Topology, nodes: Iterable[int]) -> tuple[str, tuple[int, int, 
     return name, (channels, height, width), batch
 
 
-def _weight(graph: Topology, index: int) -> str:
-    node = graph.nodes[index]
-    name = node.input[1]
-    if name not in {tensor.name for tensor in graph.model.graph.initializer}:
-        raise EngineError(f"the weight of convolution {node.name or name!r} is no initialiser")
-    if len(graph.consumers[name]) > 1:
-        raise EngineError(f"weight {name!r} is shared by several convolutions")
-    return str(name)
+def _weight(conv: gs.Node) -> str:
+    weight = conv.inputs[1]
+    if not isinstance(weight, gs.Constant):
+        raise EngineError(
+            f"the weight of convolution {conv.name or weight.name!r} is no initialiser"
+        )
+    if len(weight.outputs) > 1:
+        raise EngineError(f"weight {weight.name!r} is shared by several convolutions")
+    return str(weight.name)
 
 
-def _bias(graph: Topology, index: int) -> NDArray[np.float32] | None:
-    name = "".join(graph.nodes[index].input[2:])
-    return graph.value(name) if name else None
+def _bias(graph: gs.Graph, conv: gs.Node) -> NDArray[np.float32] | None:
+    given = [tensor for tensor in conv.inputs[2:] if not tensor.is_empty()]
+    return value(graph, given[0]) if given else None
 
 
 def _readable(weights: Sequence[str]) -> list[str]:
@@ -241,45 +249,41 @@ def _readable(weights: Sequence[str]) -> list[str]:
     return [".".join(name) for name in names]
 
 
-def _points(graph: Topology, nodes: Iterable[int], layers: dict[int, int]) -> Iterator[Point]:
-    for index in nodes:
-        node = graph.nodes[index]
-        if node.op_type == "Conv":
-            yield Point(index, 0, node.input[0], layers[index])
-        elif node.op_type == "MaxPool":
-            source = _convolutions_behind(graph, node.input[0])
-            if source:
-                yield Point(index, 0, node.input[0], layers[source[0]])
-        elif node.op_type == "Add":
-            main = _main_branch(graph, index)
-            if main is not None:
-                source = _convolutions_behind(graph, node.input[main])
-                yield Point(index, 1 - main, node.input[1 - main], layers[source[0]])
+def _points(graph: gs.Graph, nodes: Iterable[gs.Node], layers: dict[str, int]) -> Iterator[Point]:
+    for node in nodes:
+        name, where = node.outputs[0].name, 0
+        if node.op == "Conv":
+            source = [name]
+        elif node.op == "MaxPool":
+            source = _convolutions_behind(node.inputs[0])
+        elif node.op == "Add" and (main := _main_branch(graph, node)) is not None:
+            source, where = _convolutions_behind(node.inputs[main]), 1 - main
+        else:
+            continue
+        if source:
+            yield Point(name, where, node.inputs[where].name, layers[source[0]])
 
 
-def _main_branch(graph: Topology, index: int) -> int | None:
+def _main_branch(graph: gs.Graph, add: gs.Node) -> int | None:
     """Which input of an addition is the main branch of a residual block; None: it is no block."""
-    inputs = graph.nodes[index].input
-    if any(graph.value(name) is not None for name in inputs):
+    if any(value(graph, tensor) is not None for tensor in add.inputs):
         return None
     lengths = {
-        i: len(_convolutions_behind(graph, name))
-        for i, name in enumerate(inputs)
-        if name in graph.producer
-        and graph.nodes[graph.producer[name]].op_type == "Conv"
-        and len(graph.consumers[name]) == 1
+        i: len(_convolutions_behind(tensor))
+        for i, tensor in enumerate(add.inputs)
+        if [node.op for node in tensor.inputs] == ["Conv"] and len(tensor.outputs) == 1
     }
     return max(lengths, key=lambda i: lengths[i], default=None)
 
 
-def _convolutions_behind(graph: Topology, name: str) -> list[int]:
-    """Convolutions on the unbranched way that leads to a tensor, nearest first."""
+def _convolutions_behind(tensor: gs.Tensor) -> list[str]:
+    """What convolutions make on the unbranched way that leads to a tensor, nearest first."""
     found = []
-    while name in graph.producer and len(graph.consumers[name]) == 1:
-        index = graph.producer[name]
-        if graph.nodes[index].op_type == "Conv":
-            found.append(index)
-        elif graph.nodes[index].op_type not in ("Relu", "MaxPool"):
+    while tensor.inputs and len(tensor.outputs) == 1:
+        (node,) = tensor.inputs
+        if node.op == "Conv":
+            found.append(tensor.name)
+        elif node.op not in ("Relu", "MaxPool"):
             break
-        name = graph.nodes[index].input[0]
+        tensor = node.inputs[0]
     return found

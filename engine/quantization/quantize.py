@@ -12,15 +12,19 @@ from typing import Literal
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx import TensorProto, helper
 
 from engine.errors import EngineError, one_line
 from engine.protocol import INPUT_SCALE_KEY
 from engine.quantization.cache import Calibration
 from engine.quantization.placement import Placement, find_placement
 from engine.quantization.thresholds import STEPS
-from graph_surgery.nms_function import DOMAIN, nms_function
+from graph_surgery.errors import SurgeryError
+from graph_surgery.graph import export_graph, import_graph, value
+from graph_surgery.nms_function import DOMAIN, add_definition
+from graph_surgery.protobuf import convert
 
 FloatType = Literal["fp32", "fp16"]
 """Type of everything that is not INT8."""
@@ -78,13 +82,17 @@ def quantize(
     layers = frozenset(range(len(placement.layers))) - kept
     if not layers:
         raise EngineError("every layer is kept float: nothing is left to quantise")
+    try:
+        if float_type == "fp16":
+            model = _with_opset(model, _FP16_OPSET)
+        graph = import_graph(model)
+    except SurgeryError as error:
+        raise EngineError(str(error)) from error
+    insert_qdq(graph, placement, calibration.scales, layers, float_type)
+    image_scale = _int8_input(graph, placement)
     if float_type == "fp16":
-        model = _with_opset(model, _FP16_OPSET)
-        placement = find_placement(model)
-    new = insert_qdq(model, placement, calibration.scales, layers, float_type)
-    image_scale = _int8_input(new, placement)
-    if float_type == "fp16":
-        _to_fp16(new, placement)
+        _to_fp16(graph, placement)
+    new = export_graph(graph.cleanup(recurse_functions=False), model)
     facts = {
         "float_type": float_type,
         "float_layers": " ".join(placement.layers[i].name for i in sorted(kept)),
@@ -110,13 +118,13 @@ def quantize(
 
 
 def insert_qdq(
-    model: onnx.ModelProto,
+    graph: gs.Graph,
     placement: Placement,
     scales: Mapping[str, float],
     layers: Iterable[int],
     float_type: FloatType = "fp32",
-) -> onnx.ModelProto:
-    """Copy a model with Q/DQ pairs at some layers; its inputs and outputs stay as they are.
+) -> None:
+    """Add Q/DQ pairs at some layers of a graph; its inputs and outputs stay as they are.
 
     Parameters
     ----------
@@ -128,32 +136,22 @@ def insert_qdq(
         Type that what is not INT8 will have; here it stays float32.
     """
     chosen = set(layers)
-    new = onnx.ModelProto()
-    new.CopyFrom(model)
-    graph = new.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    before: dict[int, list[onnx.NodeProto]] = {}  # new nodes, by the node that they precede
-    done: dict[str, str] = {}
-    read: dict[int, np.float32] = {}  # scale of what a convolution reads, by its node
+    tensors = graph.tensors()
+    done: dict[str, gs.Tensor] = {}
+    read: dict[str, np.float32] = {}  # scale of what a convolution reads, by what that makes
     for point in placement.points:
         if point.layer in chosen:
             read[point.node] = activation_scale(scales[point.tensor])
             if point.tensor not in done:
-                pair = _pair(graph, point.tensor, read[point.node])
-                before.setdefault(point.node, []).extend(pair)
-                done[point.tensor] = pair[1].output[0]
-            graph.node[point.node].input[point.input] = done[point.tensor]
+                done[point.tensor] = _pair(graph, tensors[point.tensor], read[point.node])
+            (node,) = tensors[point.node].inputs
+            node.inputs[point.input] = done[point.tensor]
     for index in sorted(chosen):
         layer = placement.layers[index]
-        value = numpy_helper.to_array(weights[layer.weight])
-        scale = weight_scales(value, layer.bias, read[layer.node], float_type)
-        pair = _pair(graph, layer.weight, scale, axis=0)
-        before.setdefault(layer.node, []).extend(pair)
-        graph.node[layer.node].input[1] = pair[1].output[0]
-    nodes = [n for i, node in enumerate(graph.node) for n in (*before.get(i, ()), node)]
-    graph.ClearField("node")
-    graph.node.extend(nodes)
-    return new
+        (conv,) = tensors[layer.node].inputs
+        weight = np.asarray(value(graph, tensors[layer.weight]), np.float32)
+        scale = weight_scales(weight, layer.bias, read[layer.node], float_type)
+        conv.inputs[1] = _pair(graph, tensors[layer.weight], scale, axis=0)
 
 
 def activation_scale(scale: float) -> np.float32:
@@ -225,107 +223,79 @@ def _round_up(values: NDArray[np.floating]) -> NDArray[np.float16]:
 
 
 def _pair(
-    graph: onnx.GraphProto,
-    tensor: str,
+    graph: gs.Graph,
+    tensor: gs.Tensor,
     scale: np.float32 | NDArray[np.float32],
-    axis: int | None = None,
-) -> list[onnx.NodeProto]:
-    """QuantizeLinear and DequantizeLinear of a tensor; scale and zero point go into the graph."""
-    names = [f"{tensor}_{part}" for part in ("scale", "zero_point", "quantized", "dequantized")]
-    scale_name, zero_name, quantized, dequantized = names
-    graph.initializer.extend(
-        [
-            numpy_helper.from_array(np.asarray(scale), scale_name),
-            numpy_helper.from_array(np.zeros(np.shape(scale), np.int8), zero_name),
-        ]
-    )
-    return [
-        helper.make_node(kind, [source, scale_name, zero_name], [target], target, axis=axis)
-        for kind, source, target in (
-            ("QuantizeLinear", tensor, quantized),
-            ("DequantizeLinear", quantized, dequantized),
-        )
+    **attributes: int,
+) -> gs.Tensor:
+    """Add QuantizeLinear and DequantizeLinear of a tensor, zero point 0; what they make."""
+    constants = [
+        gs.Constant(f"{tensor.name}_scale", np.asarray(scale)),
+        gs.Constant(f"{tensor.name}_zero_point", np.zeros(np.shape(scale), np.int8)),
     ]
+    made = tensor
+    for op, part in (("QuantizeLinear", "quantized"), ("DequantizeLinear", "dequantized")):
+        output = gs.Variable(f"{tensor.name}_{part}")
+        inputs = [made, *constants]
+        graph.layer(op=op, name=output.name, inputs=inputs, outputs=[output], attrs=attributes)
+        made = output
+    return made
 
 
-def _int8_input(model: onnx.ModelProto, placement: Placement) -> float | None:
+def _int8_input(graph: gs.Graph, placement: Placement) -> float | None:
     """Let the image come in as INT8, if it is quantised at all; its scale."""
-    graph = model.graph
-    for quantise in graph.node:
-        if quantise.op_type == "QuantizeLinear" and quantise.input[0] == placement.image:
-            break
-    else:
-        return None
-    graph.node.remove(quantise)
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] == quantise.output[0]:
-            node.input[0] = placement.image
-            break
-    image = next(value for value in graph.input if value.name == placement.image)
-    image.type.tensor_type.elem_type = TensorProto.INT8
-    scale = next(t for t in graph.initializer if t.name == quantise.input[1])
-    return float(numpy_helper.to_array(scale))
+    (image,) = (tensor for tensor in graph.inputs if tensor.name == placement.image)
+    for quantise in image.outputs:
+        if quantise.op == "QuantizeLinear":
+            image.dtype = np.dtype(np.int8)
+            quantise.o().inputs[0] = image
+            return float(quantise.inputs[1].values)
+    return None
 
 
 def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """Convert a surgered model to an opset, unless it has that or a later one."""
-    entry = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if entry.version >= opset:
+    graph = import_graph(model)
+    if graph.opset >= opset:
         return model
-    (nms,) = (node for node in model.graph.node if node.domain == DOMAIN)
+    (nms,) = (node for node in graph.nodes if node.domain == DOMAIN)
+    names = [tensor.name for tensor in graph.outputs]
+    made = {tensor.name: tensor.copy() for tensor in nms.outputs}
     # the converter knows standard operators alone: the node is taken out for it
-    new = onnx.ModelProto()
-    new.CopyFrom(model)
-    graph = new.graph
-    graph.node.remove(nms)
-    kept = [value for value in model.graph.output if value.name not in nms.output]
-    known = {value.name: value for value in graph.value_info}
-    heads = dict.fromkeys(nms.input[:-1])
-    del graph.output[:], new.functions[:], new.opset_import[:]
-    graph.output.extend([*(known[name] for name in heads), *kept])
-    new.opset_import.append(helper.make_opsetid("", entry.version))
-    try:
-        converted = version_converter.convert_version(new, opset)
-    except (RuntimeError, version_converter.ConvertError) as error:
-        text = one_line(error)
-        raise EngineError(f"cannot convert opset {entry.version} to {opset}: {text}") from error
-    graph.CopyFrom(converted.graph)
-    graph.node.append(nms)
-    del graph.output[:]
-    graph.output.extend(model.graph.output)
-    others = [e for e in model.opset_import if e.domain not in ("", "ai.onnx")]
-    del new.opset_import[:]
-    new.opset_import.extend([helper.make_opsetid("", opset), *others])
-    new.ir_version = max(model.ir_version, converted.ir_version)
-    sigmoid = any(a.name == "confSigmoid" and a.i == 1 for a in nms.attribute)
-    new.functions.append(nms_function((len(nms.input) - 1) // 2, opset, sigmoid=sigmoid))
-    return new
+    heads, priors = nms.inputs[:-1], nms.inputs[-1].copy()
+    graph.outputs = [*heads, *(one for one in graph.outputs if one.name not in made)]
+    graph.functions = [function for function in graph.functions if function.domain != DOMAIN]
+    graph.import_domains = [one for one in graph.import_domains if one.domain != DOMAIN]
+    body = convert(export_graph(graph.cleanup(recurse_functions=False), model), opset)
+    new = import_graph(body)
+    tensors = new.tensors() | made
+    inputs = [*(tensors[tensor.name] for tensor in heads), priors]
+    new.nodes.append(nms.copy(inputs=inputs, outputs=list(made.values())))
+    add_definition(new, len(heads) // 2, sigmoid=nms.attrs["confSigmoid"] == 1)
+    new.outputs = [tensors[name] for name in names]
+    return export_graph(new, body)
 
 
-def _to_fp16(model: onnx.ModelProto, placement: Placement) -> None:
+def _to_fp16(graph: gs.Graph, placement: Placement) -> None:
     """Turn everything in front of NMS_OPT_TRT that is float32 into float16."""
-    graph = model.graph
-    (nms,) = (node for node in graph.node if node.domain == DOMAIN)
-    scales = {n.input[1] for n in graph.node if n.op_type == "QuantizeLinear"}
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and tensor.name not in nms.input:
-            value = numpy_helper.to_array(tensor)
+    (nms,) = (node for node in graph.nodes if node.domain == DOMAIN)
+    scales = {node.inputs[1].name for node in graph.nodes if node.op == "QuantizeLinear"}
+    kept = {tensor.name for tensor in (*nms.inputs, *nms.outputs)}
+    for name, tensor in graph.tensors().items():
+        if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and name not in kept:
             with np.errstate(over="ignore"):
-                half = _round_up(value) if tensor.name in scales else value.astype(np.float16)
+                values = tensor.values
+                half = _round_up(values) if name in scales else values.astype(np.float16)
             if not np.isfinite(half).all():
-                raise EngineError(f"{tensor.name!r} has values out of the range of float16")
-            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
-    image = next(value for value in graph.input if value.name == placement.image)
-    if image.type.tensor_type.elem_type == TensorProto.FLOAT:
-        half_image = f"{placement.image}_fp16"
-        for node in graph.node:
-            for index, name in enumerate(node.input):
-                if name == placement.image:
-                    node.input[index] = half_image
-        cast = helper.make_node(
-            "Cast", [placement.image], [half_image], half_image, to=TensorProto.FLOAT16
-        )
-        graph.node.insert(0, cast)
-    for value in graph.output:
-        if value.name not in nms.output and value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+                raise EngineError(f"{name!r} has values out of the range of float16")
+            tensor.values = half
+    for output in graph.outputs:
+        if output.name not in kept and output.dtype == np.float32:
+            output.dtype = np.dtype(np.float16)
+    (image,) = (tensor for tensor in graph.inputs if tensor.name == placement.image)
+    if image.dtype == np.float32:
+        half_image = gs.Variable(f"{image.name}_fp16")
+        for node in list(image.outputs):
+            node.inputs = [half_image if tensor is image else tensor for tensor in node.inputs]
+        name, attributes = half_image.name, {"to": TensorProto.FLOAT16}
+        graph.layer(op="Cast", name=name, inputs=[image], outputs=[half_image], attrs=attributes)

@@ -17,6 +17,7 @@ from engine.quantization.network import heads_model, open_session, run
 from engine.quantization.observe import Progress
 from engine.quantization.placement import Placement, find_placement
 from engine.quantization.quantize import insert_qdq
+from graph_surgery.graph import export_graph, import_graph
 
 Heads = list[NDArray[np.float32]]
 """One array per head, loc then conf."""
@@ -125,7 +126,9 @@ def sensitivity(
     reference = _heads(heads_model(network, placement), placement, images, count, batch)
 
     def noise(layers: frozenset[int], done: int) -> Noise:
-        quantized = insert_qdq(network, placement, calibration.scales, layers)
+        graph = import_graph(network)
+        insert_qdq(graph, placement, calibration.scales, layers)
+        quantized = export_graph(graph, network)
         heads = _heads(heads_model(quantized, placement), placement, images, count, batch)
         if progress is not None:
             progress(done, passes)

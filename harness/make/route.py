@@ -132,6 +132,7 @@ def build_onnx(route: Route) -> Path:
             "ONNX": file_sha256(detector),
             "code": code_sha256("graph_surgery/*.py"),
             "onnx": version("onnx"),
+            "onnx-graphsurgeon": version("onnx-graphsurgeon"),
         },
     )
     return make(
@@ -202,7 +203,10 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
                 "engine/quantization/quantize.py",
                 "engine/quantization/placement.py",
                 "engine/quantization/network.py",
+                "graph_surgery/graph.py",
+                "graph_surgery/protobuf.py",
             ),
+            "onnx-graphsurgeon": version("onnx-graphsurgeon"),
         },
     )
 

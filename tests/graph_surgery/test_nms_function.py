@@ -9,11 +9,7 @@ from hypothesis import assume, given, settings
 from onnx import helper
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.nms_function import (
-    input_names,
-    nms_function,
-    nms_node,
-)
+from graph_surgery.nms_function import nms_function
 from tests.support.nms_cases import (
     LEVELS,
     SIGMOID,
@@ -222,7 +218,8 @@ def test_unsupported_attributes_are_refused_by_name(name, value):
 
 
 def test_node_carries_what_nvidia_and_tensorrt_read():
-    node = nms_node(input_names(6), SSD)
+    count = sum(a * h * w for a, h, w in LEVELS)
+    (node,) = make_model(SSD, LEVELS, np.zeros((2, count * 4, 1))).graph.node
     values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     assert values.pop("plugin_version") == b"1"
     assert values.pop("plugin_namespace") == b""

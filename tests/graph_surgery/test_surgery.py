@@ -11,7 +11,7 @@ from onnx import helper
 import graph_surgery.replace
 import graph_surgery.samples
 from graph_surgery.errors import SurgeryError
-from graph_surgery.nms_function import DOMAIN, OP_TYPE, nms_function
+from graph_surgery.nms_function import DOMAIN, nms_function
 from graph_surgery.replace import insert_nms
 from tests.support import graphs
 from tests.support.graphs import (
@@ -21,22 +21,18 @@ from tests.support.graphs import (
     assert_same_detections,
     detector,
     grid_priors,
+    nms_node,
     rows_of_three,
     run,
 )
 
 
-def the_node(model: onnx.ModelProto) -> onnx.NodeProto:
-    (node,) = (node for node in model.graph.node if node.op_type == OP_TYPE)
-    return node
-
-
 def attributes_of(model: onnx.ModelProto) -> dict:
-    return {a.name: helper.get_attribute_value(a) for a in the_node(model).attribute}
+    return {a.name: helper.get_attribute_value(a) for a in nms_node(model).attribute}
 
 
 def priors_of(model: onnx.ModelProto) -> np.ndarray:
-    (priors,) = (t for t in model.graph.initializer if t.name == the_node(model).input[-1])
+    (priors,) = (t for t in model.graph.initializer if t.name == nms_node(model).input[-1])
     return onnx.numpy_helper.to_array(priors)
 
 
@@ -203,8 +199,8 @@ MISTAKES = {
 def test_the_proof_notices_every_wrong_parameter(exported, monkeypatch, mistake):
     find_tail = graph_surgery.replace.find_tail
 
-    def find_wrongly(topology):
-        tail = find_tail(topology)
+    def find_wrongly(graph, model):
+        tail = find_tail(graph, model)
         if mistake == "priors":
             return replace(tail, priors=tail.priors * np.float32(1.001))
         return replace(tail, attributes=replace(tail.attributes, **mistake))
@@ -291,7 +287,7 @@ def test_our_export(exported, small_model, small_images, exporter):
     assert detections.shape == (1, 200, 7)
     dims = [value.type.tensor_type.shape.dim[0] for value in result.model.graph.output]
     assert all(dim.dim_param for dim in dims)
-    inputs = the_node(result.model).input
+    inputs = nms_node(result.model).input
     producer = {name: node for node in result.model.graph.node for name in node.output}
     assert [producer[name].op_type for name in inputs[:-1]] == ["Conv"] * 12
 
@@ -304,7 +300,7 @@ def test_golden_detections_before_and_after(golden):
 
     model = without_heads(export_detector(Detector(SSDResNet34(SSDConfig(width=2))).eval()))
     new = insert_nms(model).model
-    heads = list(the_node(new).input[:-1])
+    heads = list(nms_node(new).input[:-1])
     outputs = ["detections", "num_detections"]
     cases = [np.load(golden / f"nms_{i}.npz") for i in (1, 2, 3)]
     grids = [(4, 50), (6, 25), (6, 13), (6, 7), (4, 3), (4, 3)]
@@ -376,7 +372,7 @@ def test_a_second_surgery_changes_nothing(exported):
 
 
 def break_surgered(model: onnx.ModelProto, fault: str) -> None:
-    node, (function,) = the_node(model), model.functions
+    node, (function,) = nms_node(model), model.functions
     (priors,) = (t for t in model.graph.initializer if t.name == node.input[-1])
     if fault == "no function":
         del model.functions[:]
@@ -439,13 +435,29 @@ def test_the_rest_of_the_model_is_kept(exported):
     assert new.graph.input == model.graph.input
     assert [o.name for o in new.graph.output] == ["detections", "num_detections"]
     assert [(o.domain, o.version) for o in new.opset_import] == [("", 18), (DOMAIN, 1)]
-    before = {node.name: node for node in model.graph.node}
-    *kept, _ = new.graph.node
-    assert all(before[node.name] == node for node in kept)
+    *kept, nms = new.graph.node
+    made = {name for node in kept for name in node.output}
+    assert made.issuperset(nms.input[:-1])
+    assert kept == [node for node in model.graph.node if made.intersection(node.output)]
     assert {node.op_type for node in kept} == {"Conv", "Relu", "Add", "MaxPool"}
     read = {name for node in new.graph.node for name in node.input}
-    assert {t.name for t in new.graph.initializer} <= read
+    stored = [t for t in model.graph.initializer if t.name in read]
+    assert list(new.graph.initializer)[:-1] == stored
     assert {v.name for v in new.graph.value_info} <= read
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+def test_what_the_model_says_of_itself_is_kept(opset):
+    model = detector(replace(UNCAPPED, norms=True, opset=opset))
+    model.doc_string, model.domain, model.model_version = "why", "whose", 7
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    conv.metadata_props.add(key="layer", value="first")
+    conv.doc_string = "the first layer"
+    new = insert_nms(model).model
+    for name in ("producer_name", "doc_string", "domain", "model_version", "metadata_props"):
+        assert getattr(new, name) == getattr(model, name)
+    first = new.graph.node[0]
+    assert (first.metadata_props, first.doc_string) == (conv.metadata_props, conv.doc_string)
 
 
 def test_other_outputs_are_kept():
@@ -559,13 +571,12 @@ def test_an_output_that_is_no_batch_does_not_end_the_surgery(kind):
 def test_the_proof_notices_a_network_folded_wrongly(monkeypatch, mistake):
     fold = graph_surgery.replace.fold_batch_norms
 
-    def fold_wrongly(model):
-        new = fold(model)
-        for tensor in new.graph.initializer:
-            if tensor.name.endswith("_folded_bias") is (mistake == "shift"):
-                value = onnx.numpy_helper.to_array(tensor) * np.float32(1.01)
-                tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
-        return new
+    def fold_wrongly(graph):
+        fold(graph)
+        for node in graph.nodes:
+            if node.op == "Conv":
+                constant = node.inputs[2 if mistake == "shift" else 1]
+                constant.values = constant.values * np.float32(1.01)
 
     monkeypatch.setattr(graph_surgery.replace, "fold_batch_norms", fold_wrongly)
     with pytest.raises(SurgeryError, match="network's outputs change"):

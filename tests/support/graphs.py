@@ -11,6 +11,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from graph_surgery.nms_function import OP_TYPE
+
 IMAGE = 32
 LEVELS = ((2, 8), (3, 4), (2, 2))
 """(anchors, grid) of each level."""
@@ -282,6 +284,11 @@ def _outputs(b: Builder, boxes: str, labels: str, scores: str) -> None:
 def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, feeds)
+
+
+def nms_node(model: onnx.ModelProto) -> onnx.NodeProto:
+    (node,) = (node for node in model.graph.node if node.op_type == OP_TYPE)
+    return node
 
 
 def rows_of_three(bboxes, labels, scores, order=(1, 0, 3, 2)) -> np.ndarray:

@@ -2,19 +2,11 @@
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
-from graph_surgery.nms_function import (
-    DOMAIN,
-    DOMAIN_VERSION,
-    MIN_IR_VERSION,
-    NmsAttributes,
-    input_names,
-    nms_function,
-    nms_node,
-)
+from graph_surgery.nms_function import MIN_IR_VERSION, NmsAttributes, add_nms, input_names
 from tests.support.nms_oracle import decode, iou, sigmoid, softmax
 
 SSD = NmsAttributes(
@@ -33,33 +25,19 @@ VARIANCES = np.float32([0.1, 0.1, 0.2, 0.2])
 
 def make_model(attributes, levels, priors, dtype=np.float32, opset=18) -> onnx.ModelProto:
     """One NMS_OPT_TRT node; levels are (anchors, height, width)."""
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     names = input_names(len(levels))
     channels = [4] * len(levels) + [attributes.numClasses] * len(levels)
     inputs = [
-        helper.make_tensor_value_info(name, kind, ["N", rows * a, h, w])
+        gs.Variable(name, np.dtype(dtype), ["N", rows * a, h, w])
         for name, rows, (a, h, w) in zip(names, channels, [*levels, *levels], strict=False)
     ]
-    outputs = [
-        helper.make_tensor_value_info(
-            "detections", TensorProto.FLOAT, ["N", attributes.keepTopK, 7]
-        ),
-        helper.make_tensor_value_info("num_detections", TensorProto.INT32, ["N"]),
-    ]
-    graph = helper.make_graph(
-        [nms_node(names, attributes)],
-        "nms",
-        inputs,
-        outputs,
-        [numpy_helper.from_array(np.float32(priors), "priors")],
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    graph = gs.Graph(
+        inputs=inputs, name="nms", opset=opset, import_domains=opsets, ir_version=MIN_IR_VERSION
     )
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
-    model = helper.make_model(
-        graph,
-        opset_imports=opsets,
-        ir_version=MIN_IR_VERSION,
-        functions=[nms_function(len(levels), opset, sigmoid=attributes.confSigmoid == 1)],
-    )
+    tensors = [*inputs, gs.Constant("priors", np.float32(priors))]
+    graph.outputs = add_nms(graph, tensors, attributes, "N")
+    model = gs.export_onnx(graph)
     onnx.checker.check_model(model, full_check=True)
     return model
 

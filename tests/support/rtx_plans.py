@@ -6,8 +6,8 @@ import struct
 import numpy as np
 import onnx
 
-from graph_surgery.pattern import find_nms_node
 from plugin_cuda.library import Config, Format, Level, workspace_size
+from tests.support.graphs import nms_node
 from tests.support.plugin_driver import FLOAT32, INT32
 
 
@@ -17,7 +17,7 @@ def check_plan(plan, model, max_batch, kernels):
     Where TensorRT-RTX 1.7.1 writes them: a field is the length of its name, the name, its type, the
     number of its values, the values; the rest is in the text of its program.
     """
-    node = find_nms_node(onnx.load(model))
+    node = nms_node(onnx.load(model))
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     del values["plugin_version"], values["plugin_namespace"]
     assert len(values) == 14
@@ -50,7 +50,7 @@ def check_plan(plan, model, max_batch, kernels):
 def edited(model, path, **attributes):
     """Write a copy whose NMS_OPT_TRT node has other attributes; return its path."""
     copy = onnx.load(model)
-    node = find_nms_node(copy)
+    node = nms_node(copy)
     kept = [a for a in node.attribute if a.name not in attributes]
     node.ClearField("attribute")
     node.attribute.extend(kept)

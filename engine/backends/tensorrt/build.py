@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from engine.backends.tensorrt.log import Verbosity
 from engine.backends.tensorrt.module import (
     BACKENDS,
@@ -24,6 +22,8 @@ from engine.errors import EngineError
 from engine.manifest import Manifest, plugin_library, save_engine
 from engine.model import Detector
 from engine.protocol import InputSpec, output_shapes
+from graph_surgery.errors import SurgeryError
+from graph_surgery.graph import import_graph, output_names
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
 
@@ -231,21 +231,21 @@ def wanted_plugin(detector: Detector) -> PluginName:
         a dynamic batch.
     """
     path, model = detector.path, detector.model
-    node = find_nms_node(model)
+    try:
+        graph = import_graph(model)
+    except SurgeryError as error:
+        raise EngineError(f"{path}: {error}") from error
+    node = find_nms_node(graph)
     if node is None:
         raise EngineError(f"{path}: no {OP_TYPE} node; run 'graph-surgery nms' on it first")
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    outputs = [value.name for value in model.graph.output]
-    if outputs != list(node.output):
+    made, outputs = output_names(node), [tensor.name for tensor in graph.outputs]
+    if outputs != made:
         raise EngineError(
-            f"{path}: outputs {', '.join(outputs)}; those of {OP_TYPE} ({', '.join(node.output)}) "
-            "and no others expected"
+            f"{path}: outputs {', '.join(outputs)}; those of {OP_TYPE} ({', '.join(made)}) and no "
+            "others expected"
         )
     detector.require_dynamic_batch()
-    return PluginName(
-        attributes.get("plugin_version", b"1").decode(),
-        attributes.get("plugin_namespace", b"").decode(),
-    )
+    return PluginName(node.attrs.get("plugin_version", "1"), node.attrs.get("plugin_namespace", ""))
 
 
 def _check_options(backend: str, options: BuildOptions) -> None:

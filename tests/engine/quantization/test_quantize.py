@@ -354,6 +354,27 @@ def test_a_pattern_without_a_layer_names_the_nearest(model, calibration) -> None
         quantize(model, calibration, keep_float=["*"])
 
 
+def test_all_but_the_pairs_is_the_model(model, int8) -> None:
+    """Node for node and weight for weight, in the same order."""
+    pairs, names, nodes = ("QuantizeLinear", "DequantizeLinear"), {}, []
+    for node in int8.graph.node:
+        if node.op_type in pairs:
+            names[node.output[0]] = names.get(node.input[0], node.input[0])
+        else:
+            nodes.append(onnx.NodeProto())
+            nodes[-1].CopyFrom(node)
+            nodes[-1].input[:] = [names.get(name, name) for name in node.input]
+    assert nodes == list(model.graph.node)
+    count = len(model.graph.initializer)
+    assert list(int8.graph.initializer)[:count] == list(model.graph.initializer)
+
+
+def test_hash_is_that_of_the_file_before_its_surgery(model, exported) -> None:
+    """Which has never been through onnx-graphsurgeon."""
+    placement = find_placement(model)
+    assert network_sha256(model, placement) == network_sha256(onnx.load(exported), placement)
+
+
 def test_every_layer_has_its_name(model) -> None:
     layers = find_placement(model).layers
     assert len({layer.name for layer in layers}) == len(layers) == 51

@@ -19,18 +19,16 @@ from engine.errors import EngineError
 from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
-from graph_surgery.pattern import find_nms_node, read_surgered
-from graph_surgery.topology import Topology
+from graph_surgery.protobuf import inputs, part
 from tests.support.calibrated import activations, run, snr_db, write_images, write_surgered
+from tests.support.graphs import nms_node
 from tests.support.int8_graphs import Builder
 from tests.support.int8_layers import run_as_cudnn, run_layers
 
 
 def network_of(model):
     """From the image to the heads."""
-    topology = Topology(model)
-    names = read_surgered(topology, find_nms_node(model)).heads.names
-    return topology.part([model.graph.input[0].name], names)
+    return part(model, inputs(model), list(nms_node(model).input[:-1]))
 
 
 @pytest.fixture(scope="module")

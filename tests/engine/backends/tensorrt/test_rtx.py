@@ -27,10 +27,10 @@ from engine.load import load_engine
 from engine.manifest import load_manifest
 from engine.model import load_detector
 from graph_surgery.files import load, save
-from graph_surgery.pattern import find_nms_node
 from graph_surgery.replace import insert_nms
 from plugin_cuda.library import load_library
 from tests.support import ROOT
+from tests.support.graphs import nms_node
 from tests.support.int8_models import write_int8
 from tests.support.rtx_plans import check_plan, edited
 
@@ -106,7 +106,7 @@ def check_plugin_layer(trt, model):
     _, network, _ = parse(model)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     (layer,) = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
-    node = find_nms_node(onnx.load(model))
+    node = nms_node(onnx.load(model))
     assert layer.num_inputs == len(node.input)
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     assert [tensor.name for tensor in outputs] == list(node.output)
@@ -160,7 +160,7 @@ def test_float_model_builds(demo, plugin, tmp_path):
 def test_int8_heads_without_a_scale_are_refused(demo_int8, plugin, tmp_path):
     """A strongly typed graph gives the plugin INT8 values, but not what they stand for."""
     model = onnx.load(demo_int8)
-    node = find_nms_node(model)
+    node = nms_node(model)
     position = list(model.graph.node).index(node)
     for value, name in ((np.float16(0.125), "step"), (np.int8(0), "zero")):
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
@@ -281,7 +281,7 @@ def test_plugin_is_not_registered(demo_int8, trt, tmp_path):
 def test_node_that_does_not_ask_for_the_plugin(demo_int8, plugin, tmp_path, kernels):
     """TensorRT-RTX takes the definition then, if it sees one."""
     model = onnx.load(demo_int8)
-    node = find_nms_node(model)
+    node = nms_node(model)
     kept = [a for a in node.attribute if a.name != "plugin_namespace"]
     node.ClearField("attribute")
     node.attribute.extend(kept)
