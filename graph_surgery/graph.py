@@ -6,7 +6,7 @@ Its nodes and tensors compare equal by their names and cannot be hashed: use nam
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -218,6 +218,29 @@ def value(graph: gs.Graph, tensor: gs.Tensor) -> NDArray[Any] | None:
         ir_version=graph.ir_version,
     )
     return Runner(gs.export_onnx(part, do_type_check=False))({})[tensor.name]
+
+
+def fix(tensor: gs.Tensor, values: NDArray[Any]) -> None:
+    """Make a tensor a constant, or give a constant other values; for all that read it."""
+    if isinstance(tensor, gs.Variable):
+        tensor.inputs.clear()
+        tensor.to_constant(values)
+    else:
+        tensor.values = values
+
+
+def namer(graph: gs.Graph) -> Callable[[str], str]:
+    """Make a function that gives new tensors the names wanted, or longer ones if they are taken."""
+    parts = [graph, *graph.subgraphs(recursive=True)]
+    taken = {name for part in parts for name in part.tensors()}
+
+    def name(wanted: str) -> str:
+        while wanted in taken:
+            wanted += "_"
+        taken.add(wanted)
+        return wanted
+
+    return name
 
 
 def shape_of(tensor: gs.Tensor) -> list[int | None]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_surgery.graph import value
+from graph_surgery.graph import fix, namer, value
 from graph_surgery.protobuf import inputs, types
 
 BATCH_NORM = "BatchNormalization"
@@ -27,8 +27,9 @@ def fold_batch_norms(graph: gs.Graph) -> None:
     y = gamma (W x + b - mean) / sqrt(variance + epsilon) + beta is a convolution with the weights
     s W and the bias s (b - mean) + beta, where s = gamma / sqrt(variance + epsilon). Computed in
     float64. A batch norm that is not the only reader of a float32 convolution with constant
-    weights of its own stays as it is.
+    weights stays as it is.
     """
+    name = namer(graph)
     for norm in graph.nodes:
         conv = _convolution_of(graph, norm)
         if conv is None:
@@ -42,11 +43,13 @@ def fold_batch_norms(graph: gs.Graph) -> None:
         shift = scale * ((bias[0] if bias else 0.0) - mean) + beta
         scaled = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
         output = norm.outputs[0]
-        conv.inputs[1].values = scaled.astype(np.float32)
-        conv.inputs = [
-            *conv.inputs[:2],
-            gs.Constant(f"{output.name}_folded_bias", shift.astype(np.float32)),
-        ]
+        stored = conv.inputs[1]
+        if len(stored.outputs) > 1:  # others read it as it is
+            stored = gs.Constant(name(stored.name), scaled.astype(np.float32))
+        else:
+            fix(stored, scaled.astype(np.float32))
+        added = gs.Constant(name(f"{output.name}_folded_bias"), shift.astype(np.float32))
+        conv.inputs = [conv.inputs[0], stored, added]
         norm.outputs.clear()
         conv.outputs = [output]
     graph.cleanup(recurse_functions=False)
@@ -54,17 +57,17 @@ def fold_batch_norms(graph: gs.Graph) -> None:
 
 def _convolution_of(graph: gs.Graph, norm: gs.Node) -> gs.Node | None:
     """The convolution into which a node can be folded, if it is such a batch norm."""
-    if norm.op != BATCH_NORM or not norm.inputs[0].inputs:
-        return None
-    tensor = norm.inputs[0]
-    (conv,) = tensor.inputs
-    if conv.op != "Conv" or sum(not one.is_empty() for one in norm.outputs) > 1:
+    if norm.op != BATCH_NORM or sum(not one.is_empty() for one in norm.outputs) > 1:
         return None  # more outputs in training alone
-    if tensor.dtype != np.float32:  # in float16, folding rounds visibly
+    tensor, kept = norm.inputs[0], {one.name for one in graph.outputs}
+    while len(tensor.outputs) == 1 and tensor.name not in kept and tensor.inputs:
+        (conv,) = tensor.inputs
+        if conv.op != "Identity":
+            break
+        tensor = conv.inputs[0]
+    else:
         return None
-    weight = conv.inputs[1]
-    alone = len(tensor.outputs) == len(weight.outputs) == 1 and tensor not in graph.outputs
-    if not alone or not isinstance(weight, gs.Constant):
+    if conv.op != "Conv" or tensor.dtype != np.float32:  # in float16, folding rounds visibly
         return None
     constants = (*conv.inputs[1:], *norm.inputs[1:])
     known = all(one.is_empty() or value(graph, one) is not None for one in constants)

@@ -205,7 +205,7 @@ def _find_heads(nms: gs.Node) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
             f"the {len(convs)} Conv upstream of {describe(nms)} are joined by {names}; needed are "
             "two Concat, one of all loc heads and one of all conf heads"
         )
-    first, second = ([_head_of(join, tensor) for tensor in join.inputs] for join in joins)
+    first, second = (_heads_of(join) for join in joins)
     if len(first) != len(second):
         names = " and ".join(map(describe, joins))
         raise SurgeryError(f"{names} join {len(first)} and {len(second)} heads: one is missing")
@@ -219,7 +219,7 @@ def _join_of(conv: gs.Node) -> gs.Node:
         readers = [reader for reader in node.outputs[0].outputs if reader.op not in SHAPE_ONLY]
         kinds = sorted({reader.op for reader in readers})
         if kinds == ["Concat"] and all(reader is readers[0] for reader in readers):
-            return readers[0]
+            return _outermost(readers[0])
         if len(readers) != 1 or not RESHAPING.issuperset(kinds):
             raise SurgeryError(
                 f"{describe(conv)} is upstream of NonMaxSuppression but is no head: its way to a "
@@ -227,6 +227,29 @@ def _join_of(conv: gs.Node) -> gs.Node:
                 f"{', '.join(sorted(RESHAPING))} may stand"
             )
         node = readers[0]
+
+
+def _outermost(join: gs.Node) -> gs.Node:
+    """The last Concat, of heads alone, to which this one leads through Concats; itself if none."""
+    readers = [reader for reader in join.outputs[0].outputs if reader.op not in SHAPE_ONLY]
+    if len(readers) == 1 and readers[0].op == "Concat":
+        try:
+            _heads_of(readers[0])
+        except SurgeryError:
+            return join
+        return _outermost(readers[0])
+    return join
+
+
+def _heads_of(join: gs.Node) -> list[gs.Tensor]:
+    """The heads that a Concat, or Concats that it joins, put one after the other."""
+    heads: list[gs.Tensor] = []
+    for tensor in join.inputs:
+        if [node.op for node in tensor.inputs] == ["Concat"]:
+            heads += _heads_of(tensor.inputs[0])
+        else:
+            heads.append(_head_of(join, tensor))
+    return heads
 
 
 def _head_of(join: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
@@ -318,7 +341,7 @@ def _upper_bound(graph: gs.Graph, tensor: gs.Tensor) -> int | None:
     """The constant c of a tensor that is c, or min(c, something computed); None without one."""
     known = value(graph, tensor)
     if known is not None:
-        return int(known.min())
+        return int(known.min()) if known.size and known.dtype.kind in "iuf" else None
     sources: Sequence[gs.Tensor] = []
     for node in tensor.inputs:
         if node.op in BOUND_OF_ALL:
@@ -334,6 +357,6 @@ def _scalar(graph: gs.Graph, nms: gs.Node, position: int) -> float:
     if len(nms.inputs) <= position or nms.inputs[position].is_empty():
         return 0.0
     known = value(graph, nms.inputs[position])
-    if known is None or known.size != 1:
+    if known is None or known.size != 1 or known.dtype.kind not in "iuf":
         raise SurgeryError(f"input {position} of {describe(nms)} is not a constant number")
     return float(known.item())

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx
+import onnx.inliner
 import onnx_graphsurgeon as gs
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.graph import export_graph, import_graph
+from graph_surgery.graph import export_graph, import_graph, namer
 from graph_surgery.network import BATCH, BATCH_NORM, fold_batch_norms, free_batch
 from graph_surgery.nms_function import (
     DOMAIN,
@@ -24,7 +25,7 @@ from graph_surgery.protobuf import convert, one_line, opset_of
 from graph_surgery.verify import same_network, verify_network, verify_tail
 
 PRIORS = "nms_priors"
-"""Name of the initialiser that holds the priors."""
+"""Name of the initialiser that holds the priors; a longer one where it is taken."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
 
     The outputs of the tail become ``detections`` float32 [N, keepTopK, 7] and
     ``num_detections`` int32 [N]; other outputs stay. Old and new tail are run on the same head
-    tensors and must agree. In front of the heads, batch norms are folded into their convolutions,
-    a model older than opset 18 is converted to it, and a fixed batch becomes dynamic, unless the
-    network computes with it; old and new network are run on the same images and must agree, too.
+    tensors and must agree. Functions of the model are inlined. In front of the heads, batch norms
+    are folded into their convolutions, a model older than opset 18 is converted to it, and a fixed
+    batch becomes dynamic, unless the network computes with it; old and new network are run on the
+    same images and must agree, too.
 
     Parameters
     ----------
@@ -66,6 +68,10 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         When no tail, or not one that the operator can express, is found, or the proof fails;
         when the model has an NMS_OPT_TRT node that is not as this function makes it.
     """
+    surgered = any((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
+    inline = bool(model.functions) and not surgered
+    if inline:
+        model = onnx.inliner.inline_local_functions(model, convert_version=True)
     graph = import_graph(model)
     if (node := find_nms_node(graph)) is not None:
         _check_surgered(model, graph, node)
@@ -80,7 +86,8 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
 
     folded = _batch_norms(model) - _batch_norms(new_model)
     replaced = len(model.graph.node) - folded - len(new_model.graph.node) + 1
-    changes = [
+    changes = ["the model's functions were inlined"] if inline else []
+    changes += [
         f"{replaced} nodes behind {len(tail.heads.names)} head convolutions became one {OP_TYPE}",
         f"outputs {', '.join(tail.outputs)} (boxes {agreement.box_order}) became detections "
         "(ymin, xmin, ymax, xmax, clipped to the image) and num_detections",
@@ -179,10 +186,10 @@ def _replace(graph: gs.Graph, model: onnx.ModelProto, tail: DetectionTail) -> on
         graph = import_graph(model)
     fold_batch_norms(graph)
     tensors = graph.tensors()
-    for name in (*OUTPUTS, PRIORS):
+    for name in OUTPUTS:
         if name in tensors:
             raise SurgeryError(f"the graph has a tensor {name!r} of its own: rename it")
-    inputs = [*(tensors[name] for name in heads), gs.Constant(PRIORS, tail.priors)]
+    inputs = [*(tensors[name] for name in heads), gs.Constant(namer(graph)(PRIORS), tail.priors)]
     size = tail.heads.batch or tensors[heads[0]].shape[0] or BATCH
     made = add_nms(graph, inputs, tail.attributes, size)
     graph.outputs = [*made, *(tensors[name] for name in others)]
