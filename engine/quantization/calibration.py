@@ -26,6 +26,7 @@ from engine.quantization.network import network_sha256
 from engine.quantization.observe import Observations, Progress, observe
 from engine.quantization.placement import Placement, find_placement
 from engine.quantization.thresholds import METHODS, STEPS, clipped_share, snr_db, threshold
+from graph_surgery.protobuf import types
 
 
 def calibrate(
@@ -163,6 +164,8 @@ def is_current(
 def _check_float32(network: onnx.ModelProto, placement: Placement) -> None:
     """Refuse a network of another type before its images are run: it cannot be quantised."""
     kinds = {tensor.name: tensor.data_type for tensor in network.graph.initializer}
+    if any(layer.weight not in kinds for layer in placement.layers):  # a node makes it
+        kinds |= {name: known.type.tensor_type.elem_type for name, known in types(network).items()}
     for layer in placement.layers:
         kind = kinds.get(layer.weight, onnx.TensorProto.FLOAT)
         if kind != onnx.TensorProto.FLOAT:

@@ -17,6 +17,7 @@ the TensorRT documentation; NVIDIA's ModelOpt places them the same way.)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -70,7 +71,7 @@ class Layer:
     node
         Its node, by the name of what that makes.
     weight
-        Name of the initialiser.
+        Name of the constant; several layers may share it.
     bias
         float32 [filters]; None where there is none, or it is no constant.
     """
@@ -151,20 +152,31 @@ def find_placement(model: onnx.ModelProto) -> Placement:
     Raises
     ------
     EngineError
-        When the graph has no NMS_OPT_TRT node, is quantised already, is not float32, has an
-        unfolded batch norm or a convolution whose weight is no initialiser.
+        When the graph has no NMS_OPT_TRT node, is quantised already, is not float32, calls a
+        function of the model in front of its heads, has an unfolded batch norm or a convolution
+        whose weight is no constant.
     """
     try:
-        graph = import_graph(model)
+        return _place(import_graph(model))
     except SurgeryError as error:
         raise EngineError(str(error)) from error
+
+
+def _place(graph: gs.Graph) -> Placement:
     nms = find_nms_node(graph)
     if nms is None:
         raise EngineError(f"the graph has no {OP_TYPE} node; run `graph-surgery nms` on it first")
     heads = nms.inputs[:-1]
     nodes = upstream(graph, heads)
+    functions = {(function.domain, function.name) for function in graph.functions}
     for node in nodes:
-        if node.op in ("QuantizeLinear", "DequantizeLinear"):
+        if (node.domain, node.op) in functions:
+            raise EngineError(
+                f"{node.op} is a function of the model, whose layers stay float: inline it, with "
+                "'graph-surgery nms' on the model before its surgery"
+            )
+        quantised = node.op in ("QuantizeLinear", "DequantizeLinear")
+        if quantised and value(graph, node.outputs[0]) is None:
             raise EngineError(f"the graph is quantised already ({node.name or node.op})")
         if node.op == _NORMALISATION:
             raise EngineError(
@@ -173,7 +185,7 @@ def find_placement(model: onnx.ModelProto) -> Placement:
             )
     convolutions = [node for node in nodes if node.op == "Conv"]
     names = [node.outputs[0].name for node in convolutions]
-    weights = [_weight(node) for node in convolutions]
+    weights = [_weight(graph, node) for node in convolutions]
     biases = [_bias(graph, node) for node in convolutions]
     layers = tuple(map(Layer, _readable(weights), names, weights, biases))
     points = tuple(_points(graph, nodes, {name: index for index, name in enumerate(names)}))
@@ -225,14 +237,10 @@ def _image(
     return name, (channels, height, width), batch
 
 
-def _weight(conv: gs.Node) -> str:
+def _weight(graph: gs.Graph, conv: gs.Node) -> str:
     weight = conv.inputs[1]
-    if not isinstance(weight, gs.Constant):
-        raise EngineError(
-            f"the weight of convolution {conv.name or weight.name!r} is no initialiser"
-        )
-    if len(weight.outputs) > 1:
-        raise EngineError(f"weight {weight.name!r} is shared by several convolutions")
+    if value(graph, weight) is None:
+        raise EngineError(f"the weight of convolution {conv.name or weight.name!r} is no constant")
     return str(weight.name)
 
 
@@ -242,11 +250,19 @@ def _bias(graph: gs.Graph, conv: gs.Node) -> NDArray[np.float32] | None:
 
 
 def _readable(weights: Sequence[str]) -> list[str]:
-    """Weight names without the last part (``.weight``) and without the first parts of all."""
+    """Weight names without the last part (``.weight``) and without the first parts of all.
+
+    The second convolution with the same weight has ``#2`` behind its name, and so on.
+    """
     names = [name.removesuffix(".weight").split(".") for name in weights]
     while all(len(name) > 1 and name[0] == names[0][0] for name in names):
         names = [name[1:] for name in names]
-    return [".".join(name) for name in names]
+    count: Counter[str] = Counter()
+    readable = []
+    for name in map(".".join, names):
+        count[name] += 1
+        readable.append(f"{name}#{count[name]}" if count[name] > 1 else name)
+    return readable
 
 
 def _points(graph: gs.Graph, nodes: Iterable[gs.Node], layers: dict[str, int]) -> Iterator[Point]:

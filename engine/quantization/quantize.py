@@ -7,7 +7,7 @@ DequantizeLinear; zero points 0; biases float. Where, says `engine.quantization.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from engine.quantization.cache import Calibration
 from engine.quantization.placement import Placement, find_placement
 from engine.quantization.thresholds import STEPS
 from graph_surgery.errors import SurgeryError
-from graph_surgery.graph import export_graph, import_graph, value
+from graph_surgery.graph import export_graph, fix, import_graph, namer, value
 from graph_surgery.nms_function import DOMAIN, add_definition
 from graph_surgery.protobuf import convert
 
@@ -88,6 +88,8 @@ def quantize(
         graph = import_graph(model)
     except SurgeryError as error:
         raise EngineError(str(error)) from error
+    if float_type == "fp16":
+        _store_constants(graph)
     insert_qdq(graph, placement, calibration.scales, layers, float_type)
     image_scale = _int8_input(graph, placement)
     if float_type == "fp16":
@@ -136,22 +138,24 @@ def insert_qdq(
         Type that what is not INT8 will have; here it stays float32.
     """
     chosen = set(layers)
-    tensors = graph.tensors()
+    tensors, name = graph.tensors(), namer(graph)
     done: dict[str, gs.Tensor] = {}
     read: dict[str, np.float32] = {}  # scale of what a convolution reads, by what that makes
     for point in placement.points:
         if point.layer in chosen:
             read[point.node] = activation_scale(scales[point.tensor])
             if point.tensor not in done:
-                done[point.tensor] = _pair(graph, tensors[point.tensor], read[point.node])
+                done[point.tensor] = _pair(graph, tensors[point.tensor], read[point.node], name)
             (node,) = tensors[point.node].inputs
             node.inputs[point.input] = done[point.tensor]
     for index in sorted(chosen):
         layer = placement.layers[index]
         (conv,) = tensors[layer.node].inputs
         weight = np.asarray(value(graph, tensors[layer.weight]), np.float32)
+        if isinstance(tensors[layer.weight], gs.Variable):  # engines want it stored
+            fix(tensors[layer.weight], weight)
         scale = weight_scales(weight, layer.bias, read[layer.node], float_type)
-        conv.inputs[1] = _pair(graph, tensors[layer.weight], scale, axis=0)
+        conv.inputs[1] = _pair(graph, tensors[layer.weight], scale, name, axis=0)
 
 
 def activation_scale(scale: float) -> np.float32:
@@ -226,16 +230,17 @@ def _pair(
     graph: gs.Graph,
     tensor: gs.Tensor,
     scale: np.float32 | NDArray[np.float32],
+    name: Callable[[str], str],
     **attributes: int,
 ) -> gs.Tensor:
     """Add QuantizeLinear and DequantizeLinear of a tensor, zero point 0; what they make."""
     constants = [
-        gs.Constant(f"{tensor.name}_scale", np.asarray(scale)),
-        gs.Constant(f"{tensor.name}_zero_point", np.zeros(np.shape(scale), np.int8)),
+        gs.Constant(name(f"{tensor.name}_scale"), np.asarray(scale)),
+        gs.Constant(name(f"{tensor.name}_zero_point"), np.zeros(np.shape(scale), np.int8)),
     ]
     made = tensor
     for op, part in (("QuantizeLinear", "quantized"), ("DequantizeLinear", "dequantized")):
-        output = gs.Variable(f"{tensor.name}_{part}")
+        output = gs.Variable(name(f"{tensor.name}_{part}"))
         inputs = [made, *constants]
         graph.layer(op=op, name=output.name, inputs=inputs, outputs=[output], attrs=attributes)
         made = output
@@ -276,6 +281,16 @@ def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     return export_graph(new, body)
 
 
+def _store_constants(graph: gs.Graph) -> None:
+    """Store what float32 constants are computed to: their nodes would make float32 for ever."""
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor.dtype == np.float32:
+            values = value(graph, tensor)
+            if values is not None:
+                fix(tensor, values)
+    graph.cleanup(recurse_functions=False)
+
+
 def _to_fp16(graph: gs.Graph, placement: Placement) -> None:
     """Turn everything in front of NMS_OPT_TRT that is float32 into float16."""
     (nms,) = (node for node in graph.nodes if node.domain == DOMAIN)
@@ -294,7 +309,7 @@ def _to_fp16(graph: gs.Graph, placement: Placement) -> None:
             output.dtype = np.dtype(np.float16)
     (image,) = (tensor for tensor in graph.inputs if tensor.name == placement.image)
     if image.dtype == np.float32:
-        half_image = gs.Variable(f"{image.name}_fp16")
+        half_image = gs.Variable(namer(graph)(f"{image.name}_fp16"))
         for node in list(image.outputs):
             node.inputs = [half_image if tensor is image else tensor for tensor in node.inputs]
         name, attributes = half_image.name, {"to": TensorProto.FLOAT16}
