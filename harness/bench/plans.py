@@ -6,7 +6,7 @@ by CUDA and by system shared memory), accuracy runs with batches of 1, of 8 and 
 performance runs. The exit code is 1 when a mAP is wrong or a run is INVALID.
 
 Wrong is a mAP that differs from the plan's own, without a server, by more than 0.001, or from ONNX
-Runtime's by more than 0.001, or 1 % where the model is INT8: ONNX Runtime's graph optimisations round
+Runtime's by more than 0.001, or 1 % where the model is INT8: its graph optimisations round
 elsewhere than the graph says, which alone moved the demo model's mAP by 0.001 to 0.002
 (docs/measurements/int8_rounding.json).
 """
