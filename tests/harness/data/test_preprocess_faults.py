@@ -26,7 +26,7 @@ from pathlib import Path
 from engine.protocol import InputSpec
 from harness.data.dataset import Dataset
 from harness.errors import HarnessError
-from harness.data import preprocess
+from harness.data.preprocess import preprocess
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])

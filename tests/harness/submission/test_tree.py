@@ -191,7 +191,7 @@ def test_sources_are_those_of_the_runs_commit(runs, tmp_path):
         shutil.rmtree(tmp_path / "closed", ignore_errors=True)
         root, notes = submit(tmp_path / "copy", tmp_path)
         code = root / "code" / "ssd-resnet34" / "fake"
-        assert (code / "harness" / "run.py").exists() == whole
+        assert (code / "harness" / "results" / "run.py").exists() == whole
         assert not (code / "demo" / "data").exists()
         assert any("lacks the sources of commit" in note for note in notes) != whole
         assert whole or commit in (code / "README.md").read_text()

@@ -432,7 +432,7 @@ def test_library_is_named_without_a_trace():
     """The folder of links is gone with the process, and the environment is as it was."""
     script = (
         "import os; before = dict(os.environ)\n"
-        "from engine.backends import tensorrt_module as m\n"
+        "from engine.backends.tensorrt import module as m\n"
         "m.import_tensorrt('tensorrt-rtx'); m.import_tensorrt('tensorrt-rtx')\n"
         "assert dict(os.environ) == before\n"
         "print(*[links.name for links in m._links])"
