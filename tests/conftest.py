@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, command
 
 # A background job is started with SIGINT ignored, and so would be all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -87,15 +87,18 @@ def small_checkpoint(small_model, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exported(small_checkpoint, tmp_path_factory) -> Path:
     """The small model exported by the command that users call."""
-    import subprocess
-    import sys
-
     path = tmp_path_factory.mktemp("onnx") / "small.onnx"
-    command = [sys.executable, "-m", "export", "--weights", small_checkpoint, "-o", path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    done = command("export", "--weights", small_checkpoint, "-o", path)
     assert "PyTorch and ONNX Runtime agree" in done.stdout
     return path
+
+
+@pytest.fixture(scope="session")
+def surgered(exported) -> Path:
+    """The small model with NMS_OPT_TRT."""
+    from tests.support.calibrated import write_surgered
+
+    return write_surgered(exported, exported.with_name("small.nms.onnx"))
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +106,59 @@ def small_images() -> np.ndarray:
     """Three normalised images for the small model, float32 [3, 3, 400, 400]."""
     values = np.random.default_rng(5).standard_normal((3, 3, 400, 400), np.float32)
     return values.clip(-1.8, 2.2)  # where the pixels of every channel end
+
+
+# The demo detector by the commands that users call; a test that changes one of the files copies it.
+
+
+@pytest.fixture(scope="session")
+def demo_exported(tmp_path_factory) -> Path:
+    """The shipped checkpoint's ONNX file."""
+    path = tmp_path_factory.mktemp("demo") / "demo.onnx"
+    command("export", "--weights", ROOT / "demo" / "ssd-resnet34-demo.safetensors", "-o", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_surgered(demo_exported) -> Path:
+    """The demo detector with NMS_OPT_TRT."""
+    path = demo_exported.with_name("demo.nms.onnx")
+    command("graph_surgery", "nms", demo_exported, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_build(demo_surgered) -> Path:
+    """A build folder with the demo images, both splits, as float32 [3, 400, 400]."""
+    folder = demo_surgered.with_name("build")
+    command("harness", "preprocess", demo_surgered, "--dataset", "demo", "--build-dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_cache(demo_surgered, demo_build) -> Path:
+    """The demo detector's calibration on all 64 images, as it is by default."""
+    path = demo_surgered.with_name("cache.json")
+    images = demo_build / "preprocessed_data" / "demo-cal" / "float32_400x400"
+    done = command("engine", "calibrate", demo_surgered, "--data", images, "-o", path)
+    assert "41 scales from 64 images by auto" in " ".join(done.stdout.split())
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_int8(demo_surgered, demo_cache) -> Path:
+    """The demo detector in INT8."""
+    path = demo_surgered.with_name("demo.int8.onnx")
+    command("engine", "quantize", demo_surgered, demo_cache, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_result(demo_surgered, demo_build, tmp_path_factory) -> Path:
+    """The result.json of the demo detector's accuracy run, FP32 on a CPU, with two pictures."""
+    logs = tmp_path_factory.mktemp("demo-logs")
+    options = ["--scenarios", "Offline", "--test_mode", "AccuracyOnly", "--pictures", "2"]
+    options += ["--dataset", "demo", "--build-dir", demo_build, "--log-dir", logs]
+    command("harness", "run", demo_surgered, *options)
+    (path,) = logs.rglob("result.json")
+    return path
