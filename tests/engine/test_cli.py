@@ -42,13 +42,13 @@ def engine(*arguments):
 @pytest.fixture(scope="module")
 def demo(demo_int8, demo_build, tmp_path_factory):
     """The demo model exported and surgered, its images preprocessed, calibrated, quantised."""
-    folder, made = tmp_path_factory.mktemp("demo"), demo_int8.parent
+    folder, shared = tmp_path_factory.mktemp("demo"), demo_int8.parent
     for name in ("demo.onnx", "demo.nms.onnx"):
-        (folder / name).symlink_to(made / name)
+        (folder / name).symlink_to(shared / name)
     for split in ("cal", "val"):
         images = demo_build / "preprocessed_data" / f"demo-{split}" / "float32_400x400"
         (folder / split).symlink_to(images)
-    shutil.copy2(made / "cache.json", folder)
+    shutil.copy2(shared / "demo.cache.json", folder / "cache.json")
     shutil.copy2(demo_int8, folder / "int8.onnx")
     return folder
 

@@ -48,13 +48,17 @@ def run_command(*arguments, root=ROOT, **environment):
 
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory, plugin_libraries):
-    """A copy of the package, elsewhere, whose kernels compile in no time."""
+    """A copy of the package, elsewhere, whose sources compile in no time."""
     root = tmp_path_factory.mktemp("installed")
     ignored = shutil.ignore_patterns("__pycache__", "bench*")
     shutil.copytree(ROOT / "plugin_cuda", root / "plugin_cuda", ignore=ignored)
     (root / "plugin_cuda" / "src" / "nms_opt.cu").write_text(STUB)
-    conv = root / "plugin_cuda" / "conv" / "int8_conv.cu"
-    conv.write_text('#include "int8_conv.h"\nint32_t int8_conv_version(void) { return 1; }\n')
+    for name in ("conv/int8_conv", "src/int8_layers"):
+        library = Path(name).name
+        text = f'#include "{library}.h"\nint32_t {library}_version(void) {{ return 1; }}\n'
+        (root / "plugin_cuda" / f"{name}.cu").write_text(text)
+    for source in (root / "plugin_cuda" / "tensorrt").glob("*.cpp"):
+        source.write_text("")
     return root
 
 
