@@ -56,15 +56,17 @@ def greedy_nms(
     -------
     bool [R, K], True where the box is kept.
     """
+    keep = scores > score_threshold
+    candidates = int(keep.sum(dim=1).amax())  # the first ones of a row; few reach the threshold
+    boxes = boxes[:, :candidates]
     lt = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
     rb = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
     overlap = (rb - lt).clamp(min=0).prod(-1)
     area = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
     iou = overlap / (area[:, :, None] + area[:, None, :] - overlap)
     suppresses = iou > iou_threshold  # False for the NaN of two empty boxes
-    keep = scores > score_threshold
-    for i in range(scores.shape[1] - 1):
-        keep[:, i + 1 :] &= ~(keep[:, i, None] & suppresses[:, i, i + 1 :])
+    for i in range(candidates - 1):
+        keep[:, i + 1 : candidates] &= ~(keep[:, i, None] & suppresses[:, i, i + 1 :])
     return keep
 
 

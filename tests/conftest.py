@@ -1,12 +1,14 @@
 """What several test modules share."""
 
+import os
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, command
+from tests.support.shared import once
 
 # A background job is started with SIGINT ignored, and so would be all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -75,27 +77,40 @@ def small_model():
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(small_model, tmp_path_factory) -> Path:
-    """The small model as a .safetensors checkpoint that states its configuration."""
-    from safetensors.torch import save_file
-
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_file(small_model.state_dict(), path, {"ssd_config": small_model.config.to_json()})
-    return path
+def shared(tmp_path_factory) -> Path:
+    """The folder for what is made once; pytest-xdist's workers have it in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def exported(small_checkpoint, tmp_path_factory) -> Path:
-    """The small model exported by the command that users call."""
-    import subprocess
-    import sys
+def small_checkpoint(small_model, shared) -> Path:
+    """The small model as a .safetensors checkpoint that states its configuration."""
+    from safetensors.torch import save_file
 
-    path = tmp_path_factory.mktemp("onnx") / "small.onnx"
-    command = [sys.executable, "-m", "export", "--weights", small_checkpoint, "-o", path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "PyTorch and ONNX Runtime agree" in done.stdout
-    return path
+    state, config = small_model.state_dict(), {"ssd_config": small_model.config.to_json()}
+    return once(shared / "small.safetensors", lambda path: save_file(state, path, config))
+
+
+@pytest.fixture(scope="session")
+def exported(small_checkpoint, shared) -> Path:
+    """The small model exported by the command that users call."""
+
+    def export(path):
+        done = command("export", "--weights", small_checkpoint, "-o", path)
+        assert "PyTorch and ONNX Runtime agree" in done.stdout
+
+    return once(shared / "small.onnx", export)
+
+
+@pytest.fixture(scope="session")
+def surgered(exported, shared) -> Path:
+    """The small model with NMS_OPT_TRT."""
+    from tests.support.calibrated import write_surgered
+
+    return once(shared / "small.nms.onnx", lambda path: write_surgered(exported, path))
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +118,63 @@ def small_images() -> np.ndarray:
     """Three normalised images for the small model, float32 [3, 3, 400, 400]."""
     values = np.random.default_rng(5).standard_normal((3, 3, 400, 400), np.float32)
     return values.clip(-1.8, 2.2)  # where the pixels of every channel end
+
+
+# The demo detector by the commands that users call; a test that changes one of the files copies it.
+
+
+@pytest.fixture(scope="session")
+def demo_exported(shared) -> Path:
+    """The shipped checkpoint's ONNX file."""
+    weights = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
+    return once(
+        shared / "demo.onnx", lambda path: command("export", "--weights", weights, "-o", path)
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_surgered(demo_exported, shared) -> Path:
+    """The demo detector with NMS_OPT_TRT."""
+    return once(
+        shared / "demo.nms.onnx", lambda path: command("graph_surgery", "nms", demo_exported, path)
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_build(demo_surgered, shared) -> Path:
+    """A build folder with the demo images, both splits, as float32 [3, 400, 400]."""
+    start = ("harness", "preprocess", demo_surgered, "--dataset", "demo", "--build-dir")
+    return once(shared / "demo", lambda folder: command(*start, folder))
+
+
+@pytest.fixture(scope="session")
+def demo_cache(demo_surgered, demo_build, shared) -> Path:
+    """The demo detector's calibration on all 64 images, as it is by default."""
+    images = demo_build / "preprocessed_data" / "demo-cal" / "float32_400x400"
+
+    def calibrate(path):
+        done = command("engine", "calibrate", demo_surgered, "--data", images, "-o", path)
+        assert "41 scales from 64 images by auto" in " ".join(done.stdout.split())
+
+    return once(shared / "demo.cache.json", calibrate)
+
+
+@pytest.fixture(scope="session")
+def demo_int8(demo_surgered, demo_cache, shared) -> Path:
+    """The demo detector in INT8."""
+    return once(
+        shared / "demo.int8.onnx",
+        lambda path: command("engine", "quantize", demo_surgered, demo_cache, path),
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_result(demo_surgered, demo_build, shared) -> Path:
+    """The result.json of the demo detector's accuracy run, FP32 on a CPU, with two pictures."""
+    options = ["--scenarios", "Offline", "--test_mode", "AccuracyOnly", "--pictures", "2"]
+    options += ["--dataset", "demo", "--build-dir", demo_build, "--log-dir"]
+    logs = once(
+        shared / "demo-logs", lambda path: command("harness", "run", demo_surgered, *options, path)
+    )
+    (path,) = logs.rglob("result.json")
+    return path

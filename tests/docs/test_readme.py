@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
@@ -41,10 +42,10 @@ SUBSTITUTIONS = {
     # less work
     r"--random 4": "--random 1",
     r"--images 100": "--images 8",
-    r"^(engine sensitivity .*)$": r"\1 --images 2",
+    r"^(engine sensitivity .*)$": r"\1 --images 1",
     # so few images say little about the mAP: that it differs is an answer, too
     r"^(engine compare .* --annotations .*)$": r"\1 || [ $? -eq 1 ]",
-    r"^(harness run .*)$": r"\1 --min-duration 1 --min-queries 4",
+    r"^(harness run .*)$": r"\1 --min-duration 0.3 --min-queries 4",
     # the libraries of the other tests, built already
     r"^build-plugin$": "build-plugin --arch 80,90 -o $(realpath build/plugins)",
     # what the reader is to fill in
@@ -206,7 +207,8 @@ def test_command_that_fails(place, failing):
 
 
 def test_commands_with_the_plugin(done, trt_plugin_library):
-    pytest.importorskip("tensorrt_rtx_libs")
+    if find_spec("tensorrt_rtx_libs") is None:  # importing it here would keep the engine from it
+        pytest.skip("needs TensorRT-RTX")
     blocks = [block for block in RUN if needs_plugin(block)]
     assert blocks
     (done / "build" / "plugins").symlink_to(trt_plugin_library.parent)

@@ -25,9 +25,7 @@ from engine.quantization.sensitivity import LayerSensitivity, Noise, Sensitivity
 from engine.report import calibration_report
 from harness.command import run_command as run_harness
 from tests.support import ROOT
-from tests.support.calibrated import write_surgered
 
-CHECKPOINT = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
 ANNOTATIONS = ROOT / "demo" / "data" / "annotations" / "instances_val.json"
 COMMANDS = ["calibrate", "quantize", "build", "compare", "sensitivity", "inspect"]
 IMAGES = 12
@@ -42,32 +40,16 @@ def engine(*arguments):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(demo_int8, demo_build, tmp_path_factory):
     """The demo model exported and surgered, its images preprocessed, calibrated, quantised."""
-    folder = tmp_path_factory.mktemp("demo")
-    plain, surgered = folder / "demo.onnx", folder / "demo.nms.onnx"
-    build = ["--dataset", "demo", "--build-dir", folder]
-    for command in (
-        ["export", "--weights", CHECKPOINT, "-o", plain],
-        ["graph_surgery", "nms", plain, surgered],
-        ["harness", "preprocess", surgered, *build, "--cal_only"],
-        ["harness", "preprocess", surgered, *build],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", *map(str, command)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-        )
-        assert done.returncode == 0, done.stderr
-    data = folder / "preprocessed_data"
-    (data / "demo-cal" / "float32_400x400").rename(folder / "cal")
-    (data / "demo-val" / "float32_400x400").rename(folder / "val")
-    code, out = engine("calibrate", surgered, "--data", folder / "cal", "-o", folder / "cache.json")
-    assert code == 0 and "41 scales from 64 images by auto" in out
-    code, out = engine("quantize", surgered, folder / "cache.json", folder / "int8.onnx")
-    assert code == 0 and "wrote" in out
+    folder, shared = tmp_path_factory.mktemp("demo"), demo_int8.parent
+    for name in ("demo.onnx", "demo.nms.onnx"):
+        (folder / name).symlink_to(shared / name)
+    for split in ("cal", "val"):
+        images = demo_build / "preprocessed_data" / f"demo-{split}" / "float32_400x400"
+        (folder / split).symlink_to(images)
+    shutil.copy2(shared / "demo.cache.json", folder / "cache.json")
+    shutil.copy2(demo_int8, folder / "int8.onnx")
     return folder
 
 
@@ -397,8 +379,8 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, mess
 
 
 @pytest.mark.parametrize("name", ["engine", "harness"])
-def test_a_graph_that_contradicts_itself_is_one_line(exported, tmp_path, monkeypatch, capsys, name):
-    model = onnx.load(write_surgered(exported, tmp_path / "small.onnx"))
+def test_a_graph_that_contradicts_itself_is_one_line(surgered, tmp_path, monkeypatch, capsys, name):
+    model = onnx.load(surgered)
     conv = next(node for node in model.graph.node if node.op_type == "Conv")
     (weights,) = (t for t in model.graph.initializer if t.name == conv.input[1])
     one_channel = onnx.numpy_helper.to_array(weights)[:, :1]

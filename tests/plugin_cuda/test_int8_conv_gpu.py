@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest_plugins = ("tests.support.nms_library",)
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.usefixtures("tests.support.nms_library"),
+    pytest.mark.usefixtures("nms_library"),
     pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
         reason="needs a GPU of compute capability 9.0",

@@ -18,7 +18,7 @@ from plugin_cuda.library import Config, Format, Level, library_path, load_librar
 from tests.support import ROOT
 
 pytest_plugins = ("tests.support.nms_library",)
-pytestmark = pytest.mark.usefixtures("tests.support.nms_library")
+pytestmark = pytest.mark.usefixtures("nms_library")
 HEADER = ROOT / "plugin_cuda" / "include" / "nms_opt.h"
 
 

@@ -30,7 +30,7 @@ from tests.support.nms_device import FORMS, HALF, NCHW, Form, Heads, in_form, ru
 pytest_plugins = ("tests.support.nms_library",)
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.usefixtures("tests.support.nms_library"),
+    pytest.mark.usefixtures("nms_library"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 by_form = pytest.mark.parametrize("form", FORMS, ids=str)

@@ -37,7 +37,7 @@ from tests.support.nms_device import (  # noqa: E402
 pytest_plugins = ("tests.support.nms_library",)
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.usefixtures("tests.support.nms_library"),
+    pytest.mark.usefixtures("nms_library"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 

@@ -13,7 +13,7 @@ from plugin_cuda.errors import PluginError
 from plugin_cuda.library import Config, Format, Level, load_library
 
 pytest_plugins = ("tests.support.nms_library",)
-pytestmark = pytest.mark.usefixtures("tests.support.nms_library")
+pytestmark = pytest.mark.usefixtures("nms_library")
 FAKE = 1 << 20  # an aligned address that is never read
 
 

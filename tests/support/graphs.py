@@ -4,7 +4,7 @@ The published resnet34-ssd1200.onnx (opset 10) has one NonMaxSuppression over al
 caps each class after suppression, and three outputs; this is that graph on another network.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -304,3 +304,26 @@ def assert_same_detections(actual, expected, atol=1e-5):
     distance = np.abs(actual[:, None] - expected[None]).max(axis=2)
     assert (distance.min(axis=1) <= atol).all()
     assert (distance.min(axis=0) <= atol).all()
+
+
+def attributes_of(model: onnx.ModelProto) -> dict:
+    return {a.name: helper.get_attribute_value(a) for a in nms_node(model).attribute}
+
+
+def priors_of(model: onnx.ModelProto) -> np.ndarray:
+    (priors,) = (t for t in model.graph.initializer if t.name == nms_node(model).input[-1])
+    return numpy_helper.to_array(priors)
+
+
+VARIANTS = {
+    "opset 10": UNCAPPED,
+    "opset 11": replace(UNCAPPED, opset=11),
+    "opset 13": replace(UNCAPPED, opset=13),
+    "opset 17": replace(UNCAPPED, opset=17),
+    "opset 18": replace(UNCAPPED, opset=18),
+    "opset 22": replace(UNCAPPED, opset=22),
+    "IR 3": replace(UNCAPPED, inputs_list_initializers=True),
+    "yxyx": replace(UNCAPPED, yxyx=True, opset=13),
+    "float16 network": replace(UNCAPPED, half=True, opset=13),
+    "other numbers": replace(UNCAPPED, keep=7, threshold=0.4, overlap=0.2),
+}

@@ -39,7 +39,7 @@ def short_check(request, monkeypatch):
         monkeypatch.setattr("engine.backends.triton.known._LOAD_SECONDS", 0.0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def repository(exported, tmp_path_factory) -> Repository:
     return write_repository(
         exported, tmp_path_factory.mktemp("triton") / "models", "python", max_batch=MAX_BATCH
@@ -61,19 +61,19 @@ def start(repository, tmp_path):
         yield one
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(repository, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     with running_server(server_command(), repository, log) as running:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def direct(exported):
     return load_engine("onnxruntime", exported)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def preprocessed(direct, tmp_path_factory) -> Path:
     """Folder of the demo's images."""
     folder = tmp_path_factory.mktemp("images")
@@ -108,7 +108,7 @@ class First:
             self._then()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def images(preprocessed, direct):
     return First(preprocessed, direct.input_spec)
 

@@ -23,16 +23,10 @@ from engine.errors import EngineError
 from engine.load import load_engine
 from plugin_cuda.errors import PluginError
 from plugin_cuda.library import FLOAT16, FLOAT32, load_library
-from tests.support.calibrated import write_surgered
 from tests.support.host_stream import HostStream, array_at, pinned
 from tests.support.int8_models import write_int8
 
 CPU = "CPUExecutionProvider"
-
-
-@pytest.fixture(scope="module")
-def surgered(exported, tmp_path_factory):
-    return write_surgered(exported, tmp_path_factory.mktemp("surgered") / "small.nms.onnx")
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8", "int8+fp16"])

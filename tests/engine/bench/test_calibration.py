@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
 import pytest
 
 from engine.bench.calibration import EMPTY_SETS, SETS, mean_precision, write_set
 from engine.comparison.compare import load_truth
+from engine.data.preprocessed import load_preprocessed
 from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
-from harness.data.transform import preprocess_image
 from tests.support import ROOT
-from tests.support.calibrated import SPEC, write_images
-from tests.support.demo_detector import write_demo
+from tests.support.calibrated import SPEC
 
 DATA = ROOT / "demo" / "data"
 JUDGED = (
@@ -27,23 +25,17 @@ JUDGED = (
 """Sets that the tests take; `docs/measurements/calibration_sets.json` has all."""
 
 
-def pictures(split):
-    paths = sorted((DATA / split).glob("*.jpg"))
-    images = np.empty((len(paths), *SPEC.shape), np.float32)
-    for path, image in zip(paths, images, strict=True):
-        preprocess_image(path, SPEC, image)
-    return [path.name for path in paths], images
-
-
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(demo_surgered, demo_build):
     """The detector, the calibration pictures, and what tells the mAP of a model."""
-    folder = tmp_path_factory.mktemp("demo")
-    model = write_demo(folder)
-    names, images = pictures("val")
-    judged = write_images(folder, images)
-    truth = load_truth(DATA / "annotations" / "instances_val.json", names)
-    return model, pictures("cal")[1], lambda path: mean_precision(path, judged, truth)
+    sets = demo_build / "preprocessed_data"
+    judged, pictures = (
+        load_preprocessed(sets / f"demo-{split}" / "float32_400x400", SPEC)
+        for split in ("val", "cal")
+    )
+    truth = load_truth(DATA / "annotations" / "instances_val.json", judged.files)
+    images = pictures.load(range(len(pictures.files)))
+    return demo_surgered, images, lambda path: mean_precision(path, judged, truth)
 
 
 @pytest.fixture(scope="module")

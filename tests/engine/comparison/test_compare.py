@@ -26,7 +26,6 @@ from engine.errors import EngineError
 from engine.protocol import InputSpec
 from engine.report import comparison_tables
 from engine.support.files import write_json
-from tests.support.calibrated import write_surgered
 
 ANYTHING = Tolerance(snr=-math.inf, matched=0.0, score=math.inf, precision=0.0)
 
@@ -283,11 +282,6 @@ def test_quantized_images_are_the_nearest_steps(scale, seed):
     assert (np.abs(found.astype(int)) == 127)[~inside].all()
     halves = np.abs(np.abs(ratio % 1) - 0.5) < 1e-12
     assert (found[halves] % 2 == 0).all()
-
-
-@pytest.fixture(scope="module")
-def surgered(exported, tmp_path_factory):
-    return write_surgered(exported, tmp_path_factory.mktemp("nms") / "small.nms.onnx")
 
 
 def test_surgered_against_unsurgered(exported, surgered, small_images):

@@ -24,12 +24,7 @@ from engine.quantization.calibration import _check_float32, calibrate, calibrate
 from engine.quantization.histogram import BINS, Histogram
 from engine.quantization.placement import find_placement
 from engine.quantization.thresholds import PERCENTILE
-from tests.support.calibrated import activations, write_images, write_surgered
-
-
-@pytest.fixture(scope="module")
-def surgered(exported, tmp_path_factory):
-    return write_surgered(exported, tmp_path_factory.mktemp("nms") / "small.nms.onnx")
+from tests.support.calibrated import activations, write_images
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -25,20 +22,14 @@ from engine.quantization.calibration import calibrate
 from engine.quantization.network import network_sha256
 from engine.quantization.placement import find_placement
 from engine.quantization.quantize import activation_scale, quantize, weight_scales
-from tests.support import ROOT
+from tests.support import command
 from tests.support.calibrated import (
     activations,
     constants,
     run,
     snr_db,
     write_images,
-    write_surgered,
 )
-
-
-@pytest.fixture(scope="module")
-def surgered(exported, tmp_path_factory):
-    return write_surgered(exported, tmp_path_factory.mktemp("nms") / "small.nms.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -515,38 +506,13 @@ def test_weight_channels_of_zeros() -> None:
 # The shipped demo set
 
 
-def test_int8_keeps_the_accuracy_of_the_demo_model(tmp_path) -> None:
+def test_int8_keeps_the_accuracy_of_the_demo_model(demo_int8, demo_result, tmp_path) -> None:
     """FP32 and INT8, by default, through export, calibration, LoadGen and COCO mAP."""
-    weights = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
-    if not weights.exists() or not (ROOT / "demo" / "data" / "val").is_dir():
-        pytest.skip("the demo checkpoint or the demo images are not there")
-    from engine.data.preprocessed import load_preprocessed
-
-    def command(*arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", *map(str, arguments)],
-            capture_output=True, text=True, check=False, cwd=ROOT,
-            env=os.environ | {"BUILD_DIR": str(tmp_path)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-
-    plain, surgered, quantized = (tmp_path / f"{n}.onnx" for n in ("plain", "nms", "int8"))
-    command("export", "--weights", weights, "-o", plain)
-    command("graph_surgery", "nms", plain, surgered)
-    command("harness", "preprocess", surgered, "--dataset", "demo", "--cal_only")
-    spec = load_engine("onnxruntime", surgered).input_spec
-    images = tmp_path / "preprocessed_data" / "demo-cal" / "float32_400x400"
-    calibration = calibrate(load_detector(surgered), load_preprocessed(images, spec))
-    onnx.save(quantize(load_detector(surgered).model, calibration), quantized)
-    accuracy = {}
-    for path in (surgered, quantized):
-        logs = tmp_path / f"logs-{path.stem}"
-        command("harness", "preprocess", path, "--dataset", "demo", "--val_only")
-        command(
-            "harness", "run", path, "--dataset", "demo", "--test_mode", "AccuracyOnly",
-            "--log-dir", logs,
-        )  # fmt: skip
-        (result,) = logs.rglob("result.json")
-        accuracy[path.stem] = json.loads(result.read_text())["value"]
-    assert accuracy["nms"] > 0.5
-    assert accuracy["int8"] >= 0.99 * accuracy["nms"]
+    build = ["--dataset", "demo", "--build-dir", tmp_path]
+    command("harness", "preprocess", demo_int8, *build, "--val_only")
+    logs = tmp_path / "logs"
+    command("harness", "run", demo_int8, *build, "--test_mode", "AccuracyOnly", "--log-dir", logs)
+    (result,) = logs.rglob("result.json")
+    fp32, int8 = (json.loads(path.read_text())["value"] for path in (demo_result, result))
+    assert fp32 > 0.5
+    assert int8 >= 0.99 * fp32

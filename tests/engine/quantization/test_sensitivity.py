@@ -12,14 +12,9 @@ from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
 from engine.quantization.sensitivity import compare, sensitivity
-from tests.support.calibrated import run, snr_db, write_images, write_surgered
+from tests.support.calibrated import run, snr_db, write_images
 
 BAD = "model.layer2.0.3.conv1"
-
-
-@pytest.fixture(scope="module")
-def surgered(exported, tmp_path_factory):
-    return write_surgered(exported, tmp_path_factory.mktemp("nms") / "small.nms.onnx")
 
 
 @pytest.fixture(scope="module")

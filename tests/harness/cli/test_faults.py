@@ -150,17 +150,8 @@ def test_a_full_disk(mode, tmp_path):
         shutil.rmtree(copy, ignore_errors=True)
         done = subprocess.run(
             [
-                *unshare,
-                "sh",
-                "-c",
-                script,
-                "sh",
-                f"{kib}k",
-                mount,
-                sys.executable,
-                FAKES,
-                mode,
-                copy,
+                *(*unshare, "sh", "-c", script, "sh"),
+                *(f"{kib}k", mount, sys.executable, FAKES, mode, copy),
             ],
             capture_output=True,
             text=True,

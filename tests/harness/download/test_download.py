@@ -16,11 +16,9 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from harness.download import download, transfer
-from harness.download.download import apply_mirror, check_demo, download_coco, download_models
+from harness.download.download import check_demo, download_coco, download_models
 from harness.download.record import RECORD, load_record, sole_download
 from harness.errors import HarnessError
 from harness.lock import LOCK
@@ -318,49 +316,6 @@ def test_known_hash_outweighs_the_record(site):
     (MODELS / RECORD).write_text(json.dumps(record))
     with pytest.raises(HarnessError, match=r"onnx is not the file that belongs there"):
         models(site)
-
-
-@given(st.binary(max_size=60) | st.from_regex(r'\{"[a-z]": ("[0-9a-f]{62,66}"|[0-9])\}'))
-@settings(max_examples=60, deadline=None)
-def test_record_is_hashes_by_name_or_refused(tmp_path_factory, content):
-    folder = tmp_path_factory.getbasetemp()
-    (folder / RECORD).write_bytes(content if isinstance(content, bytes) else content.encode())
-    try:
-        record = load_record(folder)
-    except HarnessError as error:
-        assert RECORD in str(error)
-    else:
-        assert all(len(bytes.fromhex(value)) == 32 for value in record.values())
-
-
-@pytest.mark.parametrize(
-    ("mirror", "expected"),
-    [
-        (None, "http://images.cocodataset.org/zips/val2017.zip"),
-        ("https://mirror.example", "https://mirror.example/zips/val2017.zip"),
-        ("http://mirror.example:8080/coco/", "http://mirror.example:8080/coco/zips/val2017.zip"),
-    ],
-)
-def test_mirror_takes_the_place_of_the_host(mirror, expected):
-    assert apply_mirror("http://images.cocodataset.org/zips/val2017.zip", mirror) == expected
-
-
-@pytest.mark.parametrize(
-    "mirror",
-    [
-        "mirror.example",
-        "ftp://mirror.example",
-        "file:///data",
-        "https://",
-        "http://[x",
-        "http://h:p",
-        "http://user:word@mirror.example",
-        "http://mirror.example/?q=1",
-    ],
-)
-def test_mirrors_that_are_none(mirror):
-    with pytest.raises(HarnessError, match=r"--mirror .*give an address such as"):
-        apply_mirror("http://images.cocodataset.org/x", mirror)
 
 
 def command(place, *arguments):

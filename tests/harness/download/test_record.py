@@ -1,11 +1,11 @@
-"""The records of downloads as formats: of a folder, and of a part of a file."""
+"""The records of downloads: of a folder, and of a part of a file."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.download.record import RECORD, load_record, save_record
@@ -63,3 +63,16 @@ def test_a_part_with_its_note(tmp_path):
     found.begin(_Version(URL, 7, None, None))
     found.path.write_bytes(b"x")
     assert found.version(URL) is None  # nothing tells whether it is still the same file
+
+
+@given(st.binary(max_size=60) | st.from_regex(r'\{"[a-z]": ("[0-9a-f]{62,66}"|[0-9])\}'))
+@settings(max_examples=60, deadline=None)
+def test_record_is_hashes_by_name_or_refused(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / RECORD).write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        record = load_record(folder)
+    except HarnessError as error:
+        assert RECORD in str(error)
+    else:
+        assert all(len(bytes.fromhex(value)) == 32 for value in record.values())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
+import sys
 
 import mlperf_loadgen as lg
 import pytest
@@ -23,6 +26,7 @@ from harness.loadgen.settings import (
     load_settings,
     user_conf,
 )
+from tests.support import ROOT
 from tests.support.formats import Sample, damages
 
 # MLPerf Inference v2.0 rules for ssd-resnet34, and the seeds of the installed LoadGen's own model
@@ -96,13 +100,29 @@ def test_a_value_that_loadgen_does_not_take_is_an_error(tmp_path, monkeypatch):
         apply(load("Offline", target_qps=10.0), "PerformanceOnly", tmp_path / "user.conf")
 
 
-def test_a_file_that_loadgen_refuses_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "harness.loadgen.settings.user_conf",
-        lambda settings: user_conf(settings)[:-1] + " # comment\n",
+REFUSED = """
+import sys
+from pathlib import Path
+from harness.loadgen import settings
+written = settings.user_conf
+settings.user_conf = lambda given: written(given)[:-1] + " # comment\\n"
+(offline,) = settings.load_settings(["Offline"], None, {"target_qps": 10.0})
+settings.apply(offline, "PerformanceOnly", Path(sys.argv[1]))
+"""
+
+
+def test_a_file_that_loadgen_refuses_is_an_error(tmp_path):
+    """In a process of its own, for LoadGen's complaint comes into the log of the next run."""
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, tmp_path / "user.conf"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
-    with pytest.raises(HarnessError, match=r"refused .*user\.conf"):
-        apply(load("Offline", target_qps=10.0), "PerformanceOnly", tmp_path / "user.conf")
+    assert re.search(
+        r"^harness\.errors\.HarnessError: LoadGen refused .*user\.conf", done.stderr, re.M
+    )
 
 
 def test_file_and_overrides(tmp_path):

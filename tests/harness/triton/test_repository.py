@@ -14,8 +14,6 @@ import pytest
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.manifest import Manifest, check_plugins, load_manifest, plugin_library, save_engine
-from graph_surgery.files import load, save
-from graph_surgery.replace import insert_nms
 from harness.cli.main import main
 from harness.errors import HarnessError
 from harness.loadgen.settings import SCENARIOS
@@ -35,10 +33,8 @@ def read_config(path: Path):
 
 
 @pytest.fixture(scope="module")
-def int8(exported, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("int8")
-    save(insert_nms(load(exported)).model, folder / "nms.onnx")
-    return write_int8(folder / "nms.onnx", folder / "model.int8.onnx", "fp32")
+def int8(surgered, tmp_path_factory):
+    return write_int8(surgered, tmp_path_factory.mktemp("int8") / "model.int8.onnx", "fp32")
 
 
 @pytest.fixture

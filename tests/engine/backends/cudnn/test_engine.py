@@ -34,7 +34,7 @@ from plugin_cuda.int8_layers import PackShape, PoolShape, load_layers_library, m
 from tests.support import ROOT
 from tests.support.calibrated import run, snr_db, write_images
 from tests.support.cudnn_gpu import cudnn_missing
-from tests.support.demo_detector import demo_images, write_demo
+from tests.support.demo_images import demo_images
 from tests.support.host_stream import HostStream
 from tests.support.int8_graphs import Builder
 from tests.support.int8_layers import packed, pooled, rounded, run_layers
@@ -143,15 +143,14 @@ def pictures():
 
 
 @pytest.fixture(scope="module")
-def model(pictures, tmp_path_factory):
+def model(pictures, demo_surgered, tmp_path_factory):
     """The demo detector in INT8."""
     folder = tmp_path_factory.mktemp("demo")
-    surgered = write_demo(folder)
     calibration = calibrate(
-        load_detector(surgered), write_images(folder, pictures), method="minmax"
+        load_detector(demo_surgered), write_images(folder, pictures), method="minmax"
     )
     path = folder / "demo.int8.onnx"
-    onnx.save(quantize(onnx.load(surgered), calibration), path)
+    onnx.save(quantize(onnx.load(demo_surgered), calibration), path)
     return path
 
 

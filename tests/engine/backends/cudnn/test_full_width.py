@@ -21,9 +21,10 @@ from engine.backends.split import split
 from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
-from tests.support.calibrated import snr_db, write_images
+from tests.support import command
+from tests.support.calibrated import snr_db, write_images, write_surgered
 from tests.support.cudnn_gpu import cudnn_missing
-from tests.support.demo_detector import demo_images, write_detector
+from tests.support.demo_images import demo_images
 from tests.support.int8_layers import run_layers
 
 REASON = cudnn_missing()
@@ -62,7 +63,8 @@ def model(size, images, tmp_path_factory):
     network = random_model(SSDConfig(image_size=size))
     weights = folder / "wide.safetensors"
     save_file(network.state_dict(), weights, {"ssd_config": network.config.to_json()})
-    surgered = write_detector(weights, folder)
+    command("export", "--weights", weights, "-o", folder / "wide.onnx")
+    surgered = write_surgered(folder / "wide.onnx", folder / "wide.nms.onnx")
     calibration = calibrate(load_detector(surgered), write_images(folder, images), method="minmax")
     path = folder / "wide.int8.onnx"
     onnx.save(quantize(onnx.load(surgered), calibration), path)

@@ -20,7 +20,7 @@ from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
 from graph_surgery.protobuf import inputs, part
-from tests.support.calibrated import activations, run, snr_db, write_images, write_surgered
+from tests.support.calibrated import activations, run, snr_db, write_images
 from tests.support.graphs import nms_node
 from tests.support.int8_graphs import Builder
 from tests.support.int8_layers import run_as_cudnn, run_layers
@@ -32,9 +32,8 @@ def network_of(model):
 
 
 @pytest.fixture(scope="module")
-def calibrated(exported, small_images, tmp_path_factory):
+def calibrated(surgered, small_images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8")
-    surgered = write_surgered(exported, folder / "small.nms.onnx")
     calibration = calibrate(
         load_detector(surgered), write_images(folder, small_images[:2]), method="minmax"
     )

@@ -23,7 +23,7 @@ from engine.quantization.quantize import quantize
 from plugin_cuda.errors import PluginError
 from plugin_cuda.library import load_library
 from tests.support.calibrated import write_images
-from tests.support.demo_detector import demo_images, write_demo
+from tests.support.demo_images import demo_images
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -60,17 +60,16 @@ def pictures():
 
 
 @pytest.fixture(scope="module")
-def models(pictures, tmp_path_factory):
+def models(pictures, demo_surgered, tmp_path_factory):
     """The demo detector in every type."""
     folder = tmp_path_factory.mktemp("demo")
-    surgered = write_demo(folder)
     calibration = calibrate(
-        load_detector(surgered), write_images(folder, pictures), method="minmax"
+        load_detector(demo_surgered), write_images(folder, pictures), method="minmax"
     )
-    paths = {"fp32": surgered}
+    paths = {"fp32": demo_surgered}
     for kind, float_type in (("int8", "fp32"), ("int8+fp16", "fp16")):
         paths[kind] = folder / f"{kind}.onnx"
-        model = quantize(onnx.load(surgered), calibration, float_type=float_type)
+        model = quantize(onnx.load(demo_surgered), calibration, float_type=float_type)
         onnx.save(model, paths[kind])
     return paths
 

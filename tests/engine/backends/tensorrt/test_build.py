@@ -33,20 +33,11 @@ from engine.manifest import (
 )
 from engine.model import Detector, load_detector
 from engine.protocol import InputSpec
-from graph_surgery.files import load, save
-from graph_surgery.replace import insert_nms
 from plugin_cuda.toolchain import find_tensorrt_headers
 from tests.support.int8_models import write_int8
 
 PLAN = b"a plan that no TensorRT made"
 HERE = Machine("tensorrt", "10.16.1.11", "NVIDIA H100 80GB HBM3", "9.0")
-
-
-@pytest.fixture(scope="module")
-def surgered(exported, tmp_path_factory):
-    path = tmp_path_factory.mktemp("surgered") / "small.nms.onnx"
-    save(insert_nms(load(exported)).model, path)
-    return path
 
 
 def manifest(**changes):

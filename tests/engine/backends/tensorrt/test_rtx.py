@@ -26,10 +26,9 @@ from engine.errors import EngineError
 from engine.load import load_engine
 from engine.manifest import load_manifest
 from engine.model import load_detector
-from graph_surgery.files import load, save
-from graph_surgery.replace import insert_nms
 from plugin_cuda.library import load_library
 from tests.support import ROOT
+from tests.support.calibrated import write_surgered
 from tests.support.graphs import nms_node
 from tests.support.int8_models import write_int8
 from tests.support.rtx_plans import check_plan, edited
@@ -40,7 +39,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 TARGETS = ("8.0", "8.6", "8.9", "12.0")
-CHECKPOINT = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +62,10 @@ def kernels(plugin_libraries):
     return load_library(plugin_libraries / "libnms_opt.so")
 
 
-def surger(exported, path):
-    save(insert_nms(load(exported)).model, path)
-    return path
-
-
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The shipped checkpoint as a surgered FP32 file, 400x400."""
-    folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "export", "--weights", CHECKPOINT, "-o", folder / "d.onnx"]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    return surger(folder / "d.onnx", folder / "d.nms.onnx")
-
-
-@pytest.fixture(scope="module")
-def demo_int8(demo):
-    return write_int8(demo, demo.with_name("d.int8.onnx"), "fp16")
+def int8(demo_surgered, tmp_path_factory):
+    """The demo detector in INT8 and FP16, with made-up scales."""
+    return write_int8(demo_surgered, tmp_path_factory.mktemp("int8") / "d.int8.onnx", "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +77,9 @@ def full_int8(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("full")
     onnx.save(without_heads(export_detector(Detector(SSDResNet34(SSDConfig())))), folder / "f.onnx")
-    return write_int8(surger(folder / "f.onnx", folder / "f.nms.onnx"), folder / "f.int8", "fp16")
+    return write_int8(
+        write_surgered(folder / "f.onnx", folder / "f.nms.onnx"), folder / "f.int8", "fp16"
+    )
 
 
 def parse(model):
@@ -119,18 +106,18 @@ def check_plugin_layer(trt, model):
 
 
 @pytest.mark.parametrize("targets", [*((target,) for target in TARGETS), TARGETS, ()])
-def test_demo_model_builds_for_every_target(demo_int8, plugin, kernels, tmp_path, targets):
+def test_demo_model_builds_for_every_target(int8, plugin, kernels, tmp_path, targets):
     engine = tmp_path / "demo.engine"
     options = BuildOptions(opt_batch=8, max_batch=16, compute_capabilities=targets)
-    built = build(load_detector(demo_int8), RTX, engine, options)
-    check_plan(engine.read_bytes(), demo_int8, 16, kernels)
+    built = build(load_detector(int8), RTX, engine, options)
+    check_plan(engine.read_bytes(), int8, 16, kernels)
     assert load_manifest(engine) == built
     plan = engine.read_bytes()
     assert built.engine_sha256 == sha256(plan).hexdigest()
-    assert built.onnx_sha256 == sha256(demo_int8.read_bytes()).hexdigest()
+    assert built.onnx_sha256 == sha256(int8.read_bytes()).hexdigest()
     assert (built.gpu, built.compute_capabilities) == (None, targets)
     assert built.input.dtype == "int8"
-    rows = onnx.load(demo_int8).graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    rows = onnx.load(int8).graph.output[0].type.tensor_type.shape.dim[1].dim_value
     assert built.keep_top_k == rows == 200
     assert built.outputs == {"detections": [rows, 7], "num_detections": []}
     assert len(plan) > 4_000_000  # the INT8 weights are in it
@@ -146,20 +133,23 @@ def test_full_model_builds_for_every_target(full_int8, plugin, kernels, trt, tmp
     assert built.metadata["float_type"] == "fp16"
 
 
-def test_node_becomes_a_plugin_layer(demo_int8, plugin, trt):
-    check_plugin_layer(trt, demo_int8)
+def test_node_becomes_a_plugin_layer(int8, plugin, trt):
+    check_plugin_layer(trt, int8)
 
 
-def test_float_model_builds(demo, plugin, tmp_path):
+def test_float_model_builds(demo_surgered, plugin, tmp_path):
     built = build(
-        load_detector(demo), RTX, tmp_path / "d.engine", BuildOptions(compute_capabilities=TARGETS)
+        load_detector(demo_surgered),
+        RTX,
+        tmp_path / "d.engine",
+        BuildOptions(compute_capabilities=TARGETS),
     )
     assert built.input.dtype == "float32"
 
 
-def test_int8_heads_without_a_scale_are_refused(demo_int8, plugin, tmp_path):
+def test_int8_heads_without_a_scale_are_refused(int8, plugin, tmp_path):
     """A strongly typed graph gives the plugin INT8 values, but not what they stand for."""
-    model = onnx.load(demo_int8)
+    model = onnx.load(int8)
     node = nms_node(model)
     position = list(model.graph.node).index(node)
     for value, name in ((np.float16(0.125), "step"), (np.int8(0), "zero")):
@@ -174,7 +164,7 @@ def test_int8_heads_without_a_scale_are_refused(demo_int8, plugin, tmp_path):
         build(load_detector(tmp_path / "q.onnx"), RTX, tmp_path / "q.engine", BuildOptions())
 
 
-def test_options_reach_the_builder(demo_int8, plugin, trt, tmp_path, monkeypatch):
+def test_options_reach_the_builder(int8, plugin, trt, tmp_path, monkeypatch):
     """Read the builder configuration that TensorRT was called with."""
     from polygraphy.backend import tensorrt_rtx
     from polygraphy.backend import trt as polygraphy_trt
@@ -202,8 +192,8 @@ def test_options_reach_the_builder(demo_int8, plugin, trt, tmp_path, monkeypatch
         tf32=True,
         compute_capabilities=("8.9",),
     )
-    built = build(load_detector(demo_int8), RTX, tmp_path / "a.engine", options)
-    build(load_detector(demo_int8), RTX, tmp_path / "b.engine", BuildOptions(max_batch=4))
+    built = build(load_detector(int8), RTX, tmp_path / "a.engine", options)
+    build(load_detector(int8), RTX, tmp_path / "b.engine", BuildOptions(max_batch=4))
     config, plain = seen
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
     assert config.builder_optimization_level == 2
@@ -228,32 +218,32 @@ def as_tensorrt(trt, monkeypatch):
     monkeypatch.setattr("engine.backends.cuda.use_gpu", lambda _: gpu)
 
 
-def test_path_of_plain_tensorrt(demo_int8, plugin, as_tensorrt, tmp_path):
+def test_path_of_plain_tensorrt(int8, plugin, as_tensorrt, tmp_path):
     cache = tmp_path / "timing.cache"
     options = BuildOptions(max_batch=4, timing_cache=cache, hardware_compatible=True)
-    built = build(load_detector(demo_int8), "tensorrt", tmp_path / "d.engine", options)
+    built = build(load_detector(int8), "tensorrt", tmp_path / "d.engine", options)
     assert (built.backend, built.gpu) == ("tensorrt", "NVIDIA Stand-in")
     assert built.compute_capabilities == ("8.9",)
     assert built.options == {"timing_cache": str(cache), "hardware_compatible": True}
 
 
-def test_what_the_builder_refuses_is_one_line(demo_int8, plugin, as_tensorrt, tmp_path):
+def test_what_the_builder_refuses_is_one_line(int8, plugin, as_tensorrt, tmp_path):
     """The wheel of TensorRT-RTX lacks the lean runtime that such a plan needs."""
     options = BuildOptions(max_batch=4, version_compatible=True)
     with pytest.raises(
         EngineError, match=r"--version-compatible needs .* libnvinfer_lean"
     ) as caught:
-        build(load_detector(demo_int8), "tensorrt", tmp_path / "d.engine", options)
+        build(load_detector(int8), "tensorrt", tmp_path / "d.engine", options)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_progress_is_shown_on_a_terminal_only(demo_int8, plugin, tmp_path, monkeypatch, capfd):
+def test_progress_is_shown_on_a_terminal_only(int8, plugin, tmp_path, monkeypatch, capfd):
     options = BuildOptions(max_batch=2, compute_capabilities=("8.9",))
-    build(load_detector(demo_int8), RTX, tmp_path / "d.engine", options)
+    build(load_detector(int8), RTX, tmp_path / "d.engine", options)
     assert capfd.readouterr().err == ""
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    build(load_detector(demo_int8), RTX, tmp_path / "d.engine", options)
+    build(load_detector(int8), RTX, tmp_path / "d.engine", options)
     shown = capfd.readouterr()
     assert "Building engine" in shown.err
     assert shown.out == ""
@@ -267,32 +257,32 @@ def test_progress_is_shown_on_a_terminal_only(demo_int8, plugin, tmp_path, monke
         ({"memory_pools": {"heap": 1}}, "no memory pool 'heap' in this TensorRT; choose one of"),
     ],
 )
-def test_values_that_this_release_does_not_know(demo_int8, plugin, tmp_path, options, message):
+def test_values_that_this_release_does_not_know(int8, plugin, tmp_path, options, message):
     with pytest.raises(EngineError, match=message):
-        build(load_detector(demo_int8), RTX, tmp_path / "d.engine", BuildOptions(**options))
+        build(load_detector(int8), RTX, tmp_path / "d.engine", BuildOptions(**options))
     assert not list(tmp_path.iterdir())
 
 
-def test_plugin_is_not_registered(demo_int8, trt, tmp_path):
+def test_plugin_is_not_registered(int8, trt, tmp_path):
     with pytest.raises(EngineError, match=r"plugin NMS_OPT_TRT \(version 1\) is not registered"):
-        build(load_detector(demo_int8), RTX, tmp_path / "d.engine", BuildOptions())
+        build(load_detector(int8), RTX, tmp_path / "d.engine", BuildOptions())
 
 
-def test_node_that_does_not_ask_for_the_plugin(demo_int8, plugin, tmp_path, kernels):
+def test_node_that_does_not_ask_for_the_plugin(int8, plugin, tmp_path, kernels):
     """TensorRT-RTX takes the definition then, if it sees one."""
-    model = onnx.load(demo_int8)
+    model = onnx.load(int8)
     node = nms_node(model)
     kept = [a for a in node.attribute if a.name != "plugin_namespace"]
     node.ClearField("attribute")
     node.attribute.extend(kept)
     onnx.save(model, tmp_path / "d.onnx")
     build(load_detector(tmp_path / "d.onnx"), RTX, tmp_path / "d.engine", BuildOptions(max_batch=4))
-    check_plan((tmp_path / "d.engine").read_bytes(), demo_int8, 4, kernels)
+    check_plan((tmp_path / "d.engine").read_bytes(), int8, 4, kernels)
 
 
-def test_what_the_parser_refuses_is_one_line(demo_int8, plugin, tmp_path):
+def test_what_the_parser_refuses_is_one_line(int8, plugin, tmp_path):
     """An asymmetric zero point, which TensorRT does not take."""
-    model = onnx.load(demo_int8)
+    model = onnx.load(int8)
     quantize = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
     zero_point = onnx.numpy_helper.from_array(np.array(3, np.int8), "three")
     model.graph.initializer.append(zero_point)
@@ -307,12 +297,12 @@ def test_what_the_parser_refuses_is_one_line(demo_int8, plugin, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_loading_needs_a_gpu(demo_int8, plugin, tmp_path):
+def test_loading_needs_a_gpu(int8, plugin, tmp_path):
     cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
     if cuda.cudaGetDeviceCount()[1]:
         pytest.skip("there is a GPU")
     engine = tmp_path / "d.engine"
-    build(load_detector(demo_int8), RTX, engine, BuildOptions(max_batch=2))
+    build(load_detector(int8), RTX, engine, BuildOptions(max_batch=2))
     with pytest.raises(EngineError, match=r"no CUDA device 0 can be used: CUDA: .* driver"):
         load_engine(RTX, engine, device="cuda")
 
@@ -329,10 +319,10 @@ def engine_build(model, library, output, *options):
     )
 
 
-def test_command_builds_with_the_library(demo_int8, trt_plugin_library, kernels, tmp_path):
+def test_command_builds_with_the_library(int8, trt_plugin_library, kernels, tmp_path):
     """Values that no default has arrive in the plan, too."""
     others = {"topK": 123, "keepTopK": 77, "confidenceThreshold": 0.0625, "nmsThreshold": 0.25}
-    model = edited(demo_int8, tmp_path / "other.onnx", **others)
+    model = edited(int8, tmp_path / "other.onnx", **others)
     engine = tmp_path / "other.engine"
     targets = [part for target in TARGETS for part in ("--compute-capability", target)]
     done = engine_build(model, trt_plugin_library, engine, "--max-batch", "16", *targets)
@@ -355,9 +345,9 @@ def test_command_builds_with_the_library(demo_int8, trt_plugin_library, kernels,
     ],
 )
 def test_command_shows_what_the_plugin_refuses(
-    demo_int8, trt_plugin_library, tmp_path, attributes, message
+    int8, trt_plugin_library, tmp_path, attributes, message
 ):
-    model = edited(demo_int8, tmp_path / "bad.onnx", **attributes)
+    model = edited(int8, tmp_path / "bad.onnx", **attributes)
     done = engine_build(model, trt_plugin_library, tmp_path / "bad.engine")
     assert done.returncode == 2
     assert "NMS_OPT_TRT: " in done.stderr
@@ -388,14 +378,14 @@ def load_network():
 """
 
 
-def test_polygraphy_command_line(demo_int8, trt_plugin_library, kernels, tmp_path):
+def test_polygraphy_command_line(int8, trt_plugin_library, kernels, tmp_path):
     """Its --plugins registers nothing; a script that makes the network loads the library first."""
     links = tmp_path / "links"  # the wheel of TensorRT-RTX lacks the name that its parser opens
     links.mkdir()
     folder = Path(find_spec("tensorrt_rtx_libs").submodule_search_locations[0])
     (links / "libtensorrt_rtx.so").symlink_to(folder / "libtensorrt_rtx.so.1")
     script, engine = tmp_path / "network.py", tmp_path / "p.engine"
-    names = {"library": str(trt_plugin_library), "model": str(demo_int8)}
+    names = {"library": str(trt_plugin_library), "model": str(int8)}
     script.write_text(POLYGRAPHY_SCRIPT.format(**names))
     command = [Path(sys.executable).with_name("polygraphy"), "convert"]
     rest = ["--convert-to", "trt", "-o", engine, "--strongly-typed"]
@@ -409,12 +399,12 @@ def test_polygraphy_command_line(demo_int8, trt_plugin_library, kernels, tmp_pat
         check=False,
         env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1", "LD_LIBRARY_PATH": str(links)},
     )
-    done = run([*command, demo_int8, "--plugins", trt_plugin_library, *rest])
+    done = run([*command, int8, "--plugins", trt_plugin_library, *rest])
     assert "has no runners that implement it" in done.stdout + done.stderr  # the function's body
     assert not engine.exists()
     done = run([*command, script, "--model-type", "trt-network-script", *rest])
     assert done.returncode == 0, done.stderr
-    check_plan(engine.read_bytes(), demo_int8, 8, kernels)
+    check_plan(engine.read_bytes(), int8, 8, kernels)
 
 
 def test_library_without_creators_for_this_tensorrt(trt, tmp_path):

@@ -28,8 +28,6 @@ from engine.backends.triton.known import (
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.protocol import InputSpec, Session
-from graph_surgery.files import load, save
-from graph_surgery.replace import insert_nms
 from tests.support import ROOT
 from tests.support.int8_models import write_int8
 
@@ -174,9 +172,8 @@ def test_a_right_engine_passes(engine, known):
     assert sum(sizes) > 3 * len(known.seeds)
 
 
-def test_int8_passes_by_its_own_answers_with_other_threads(exported, tmp_path):
-    save(insert_nms(load(exported)).model, tmp_path / "nms.onnx")
-    model = write_int8(tmp_path / "nms.onnx", tmp_path / "int8.onnx", "fp32")
+def test_int8_passes_by_its_own_answers_with_other_threads(surgered, tmp_path):
+    model = write_int8(surgered, tmp_path / "int8.onnx", "fp32")
     found = find_known(load_engine("onnxruntime", model, threads=1))
     check(load_engine("onnxruntime", model, threads=2), found, 3)
 
