@@ -83,14 +83,8 @@ class Detector:
         return (dims[0].dim_value or None) if dims else None
 
     @cached_property
-    def keep_top_k(self) -> int:
-        """Rows of detections for each image.
-
-        Raises
-        ------
-        EngineError
-            When the outputs are not ``detections`` [N, keepTopK, 7] and ``num_detections`` [N].
-        """
+    def keep_top_k(self) -> int | None:
+        """Rows of detections for each image; None where the outputs do not say."""
         sizes = {
             value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
             for value in self.model.graph.output
@@ -98,10 +92,7 @@ class Detector:
         match sizes.get(DETECTIONS), sizes.get(NUM_DETECTIONS):
             case [_, int(rows), int(fields)], [_] if rows and fields == DETECTION_FIELDS:
                 return rows
-        raise EngineError(
-            f"{self.path}: no outputs {DETECTIONS} [N, keepTopK, {DETECTION_FIELDS}] and "
-            f"{NUM_DETECTIONS} [N]; export the model with 'export-onnx'"
-        )
+        return None
 
     @property
     def quantized(self) -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import export_graph, import_graph, output_names, type_of
-from graph_surgery.nms_function import OP_TYPE, OUTPUTS
+from graph_surgery.nms_function import DOMAIN, OP_TYPE, OUTPUTS
 from graph_surgery.pattern import find_nms_node, read_surgered
 from plugin_cuda.errors import PluginError
 from plugin_cuda.library import (
@@ -78,7 +78,8 @@ def split(model: onnx.ModelProto) -> Split:
                 f"the graph does not end in {OP_TYPE}: its outputs are {', '.join(outputs)}"
             )
         tail = read_surgered(graph, node)
-        graph.outputs, graph.functions = node.inputs[:-1], []
+        graph.outputs = node.inputs[:-1]
+        graph.functions = [f for f in graph.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
         graph.cleanup(recurse_functions=False)
         heads = {one.name: (tuple(one.shape[1:]), type_of(one)) for one in graph.outputs}
         network = export_graph(graph, model)

@@ -115,10 +115,14 @@ class OnnxRunner(DetectorRunner):
         self._outputs = [*heads.values(), *ROWS]
         self._roles = [*heads, *ROWS]
         self._batch = detector.batch
+        self._path = detector.path
 
     def activate_impl(self) -> None:
         """Load the model."""
-        self._session = open_session(self._model)
+        try:
+            self._session = open_session(self._model)
+        except EngineError as error:
+            raise EngineError(f"{self._path}: {error}") from error
 
     def detect(self, images: NDArray[np.generic]) -> Arrays:
         """Run on images of the input's dtype."""

@@ -126,7 +126,7 @@ def _input_of(engine: str, model: Path) -> InputSpec:
         from engine.model import load_detector
 
         return load_detector(model).input
-    return load_engine(engine, model).input_spec
+    return load_engine(engine, model, max_batch=1).input_spec
 
 
 def _formats(text: str) -> tuple[Format, ...]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.support.documents import checked
 from engine.support.progress import progress_bar
 from harness.cli.options import Backend, BuildDir, Device, Devices, Url
 from harness.command import leave
 from harness.data.dataset import known_dataset, preprocessed_dir
-from harness.errors import HarnessError, RunFailedError
+from harness.errors import HarnessError, RunFailedError, as_harness_error
 from harness.loadgen.audit import COMPLIANCE_TESTS
 from harness.results.devices import load_engines, parse_devices, parse_urls
 
@@ -89,7 +90,13 @@ def compliance(
     try:
         for one in bases:
             _, result = one.run("PerformanceOnly")
-            engines = engines_up_to(result.engine.get("max_batch"))  # as prepared for the base run
+            with as_harness_error():
+                limit = checked(
+                    int | None,  # type: ignore[arg-type]
+                    result.engine.get("max_batch"),
+                    f"{one.directory}: max_batch of its engine: ",
+                )
+            engines = engines_up_to(limit)  # as prepared for the base run
             spec = engines[0].input_spec
             dataset, _, split = str(result.dataset["name"]).rpartition("-")
             data = known_dataset(dataset, split, build_dir)

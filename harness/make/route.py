@@ -46,21 +46,12 @@ WEIGHTS = Path("models") / MODEL / "resnet34-ssd1200.pytorch"
 
 _DEMO_WEIGHTS = Path("demo") / f"{DEMO}.safetensors"
 _INT8_SUFFIX = {"fp32": "int8", "fp16": "int8.fp16"}
-_CALIBRATION_CODE = (
-    "engine/data/preprocessed.py",
-    *(
-        f"engine/quantization/{name}.py"
-        for name in (
-            "cache",
-            "calibration",
-            "histogram",
-            "network",
-            "observe",
-            "placement",
-            "thresholds",
-        )
-    ),
+_QUANTIZATION_CODE = (
+    *("engine/model.py", "engine/data/npy.py", "engine/data/preprocessed.py"),
+    *("engine/quantization/*.py", "graph_surgery/*.py"),
 )
+"""What decides a calibration, and an INT8 graph."""
+
 _STDERR = 2  # file descriptor
 _PLUGIN = Path("plugins") / "libnmsoptplugin.so"
 
@@ -199,13 +190,7 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
         {
             "ONNX": detector.sha256,
             "calibration": file_sha256(cache.path),
-            "code": code_sha256(
-                "engine/quantization/quantize.py",
-                "engine/quantization/placement.py",
-                "engine/quantization/network.py",
-                "graph_surgery/graph.py",
-                "graph_surgery/protobuf.py",
-            ),
+            "code": code_sha256(*_QUANTIZATION_CODE),
             "onnx-graphsurgeon": version("onnx-graphsurgeon"),
         },
     )
@@ -226,7 +211,8 @@ def build_cache(route: Route, detector: Detector, images: PreprocessedSet) -> Ar
             "ONNX": detector.sha256,
             "calibration images": _images_sha256(images),
             "method": METHODS[0],
-            "code": code_sha256(*_CALIBRATION_CODE),
+            "code": code_sha256(*_QUANTIZATION_CODE),
+            "onnx-graphsurgeon": version("onnx-graphsurgeon"),
             "onnxruntime": version("onnxruntime"),
         },
     )
@@ -330,7 +316,9 @@ def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> 
             "GPU": gpu_name() or "none",
             "plugin": file_sha256(plugin) if plugin.exists() else "none",
             "code": code_sha256(
-                "engine/backends/tensorrt/build.py", "engine/backends/tensorrt/plan.py"
+                "engine/backends/tensorrt/build.py",
+                "engine/backends/tensorrt/plan.py",
+                "graph_surgery/nms_function.py",
             ),
         },
     )

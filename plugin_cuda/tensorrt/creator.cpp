@@ -38,7 +38,7 @@ EXPORTED nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   return creators;
 }
 
-// The TensorRT whose headers these are, as its getInferLibVersion() counts; read by engine.plugins.
+// The TensorRT whose headers these are, as its getInferLibVersion() counts; read by engine build.
 EXPORTED int32_t nmsOptTrtHeaders() {
   return NV_TENSORRT_MAJOR * 10000 + NV_TENSORRT_MINOR * 100 + NV_TENSORRT_PATCH;
 }

@@ -141,7 +141,7 @@ def save_cache(path: Path, machine: Machine, tuned: Mapping[ConvShape, Tuned]) -
 
 
 def load_winners(path: Path, machine: Machine) -> dict[str, str]:
-    """Read which candidate was the fastest, by the key of `cudnn_measure.Chooser`."""
+    """Read which candidate was the fastest, by the key of `measure.Chooser`."""
     winners = _read(path, machine).winners
     return {key: name for key, name in winners.items() if isinstance(name, str)}
 

@@ -19,7 +19,7 @@ from engine.backends.tensorrt.module import (
 from engine.backends.tensorrt.plan import PlanRequest, build_plan
 from engine.backends.tensorrt.plugins import headers_version, is_registered, load_plugins
 from engine.errors import EngineError
-from engine.manifest import Manifest, plugin_library, save_engine
+from engine.manifest import KEEP_TOP_K, Manifest, plugin_library, save_engine
 from engine.model import Detector
 from engine.protocol import InputSpec, output_shapes
 from graph_surgery.errors import SurgeryError
@@ -152,7 +152,7 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
         if file is not None and not file.parent.is_dir():
             raise EngineError(f"{file.parent}: no such folder to write {file.name} to")
     image, plugin = detector.input, wanted_plugin(detector)
-    rows = detector.keep_top_k
+    rows = plugin.keep_top_k
     trt = import_tensorrt(backend)
     gpu = None
     if backend != RTX or options.device is not None:
@@ -214,14 +214,15 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
 
 
 @dataclass(frozen=True)
-class PluginName:
-    """What an NMS_OPT_TRT node asks TensorRT for."""
+class Plugin:
+    """What an NMS_OPT_TRT node asks TensorRT for, and the rows that it gives for each image."""
 
     version: str
     namespace: str
+    keep_top_k: int
 
 
-def wanted_plugin(detector: Detector) -> PluginName:
+def wanted_plugin(detector: Detector) -> Plugin:
     """Make sure that a detector can be built, and find the plugin that it wants.
 
     Raises
@@ -245,7 +246,12 @@ def wanted_plugin(detector: Detector) -> PluginName:
             "others expected"
         )
     detector.require_dynamic_batch()
-    return PluginName(node.attrs.get("plugin_version", "1"), node.attrs.get("plugin_namespace", ""))
+    wanted = node.attrs
+    return Plugin(
+        wanted.get("plugin_version", "1"),
+        wanted.get("plugin_namespace", ""),
+        wanted.get("keepTopK", KEEP_TOP_K),
+    )
 
 
 def _check_options(backend: str, options: BuildOptions) -> None:
@@ -269,7 +275,7 @@ def _typed(name: str) -> str:
     return "--" + name.replace("_", "-").replace("capabilities", "capability")
 
 
-def _require_plugin(trt: Any, detector: Detector, plugin: PluginName) -> None:
+def _require_plugin(trt: Any, detector: Detector, plugin: Plugin) -> None:
     if not is_registered(trt, OP_TYPE, plugin.version, plugin.namespace):
         raise EngineError(
             f"{detector.path}: the plugin {OP_TYPE} (version {plugin.version}) is not registered; "

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.errors import EngineError
 from engine.manifest import Manifest, load_manifest
 from engine.model import load_detector
-from engine.protocol import InputSpec
+from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, InputSpec
 
 
 @dataclass(frozen=True)
@@ -64,5 +65,10 @@ def served_model(path: Path) -> ServedModel:
         )
     detector = load_detector(path)
     keep_top_k, image = detector.keep_top_k, detector.input
+    if keep_top_k is None:
+        raise EngineError(
+            f"{path}: no outputs {DETECTIONS} [N, keepTopK, {DETECTION_FIELDS}] and "
+            f"{NUM_DETECTIONS} [N] with a fixed keepTopK; export the model with 'export-onnx'"
+        )
     detector.require_dynamic_batch()
     return ServedModel(path, "onnxruntime", detector.sha256, image, keep_top_k, None)

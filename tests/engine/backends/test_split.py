@@ -100,6 +100,23 @@ def test_the_network_holds_nothing_of_the_node(detector, library):
     assert not batch.HasField("dim_value")
 
 
+def test_functions_of_the_network_stay(surgered, library):
+    model = onnx.load(surgered)
+    expected = split(model).network
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    body = onnx.helper.make_node("Relu", ["x"], ["y"])
+    opset = onnx.helper.make_opsetid("", 18)
+    model.functions.append(onnx.helper.make_function("my", "F", ["x"], ["y"], [body], [opset]))
+    model.opset_import.append(onnx.helper.make_opsetid("my", 1))
+    relu.op_type, relu.domain = "F", "my"
+    network = split(onnx.shape_inference.infer_shapes(model)).network
+    assert [(one.domain, one.name) for one in network.functions] == [("my", "F")]
+    feed = {"image": images_for(model, 1)}
+    both = (open_cpu(one).run(None, feed) for one in (expected, network))
+    for a, b in zip(*both, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_priors_and_attributes_are_the_nodes(detector, library):
     model = onnx.load(detector)
     found = split(model)

@@ -19,10 +19,11 @@ import pytest
 import harness.data.preprocess
 import harness.make.route
 from engine.support.files import file_sha256
-from harness.make.route import build_int8, build_onnx, route_of
+from harness.make.route import _QUANTIZATION_CODE, build_int8, build_onnx, route_of
 from harness.make.targets import val_images
 from tests.support.small_benchmark import BENCHMARK, CAL, ROOT, VAL, small_benchmark, write_map
 from tests.support.triton_servers import server_command
+from tests.test_arrows import MODULES, imported
 
 STEPS = (
     "export-onnx",
@@ -327,3 +328,17 @@ def test_missing_weights(place):
     assert done.returncode != 0
     assert "harness: error: " in done.stderr
     assert "resnet34-ssd1200.pytorch: no such weights" in done.stderr
+
+
+def test_all_that_decides_a_calibration_is_watched():
+    """What calibrating and quantising import of ours, but for how they read files and complain."""
+    found, waiting = set(), ["engine.quantization.calibration", "engine.quantization.quantize"]
+    while waiting:
+        path = MODULES[waiting.pop()]
+        if path not in found:
+            found.add(path)
+            waiting += imported(path) & MODULES.keys()
+    rooms = [ROOT / "engine" / room for room in ("support", "backends")]
+    rooms += [ROOT / "engine" / file for file in ("errors.py", "protocol.py")]
+    watched = {path for pattern in _QUANTIZATION_CODE for path in ROOT.glob(pattern)}
+    assert {p for p in found if not any(p.is_relative_to(room) for room in rooms)} <= watched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -306,16 +307,25 @@ def test_command(grey, tmp_path):
     assert {result.mode for _, result in results} == {*modes.split(","), "TEST01"}
 
 
-def test_a_result_from_before_says_200_detections(place, tmp_path):
-    """Its manifest has neither keep_top_k nor outputs, which an engine's has today."""
+def compared(place, tmp_path, then, now):
     folder, result = place["SingleStream"].run("PerformanceOnly")
-    assert "keep_top_k" not in result.engine
+    bench = cheater(tmp_path, manifest={"backend": "fake", **now})
+    result = dataclasses.replace(result, engine={**result.engine, **then})
+    compliance._check_same(bench, folder, result)
 
-    def check(rows):
-        outputs = {"detections": [rows, 7], "num_detections": []}
-        manifest = {"backend": "fake", "keep_top_k": rows, "outputs": outputs}
-        compliance._check_same(cheater(tmp_path, manifest=manifest), folder, result)
 
-    check(200)
+def test_what_a_result_from_before_does_not_say_is_not_compared(place, tmp_path):
+    """Its manifest has neither keep_top_k nor outputs, which an engine's has today."""
+    says = {"keep_top_k": 100, "outputs": {"detections": [100, 7], "num_detections": []}}
+    compared(place, tmp_path, {}, says)
     with pytest.raises(HarnessError, match="another engine: keep_top_k was 200 and is 100"):
-        check(100)
+        compared(place, tmp_path, {**says, "keep_top_k": 200}, says)
+
+
+def test_runs_of_two_commands_go_together(place, tmp_path):
+    """cuDNN prepares no larger batches than the scenarios of one command need."""
+    then = {"max_batch": 8, "batch_sizes": [1, 2, 8], "kernels": {"conv": "wide"}}
+    now = {"max_batch": 1, "batch_sizes": [1], "kernels": {"conv": "narrow"}}
+    compared(place, tmp_path, then, now)
+    with pytest.raises(HarnessError, match="another engine: version was 9 and is 10"):
+        compared(place, tmp_path, {**then, "version": 9}, {**now, "version": 10})

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.backends.tensorrt.build import BuildOptions, PluginName, build, wanted_plugin
+from engine.backends.tensorrt.build import BuildOptions, Plugin, build, wanted_plugin
 from engine.backends.tensorrt.plugins import headers_version, load_plugins
 from engine.errors import EngineError
 from engine.load import load_engine
@@ -81,7 +81,7 @@ def test_detector_of_a_quantised_file(surgered, tmp_path, float_type):
     path = write_int8(surgered, tmp_path / "int8.onnx", float_type)
     detector = load_detector(path)
     assert detector.input == InputSpec("image", (3, 400, 400), "int8", 1 / 16)
-    assert wanted_plugin(detector) == PluginName("1", "")
+    assert wanted_plugin(detector) == Plugin("1", "", 200)
     assert detector.metadata["calibration_method"] == "entropy"
 
 
