@@ -18,7 +18,6 @@ from export.onnx_export import (
     compare_with_onnxruntime,
     export_detector,
     fold_batch_norms,
-    match_detections,
     save,
 )
 from export.postprocess import PostProcess, greedy_nms, stable_topk
@@ -219,15 +218,6 @@ def test_check_notices_a_wrong_graph(detector_and_onnx, op_type, position, value
     detector, model = detector_and_onnx
     with pytest.raises(ExportError, match=message):
         compare_with_onnxruntime(detector, _tamper(model, op_type, position, value))
-
-
-def test_match_detections():
-    rows = np.array([[0, 0.1, 0.1, 0.5, 0.5, 0.9, 3], [0, 0.2, 0.2, 0.6, 0.6, 0.9, 3]], np.float32)
-    assert match_detections(rows[::-1], rows).tolist() == [1, 0]
-    with pytest.raises(ExportError, match="no equal"):
-        match_detections(rows + np.float32(1e-3), rows)
-    with pytest.raises(ExportError, match="2 detections, PyTorch 1"):
-        match_detections(rows, rows[:1])
 
 
 def test_save_leaves_nothing_half_written(exported, tmp_path):
