@@ -46,6 +46,26 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class Undecided:
+    """What a correct result of an image may have or lack.
+
+    Attributes
+    ----------
+    rows
+        [n, 6]: ymin, xmin, ymax, xmax, clipped to the image, score, label.
+    least, most
+        Detections of a correct result.
+    """
+
+    rows: Floats
+    least: int
+    most: int
+
+
+NOTHING = Undecided(np.empty((0, 6), np.float32), 0, 0)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Two lists of detections of an image.
 
@@ -72,7 +92,7 @@ class Comparison:
         return len(self.lacking) + len(self.excess) + len(self.disordered)
 
 
-def compare(first: Floats, second: Floats, doubtful: Callable[[], Floats]) -> Comparison:
+def compare(first: Floats, second: Floats, doubtful: Callable[[], Undecided]) -> Comparison:
     """Compare two lists of detections, rows [n, 6] of box, score, label.
 
     Rows whose scores differ by more than nothing, on either side, and by no more than `TOLERANCE`
@@ -81,22 +101,31 @@ def compare(first: Floats, second: Floats, doubtful: Callable[[], Floats]) -> Co
     Parameters
     ----------
     doubtful
-        Gives the `undecided` rows; called where one list has a row that the other lacks.
+        Gives what is `undecided`; called where one list has a row that the other lacks.
     """
     partner = _match(first, second)
     paired = np.flatnonzero(partner >= 0)
     excess = first[partner < 0]
     lacking = second[np.setdiff1d(np.arange(len(second)), partner)]
     if len(excess) or len(lacking):
-        rows = doubtful()
-        excess, lacking = (lone[_match(lone, rows) < 0] for lone in (excess, lacking))
+        known = doubtful()
+        if all(known.least <= len(rows) <= known.most for rows in (first, second)):
+            excess, lacking = (lone[_match(lone, known.rows) < 0] for lone in (excess, lacking))
     theirs = partner[paired]
     gaps = [np.abs(s[:, None] - s) for s in (first[paired, 4], second[theirs, 4])]
     one_order = (np.maximum(*gaps) > TOLERANCE) | (np.maximum(*gaps) == 0)
+    alone = _alone(first)[paired] & _alone(second)[theirs]  # the others' equal might be another
+    one_order &= alone[:, None] & alone
     swapped = np.triu(one_order & (theirs[:, None] > theirs)).any(axis=1)
     rising = np.flatnonzero(np.diff(first[:, 4]) > 0) + 1
     disordered = first[np.union1d(paired[swapped], rising)]
     return Comparison(np.abs(first[paired] - second[theirs]), lacking, excess, disordered)
+
+
+def _alone(rows: Floats) -> Bools:
+    """Whether each row differs from all others of the list by more than rounding."""
+    distances = np.abs(rows[:, None] - rows).max(axis=2)
+    return np.asarray((distances <= TOLERANCE).sum(axis=1) == 1)
 
 
 def _match(rows: Floats, others: Floats) -> Ints:
@@ -112,8 +141,8 @@ def _match(rows: Floats, others: Floats) -> Ints:
     return result
 
 
-def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Floats:
-    """Detections of an image that a correct result may have or lack.
+def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Undecided:
+    """Find the detections of an image that a correct result may have or lack.
 
     Borderline decisions are followed through the candidates of each class, suppression and the
     choice of the image's best.
@@ -127,10 +156,6 @@ def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Floats
     same
         [C, P]: one number for scores that are equal whoever computes them. Of those, the one of
         the lower class, then prior, comes first.
-
-    Returns
-    -------
-    [n, 6]: ymin, xmin, ymax, xmax, clipped to the image, score, label.
     """
     parts: list[tuple[Any, ...]] = []
     for label in range(len(scores)):
@@ -151,7 +176,8 @@ def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Floats
     at_least, at_most = _ranks(all_scores, all_same, fates == _IN)
     found = (at_least < rules.keep) & ((fates != _IN) | (at_most >= rules.keep))
     corners = boxes[priors[found]].clip(0, 1)[:, [1, 0, 3, 2]]
-    return np.column_stack([corners, all_scores[found], all_labels[found]])
+    rows = np.column_stack([corners, all_scores[found], all_labels[found]])
+    return Undecided(rows, min(rules.keep, (fates == _IN).sum()), min(rules.keep, len(fates)))
 
 
 def _ranks(score: Floats, same: Ints, sure: Bools) -> tuple[Ints, Ints]:

@@ -131,3 +131,8 @@ class HeadRunner:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
             feeds[value.name] = values.reshape(full).astype(dtype)
         return self.run(feeds)
+
+    def given(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Values as the heads hold them, which may be of float16."""
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.inputs[0].type.tensor_type.elem_type)
+        return values.astype(dtype).astype(np.float32)

@@ -80,6 +80,8 @@ def _attributes(tail: DetectionTail, surgered: bool) -> Table:
     variances = np.unique(tail.priors[1].reshape(-1, 4), axis=0)
     table.add_row("variances", ", ".join(f"{value:g}" for value in variances[0]))
     table.add_row("outputs", escape(", ".join(tail.outputs)))
+    if tail.pixels:
+        table.add_row("boxes", "decoded in pixels by the graph, in fractions by the operator")
     if tail.capped_after_suppression:
         table.add_row("topK", "counted after suppression by the graph, before it by the operator")
     return table

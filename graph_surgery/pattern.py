@@ -20,6 +20,7 @@ from graph_surgery.graph import describe, downstream, output_names, shape_of, up
 from graph_surgery.heads import SHAPE_ONLY, HeadRunner, Heads, Level
 from graph_surgery.nms_function import DOMAIN, OP_TYPE, NmsAttributes
 from graph_surgery.probe import probe_boxes, probe_scores
+from graph_surgery.protobuf import inputs
 
 RESHAPING = frozenset(
     {"Reshape", "Transpose", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze"}
@@ -29,6 +30,9 @@ RESHAPING = frozenset(
 BOUND_OF_ALL = frozenset({"Min", "Concat"})
 BOUND_OF_FIRST = frozenset({"ReduceMin", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
 """Operators through which a constant upper bound, as in min(200, n), is followed."""
+
+CHANNELS = frozenset({1, 3})
+"""Of an image."""
 
 ATTRIBUTE_TYPES = {"int": int, "float": float, "tuple[int, int, int]": list}
 """How graphsurgeon gives the value of an attribute, by the annotation in `NmsAttributes`."""
@@ -51,6 +55,10 @@ class DetectionTail:
     capped_after_suppression
         Whether the tail counts topK among the boxes that survive, not among those that enter
         suppression as NMS_OPT_TRT does: the same where no class has more candidates.
+    image
+        Width and height in pixels, where they are known.
+    pixels
+        Whether the tail decodes in pixels; the priors are in fractions of the image.
     """
 
     heads: Heads
@@ -58,6 +66,8 @@ class DetectionTail:
     attributes: NmsAttributes
     outputs: tuple[str, ...]
     capped_after_suppression: bool
+    image: tuple[int, int] | None = None
+    pixels: bool = False
 
 
 def read_heads(loc: Sequence[gs.Tensor], conf: Sequence[gs.Tensor]) -> Heads:
@@ -276,7 +286,8 @@ def _read_tail(
     feeding = upstream(graph, nms.inputs[:2], heads.names)
     before = [node for node in feeding if id(node) in behind]
     run = HeadRunner(model, heads, [name for node in before for name in output_names(node)])
-    priors = probe_boxes(run, heads)
+    image = _image_size(model)
+    priors, pixels = probe_boxes(run, heads, image)
     background = probe_scores(run, heads)
 
     after = downstream(graph, output_names(nms))
@@ -305,7 +316,20 @@ def _read_tail(
         attributes,
         tuple(tensor.name for tensor in graph.outputs if tensor.name in made),
         capped_after and top_k < heads.num_priors,
+        image,
+        pixels,
     )
+
+
+def _image_size(model: onnx.ModelProto) -> tuple[int, int] | None:
+    """Width and height of the one input [N, 3, H, W] or [N, H, W, 3], or grey; None without it."""
+    found = []
+    for given in inputs(model):
+        sizes = [size.dim_value for size in given.type.tensor_type.shape.dim]
+        if len(sizes) == 4 and CHANNELS.intersection((sizes[1], sizes[3])):
+            height, width = sizes[2:] if sizes[1] in CHANNELS else sizes[1:3]
+            found.append((width, height))
+    return found[0] if len(found) == 1 and all(found[0]) else None
 
 
 def _candidates(graph: gs.Graph, nms: gs.Node, before: list[int]) -> tuple[int, bool]:

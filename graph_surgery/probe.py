@@ -27,11 +27,14 @@ BOX_ORDERS = {"ltrb": (0, 1, 2, 3), "yxyx": (1, 0, 3, 2)}
 
 
 def decode(priors: Floats, variances: Floats, deltas: Floats) -> Floats:
-    """CENTER_SIZE (SSD, Liu et al. 2016): priors ltrb [P, 4], deltas [P, 4] to ltrb [P, 4]."""
+    """CENTER_SIZE (SSD, Liu et al. 2016): priors ltrb [P, 4], deltas [P, 4] to ltrb [P, 4].
+
+    `variances` are [4] or [P, 4].
+    """
     size = priors[:, 2:] - priors[:, :2]
     with np.errstate(all="ignore"):  # what is no box may overflow
-        centre = (priors[:, :2] + priors[:, 2:]) / 2 + deltas[:, :2] * variances[:2] * size
-        half = np.exp(deltas[:, 2:] * variances[2:]) * size / 2
+        centre = (priors[:, :2] + priors[:, 2:]) / 2 + deltas[:, :2] * variances[..., :2] * size
+        half = np.exp(deltas[:, 2:] * variances[..., 2:]) * size / 2
     return np.concatenate([centre - half, centre + half], axis=1)
 
 
@@ -46,17 +49,27 @@ _BOOST = 8.0
 """Added to one logit of each prior: its score is then near 1, for up to a few hundred classes."""
 
 
-def probe_boxes(run: Run, heads: Heads) -> NDArray[np.float32]:
-    """Find the decoded boxes and read priors and variances from them.
+def probe_boxes(
+    run: Run, heads: Heads, image: tuple[int, int] | None
+) -> tuple[NDArray[np.float32], bool]:
+    """Find the decoded boxes, before anything clips them, and read priors and variances from them.
+
+    Parameters
+    ----------
+    image
+        Its width and height in pixels, where they are known.
 
     Returns
     -------
-    float32 [2, P * 4, 1]: ltrb of the priors, and their variances.
+    priors
+        float32 [2, P * 4, 1]: ltrb of the priors in fractions of the image, and their variances.
+    pixels
+        Whether the graph decodes in pixels.
 
     Raises
     ------
     SurgeryError
-        When no tensor holds boxes decoded as CENTER_SIZE from priors on a grid.
+        When no tensor holds boxes decoded as CENTER_SIZE from priors on a grid over the image.
     """
     batch, count = heads.batch or 1, heads.num_priors
     logits = np.zeros((batch, heads.num_classes, count), np.float32)
@@ -76,26 +89,42 @@ def probe_boxes(run: Run, heads: Heads) -> NDArray[np.float32]:
             variances = _variances(zero, shifted, stretched)
             if variances.min() <= 0:  # does not follow the deltas, as the scores do not
                 continue
+            span = _span(zero)
+            unit = next((u for u in ((1, 1), image) if u and _spans(span, u)), None)
+            zero, random = (rows / np.tile(unit or (1, 1), 2) for rows in (zero, random))
             expected = decode(zero, variances, noise.T)
             difference = float(np.max(np.abs(random - expected) / np.maximum(1, np.abs(expected))))
-            on_grid = _lies_on_grid(zero, heads)
-            if on_grid and difference <= TOLERANCE:
+            lacks = []
+            if not _lies_on_grid(zero, heads):
+                lacks.append("its priors do not lie on the grids of the heads, anchor by anchor")
+            if unit is None:
+                pixels = f", nor {image[0]} x {image[1]} pixels" if image else ""
+                lacks.append(f"its priors span {span[0]:.4g} x {span[1]:.4g}, not 1 x 1{pixels}")
+            if not lacks and difference <= TOLERANCE:
                 planes = [zero.reshape(-1), np.tile(variances, count)]
-                return np.stack(planes)[:, :, None].astype(np.float32)
-            tried.append((not on_grid, difference, f"{name!r} read as {order}"))
+                return np.stack(planes)[:, :, None].astype(np.float32), unit != (1, 1)
+            lacks.append(f"its boxes differ by {difference:.2g}")
+            tried.append((len(lacks), difference, f"{name!r} read as {order}: {'; '.join(lacks)}"))
     if not tried:
         raise SurgeryError(
             f"no decoded boxes: no tensor behind the heads, [N, {count}, 4] or [N, 4, {count}], "
             "moves with dx, dy and grows with exp(dw), exp(dh) of coordinate-major channels"
         )
-    off_grid, difference, what = min(tried)
-    lacks = (
-        "its priors do not lie on the grids of the heads, anchor by anchor; " if off_grid else ""
-    )
     raise SurgeryError(
         "no tensor behind the heads holds boxes decoded as CENTER_SIZE, channels coordinate-major; "
-        f"nearest is {what}: {lacks}its boxes differ by {difference:.2g}"
+        f"nearest is {min(tried)[2]}"
     )
+
+
+def _span(priors: Floats) -> Floats:
+    """Width and height of the image, from centres that lie as far from one border as the other."""
+    centre = (priors[:, :2] + priors[:, 2:]) / 2
+    return np.asarray(centre.min(axis=0) + centre.max(axis=0))
+
+
+def _spans(span: Floats, unit: tuple[int, int]) -> bool:
+    """Whether priors span an image of this size, roughly: grids may end before or behind it."""
+    return bool((span > np.divide(unit, 2)).all() and (span < np.multiply(unit, 2)).all())
 
 
 def _representable(values: Floats) -> Floats:

@@ -28,6 +28,10 @@ PRIORS = "nms_priors"
 """Name of the initialiser that holds the priors; a longer one where it is taken."""
 
 
+UNIT_KEY = "box_units"
+"""Metadata: the unit of boxes, of a model whose boxes were in pixels."""
+
+
 @dataclass(frozen=True)
 class SurgeryResult:
     """What became of a model.
@@ -92,6 +96,8 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         f"outputs {', '.join(tail.outputs)} (boxes {agreement.box_order}) became detections "
         "(ymin, xmin, ymax, xmax, clipped to the image) and num_detections",
     ]
+    if tail.image and (tail.pixels or agreement.pixels):
+        changes.append(_boxes_in_pixels(new_model, tail.image, tail.pixels, agreement.pixels))
     if tail.capped_after_suppression:
         top_k = tail.attributes.topK
         changes.append(
@@ -104,6 +110,22 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         f"{agreement.detections} detections, the same rows within {agreement.difference:.1e}"
     )
     return SurgeryResult(new_model, True, tuple(changes))
+
+
+def _boxes_in_pixels(
+    model: onnx.ModelProto, image: tuple[int, int], decoded: bool, given: bool
+) -> str:
+    """Write into the metadata, and say, which unit boxes had."""
+    size = f"{image[0]} x {image[1]}"
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    unit = f"fractions of the image; before the surgery in pixels of {size}"
+    onnx.helper.set_model_props(model, metadata | {UNIT_KEY: unit})
+    what = [*["decoded"] * decoded, *["given"] * given]
+    priors = "the priors were scaled, and " if decoded else ""
+    return (
+        f"the graph's boxes were {' and '.join(what)} in pixels of {size}: {priors}detections are "
+        "in fractions of the image"
+    )
 
 
 def _adapt_network(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
@@ -13,13 +15,12 @@ from graph_surgery.errors import SurgeryError
 from graph_surgery.heads import HeadRunner
 from graph_surgery.nms_function import OP_TYPE, OUTPUTS
 from graph_surgery.pattern import DetectionTail
+from graph_surgery.probe import decode
 from graph_surgery.protobuf import Arrays, Runner, inputs, one_line, opset_of, part, reads
+from graph_surgery.rounding import NOTHING, Rules, Undecided, compare, undecided
 from graph_surgery.samples import proof_images
 
 Floats = NDArray[np.float32]
-
-TOLERANCE = 1e-5
-"""Largest difference of a score or a normalised coordinate."""
 
 NETWORK_TOLERANCE = 1e-4
 """Largest difference of a head tensor relative to its spread: float32 through some 50 layers."""
@@ -37,23 +38,26 @@ class Agreement:
         Largest difference of a score or a coordinate.
     box_order
         How the old outputs write a box.
+    pixels
+        Whether they give it in pixels.
     """
 
     images: int
     detections: int
     difference: float
     box_order: str
+    pixels: bool
 
 
-_BOX_COLUMNS = {"ymin, xmin, ymax, xmax": (1, 2, 3, 4), "xmin, ymin, xmax, ymax": (2, 1, 4, 3)}
+_BOX_COLUMNS = {"ymin, xmin, ymax, xmax": (0, 1, 2, 3), "xmin, ymin, xmax, ymax": (1, 0, 3, 2)}
 """Where the corners of the new rows stand in the old ones."""
 
 
 def verify_tail(old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail) -> Agreement:
     """Run the old tail and the new node on the head tensors of `samples`.
 
-    They must agree on every detection and on the order of detections. What NaN and infinity do
-    is not compared.
+    They must agree on every detection and on the order of detections, but for what hangs on
+    rounding (`rounding`). What NaN and infinity do is not compared.
 
     Raises
     ------
@@ -75,27 +79,59 @@ def verify_tail(old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail)
                 f"the graph gives detections of {len(old_rows)} images for a batch of "
                 f"{len(new_rows)}: its postprocessing is made for one image; export with batch 1"
             )
+        if any((rows[:, 0] != index).any() for index, rows in enumerate(old_rows)):
+            raise SurgeryError(
+                f"the graph and {OP_TYPE} disagree: the first column of detections is not the "
+                "index of their image in the batch"
+            )
         pairs += zip(old_rows, new_rows, strict=True)
-    differences = {
-        order: [_difference(rows[:, [0, *columns, 5, 6]], new_rows) for rows, new_rows in pairs]
-        for order, columns in _BOX_COLUMNS.items()
-    }
-    order = min(differences, key=lambda name: max(differences[name]))
-    worst = int(np.argmax(differences[order]))
-    if not differences[order][worst] <= TOLERANCE:
-        counts = " and ".join(str(len(rows)) for rows in pairs[worst])
-        raise SurgeryError(
-            f"the graph and {OP_TYPE} disagree on the same head tensors: {counts} detections, "
-            f"rows differ by {differences[order][worst]:.2g} (image {worst} of the check); the "
-            "tail does something that the operator does not"
-        )
-    detections = sum(len(rows) for _, rows in pairs)
+    units = [(1, 1)] if tail.image is None else [(1, 1), tail.image]
+    readings = []
+    for (order, columns), unit in itertools.product(_BOX_COLUMNS.items(), units):
+        read = [(_read(rows, columns, unit), new_rows[:, 1:]) for rows, new_rows in pairs]
+        wrong = sum(compare(*rows, lambda: NOTHING).faults for rows in read)
+        readings.append((wrong, order, unit != (1, 1), read))
+    _, order, pixels, read = min(readings, key=lambda reading: reading[0])
+    differences = [0.0]
+    for index, (before, after) in enumerate(read):
+        image = map(run_old.given, images[index % len(images)])
+        outcome = compare(before, after, functools.partial(_undecided, tail, *image))
+        if outcome.faults:
+            raise SurgeryError(
+                f"the graph and {OP_TYPE} disagree on the same head tensors: {len(before)} and "
+                f"{len(after)} detections, of which {outcome.faults} have no equal in their place "
+                f"(image {index} of the check); the tail does something that the operator does not"
+            )
+        differences.append(float(outcome.differences.max(initial=0.0)))
+    detections = sum(len(after) for _, after in read)
     if not detections:
         raise SurgeryError(
             "nothing on the check's images scores above "
             f"{tail.attributes.confidenceThreshold}: the surgery cannot be proved"
         )
-    return Agreement(len(pairs), detections, max(differences[order]), order)
+    return Agreement(len(pairs), detections, max(differences), order, pixels)
+
+
+def _read(rows: Floats, columns: tuple[int, ...], unit: tuple[int, int]) -> Floats:
+    """Rows [n, 7] of the old tail as the new node writes them, without the index of the image."""
+    boxes = rows[:, 1:5][:, columns] / np.array([unit[1], unit[0]] * 2, np.float32)
+    return np.column_stack([boxes.clip(0, 1), rows[:, 5:]])
+
+
+def _undecided(tail: DetectionTail, loc: Floats, conf: Floats) -> Undecided:
+    """What hangs on rounding, from deltas [4, P] and logits [C, P]."""
+    priors, variances = tail.priors.astype(np.float64).reshape(2, -1, 4)
+    boxes = decode(priors, variances, loc.T.astype(np.float64))
+    scores = np.exp(conf.astype(np.float64) - conf.max(axis=0))
+    scores /= scores.sum(axis=0)
+    if tail.attributes.backgroundLabelId >= 0:
+        scores[tail.attributes.backgroundLabelId] = -1
+    column = np.unique(conf, axis=1, return_inverse=True)[1].reshape(-1)
+    logit = np.unique(conf, return_inverse=True)[1].reshape(conf.shape)
+    same = column * (logit.max() + 1) + logit  # equal logits among equal ones
+    a = tail.attributes
+    rules = Rules(a.confidenceThreshold, a.nmsThreshold, a.topK, a.keepTopK)
+    return undecided(boxes, scores, same, rules)
 
 
 def same_network(old: onnx.ModelProto, new: onnx.ModelProto, names: Sequence[str]) -> bool:
@@ -176,7 +212,7 @@ def _joined(parts: Sequence[Arrays], moving: Container[str]) -> Arrays:
 
 
 def _rows(outputs: Arrays) -> list[Floats]:
-    """Detections of every image as [n, 7]: image index, box with its corners clipped, score, label.
+    """Detections of every image as [n, 7]: image index, box, score, label.
 
     Understood are [N, K, 7] with the valid rows counted in [N], and boxes [N, n, 4] with scores
     and integer labels [N, n], whatever their names.
@@ -189,25 +225,10 @@ def _rows(outputs: Arrays) -> list[Floats]:
     if len(outputs) == 3 and by_kind.keys() == {(3, "f"), (2, "f"), (2, "i")}:
         boxes, scores, labels = by_kind[3, "f"], by_kind[2, "f"], by_kind[2, "i"]
         index = np.broadcast_to(np.arange(len(boxes))[:, None], scores.shape)
-        columns = [index[..., None], boxes.clip(0, 1), scores[..., None], labels[..., None]]
+        columns = [index[..., None], boxes, scores[..., None], labels[..., None]]
         return list(np.concatenate(columns, axis=2).astype(np.float32))
     found = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in outputs.items())
     raise SurgeryError(
         f"the outputs behind NonMaxSuppression are {found}; understood are detections [N, K, 7] "
         "with counts [N], or boxes [N, n, 4] with scores and integer labels [N, n]"
     )
-
-
-def _difference(old: Floats, new: Floats) -> float:
-    """Largest distance of a row to its equal on the other side; infinite for other counts.
-
-    Its equal stands in the same place, or in that of a score which rounding may have swapped with
-    its own: one that differs, and by no more than `TOLERANCE`.
-    """
-    if len(old) != len(new):
-        return np.inf
-    gap = np.abs(new[:, None, 5] - new[None, :, 5])
-    comparable = np.eye(len(new), dtype=bool) | ((gap > 0) & (gap <= TOLERANCE))
-    distance = np.nan_to_num(np.abs(old[:, None] - new[None]).max(axis=2), nan=np.inf)
-    distance[~comparable] = np.inf
-    return float(max(distance.min(axis=axis, initial=np.inf).max(initial=0.0) for axis in (0, 1)))

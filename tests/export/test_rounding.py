@@ -18,7 +18,7 @@ from export.onnx_export import (
     compare_with_onnxruntime,
     export_detector,
 )
-from export.rounding import Rules, compare, undecided
+from export.rounding import NOTHING, Rules, Undecided, compare, undecided
 from tests.support import ROOT
 
 RULES = Rules(threshold=0.05, overlap=0.5, top_k=200, keep=200)
@@ -49,7 +49,7 @@ def count_differences(monkeypatch):
     counts = []
 
     def counted(first, second, doubtful):
-        bare = compare(first, second, lambda: np.empty((0, 6)))
+        bare = compare(first, second, lambda: NOTHING)
         counts.append(len(bare.lacking) + len(bare.excess))
         return compare(first, second, doubtful)
 
@@ -121,7 +121,7 @@ def undecided_priors(boxes, scores, same=None, rules=RULES):
     """Which boxes [n, 4] of one class hang on rounding, by their scores."""
     scores = np.array([scores], np.float64)
     same = np.arange(scores.size)[None] if same is None else np.array([same])
-    return sorted(undecided(boxes, scores, same, rules)[:, 4].tolist(), reverse=True)
+    return sorted(undecided(boxes, scores, same, rules).rows[:, 4].tolist(), reverse=True)
 
 
 def test_a_score_at_the_threshold_is_undecided():
@@ -162,7 +162,12 @@ ROWS = np.array([[0, 0, 1, 1, 0.9, 3], [2, 0, 3, 1, 0.9, 3], [4, 0, 5, 1, 0.5, 1
 
 
 def nothing():
-    return np.empty((0, 6))
+    return NOTHING
+
+
+def the_first():
+    """Whether the first of `ROWS` is there hangs on rounding."""
+    return Undecided(ROWS[:1], 2, 3)
 
 
 def test_equal_scores_have_one_order_and_close_ones_any():
@@ -181,11 +186,26 @@ def test_rows_without_an_equal_are_forgiven_one_for_one():
     short = ROWS[1:]
     assert compare(short, ROWS, nothing).lacking.tolist() == ROWS[:1].tolist()
     assert compare(ROWS, short, nothing).excess.tolist() == ROWS[:1].tolist()
-    assert compare(ROWS, short, lambda: ROWS[:1]).faults == 0
-    twice = np.concatenate([ROWS[:1], ROWS])
-    assert len(compare(twice, short, lambda: ROWS[:1]).excess) == 1
+    assert compare(ROWS, short, the_first).faults == 0
+    assert compare(short, ROWS, the_first).faults == 0
+    twice = np.concatenate([ROWS[:1], short])
+    twice[1] = ROWS[0]
+    assert len(compare(twice, short, the_first).excess) == 1
     moved = ROWS + np.array([1e-4, 0, 0, 0, 0, 0])
-    assert compare(moved[:1], ROWS[:1], lambda: ROWS[:1]).faults == 1
+    assert len(compare(moved, ROWS, the_first).lacking) == 2
+    assert len(compare(moved, ROWS, the_first).excess) == 3
+
+
+def test_a_wrong_number_of_rows_is_never_forgiven():
+    """The row that one side keeps too many is as good as the last that counts."""
+    boxes = boxes_at(*range(0, 10, 2))
+    scores = np.full((1, 5), 0.9) - np.arange(5) * 1e-6
+    known = undecided(boxes, scores, np.arange(5)[None], Rules(0.05, 0.5, top_k=200, keep=3))
+    assert (known.least, known.most, len(known.rows)) == (3, 3, 5)
+    rows = np.column_stack([boxes.clip(0, 1)[:, [1, 0, 3, 2]], scores[0], np.zeros(5)])
+    assert compare(rows[:3], rows[1:4], lambda: known).faults == 0
+    assert compare(rows[:4], rows[:3], lambda: known).faults == 1
+    assert compare(rows[:2], rows[:3], lambda: known).faults == 1
 
 
 def test_the_surgery_has_the_same_rules():
