@@ -18,15 +18,19 @@ DEMO_LOGS := $(BUILD_DIR)/logs/demo
 DEMO_DATA := $(BUILD_DIR)/preprocessed_data
 CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test lint lint_python lint_types lint_cuda format bench bench_nms bench_triton build_plugins \
-  triton_server demo_onnx download_data download_model preprocess_data calibrate generate_engines \
-  run_harness run
+.PHONY: demo test test-fast lint lint_python lint_types lint_cuda format bench bench_nms bench_triton \
+  build_plugins triton_server demo_onnx download_data download_model preprocess_data calibrate \
+  generate_engines run_harness run
 
 # The virtual environment: the project and what its commands need, at the tested versions.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv; this takes a minute or two"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,triton]' tox
+	touch $@
+
+.venv/test: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
 .venv/lint: .venv/installed
@@ -43,6 +47,10 @@ demo: demo_onnx
 
 test: .venv/installed
 	$(BIN)/tox run -e py
+
+# What needs no model, server or compiler: under a minute.
+test-fast: .venv/test
+	$(BIN)/pytest -n 2 --dist loadfile -m "not (slow or gpu or triton or build or golden)"
 
 # What CI checks of the sources, and each commit once `.venv/bin/pre-commit install` was run.
 lint: lint_python lint_types lint_cuda

@@ -14,6 +14,23 @@ from tests.support.shared import once
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+MARKS = {
+    "slow": {"small_model", "demo_exported", "runs"},
+    "triton": {"server", "start", "serve"},
+    "build": {"plugin_libraries", "nms_library"},
+    "golden": {"golden"},
+}
+"""Fixtures; what uses one of them, by another fixture or itself, is marked."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark, fixtures in MARKS.items():
+            if not fixtures.isdisjoint(item.fixturenames):
+                item.add_marker(mark)
+
+
 @pytest.fixture(scope="session")
 def plugin_libraries(pytestconfig) -> Path:
     """The folder with the libraries of build-plugin for sm_80 and sm_90.

@@ -138,6 +138,7 @@ def test_no_picture_is_in_two_splits():
     assert [len(contents[s]) for s in IMAGES] == list(IMAGES.values())
 
 
+@pytest.mark.slow
 def test_perfect_detections_score_one(truth):
     perfect = [
         {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9}
@@ -181,6 +182,7 @@ def test_regeneration_gives_the_shipped_annotations(truth, atlas):
         assert np.abs(made.astype(int) - shipped).mean() < 2
 
 
+@pytest.mark.slow
 def test_splits_draw_different_scenes(atlas):
     first = [next(scenes(stream(*key), atlas)) for key in (("val",), ("cal",), ("train", 0, 0))]
     again = next(scenes(stream("train", 0, 0), atlas))
@@ -188,6 +190,7 @@ def test_splits_draw_different_scenes(atlas):
     assert np.array_equal(first[2].image, again.image)
 
 
+@pytest.mark.slow
 def test_boxes_are_tight_around_what_shows(atlas):
     for scene in itertools.islice(scenes(stream("train", 1), atlas), 20):
         assert scene.image.dtype == np.uint8
@@ -260,6 +263,7 @@ def test_sample_and_augmentation_keep_boxes_on_the_objects():
     assert set(kinds[:, 1:].flatten().tolist()) == {0}
 
 
+@pytest.mark.slow
 def test_sample_scales_boxes_with_the_picture(atlas):
     for scene in itertools.islice(scenes(stream("train", 2), atlas), 5):
         image, boxes, classes = to_sample(scene, 200)

@@ -186,6 +186,7 @@ def done(place):
     return place
 
 
+@pytest.mark.slow
 def test_commands(done):
     """They end well and leave a model, its INT8 form, and valid and evaluated runs."""
     onnx.checker.check_model(str(done / "ssd-resnet34.nms.onnx"))

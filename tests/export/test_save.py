@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import onnx
+import pytest
 
 from export.onnx_export import save
 from tests.support.writers import fail_to_write, write_at_once
+
+pytestmark = pytest.mark.slow  # both start Python with PyTorch several times
 
 
 def write(path, size):

@@ -73,6 +73,7 @@ def check_against_oracle(attributes, levels, priors, loc, conf):
     return actual
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_equals_brute_force(case):

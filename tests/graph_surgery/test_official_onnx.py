@@ -33,6 +33,8 @@ from tests.support.calibrated import run as run_tensors
 from tests.support.calibrated import snr_db, write_images
 from tests.support.graphs import Builder, Variant, assert_same_detections, rows_of_three, run
 
+pytestmark = pytest.mark.slow
+
 SIZE = 400
 VARIANT = Variant(cap=200, keep=200, overlap=0.5)
 

@@ -78,6 +78,7 @@ TWISTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twist", TWISTS)
 @pytest.mark.parametrize("keep", [7, 25, 200])
 def test_a_tail_that_does_something_else_is_refused(twist, keep):

@@ -18,6 +18,8 @@ from graph_surgery.replace import insert_nms
 from tests.support.calibrated import constants, run, write_images
 from tests.support.graphs import IMAGE, UNCAPPED, detector
 
+pytestmark = pytest.mark.slow  # some forty detectors are quantised
+
 IMAGES = np.random.default_rng(3).normal(size=(2, 3, IMAGE, IMAGE)).astype(np.float32)
 PIXELS = np.random.default_rng(4).integers(-127, 128, (2, 3, IMAGE, IMAGE)).astype(np.int8)
 

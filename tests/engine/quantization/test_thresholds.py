@@ -113,6 +113,7 @@ def errors_of(values, limits):
 OUTLIERS = {"few": (3, 40.0), "one": (1, 200.0), "near": (5, 6.0), "many": (2000, 30.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTLIERS)
 def test_auto_clips_only_what_would_cost_a_bit(name) -> None:
     """Its error is within a bit of the least, and that of no larger threshold is."""

@@ -14,6 +14,8 @@ import pytest
 
 from tests.support import ROOT
 
+pytestmark = pytest.mark.slow  # commands in processes of their own
+
 FAKES = "tests.support.harness_fakes"
 DEADLINE = 60
 

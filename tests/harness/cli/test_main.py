@@ -17,6 +17,8 @@ import pytest
 from tests.support import ROOT
 from tests.support.grey import BOX, CATEGORY_IDS, GREYS, grey_detector, harness
 
+pytestmark = pytest.mark.slow  # commands in processes of their own
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -17,6 +17,8 @@ from engine.quantization.cache import Calibration
 from tests.support.grey import BOX, GREYS, grey_detector, harness
 from tests.support.photos import photo, reference
 
+pytestmark = pytest.mark.slow  # commands in processes of their own
+
 SCALE = 2.640645 / 127  # NVIDIA's published calibration of the image
 IDS = [7, 8, 9, 10, 11, 12]  # of the categories; label L is the L-th
 NAMES = {"val": ["b.png", "a.png"], "cal": ["c.png", "d.png", "a.png"]}

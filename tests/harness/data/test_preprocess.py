@@ -22,6 +22,8 @@ from harness.lock import locked
 from tests.support.image_sets import SPEC, make_dataset, run, write_times
 from tests.support.photos import photo, reference
 
+pytestmark = pytest.mark.slow  # each starts a process or two
+
 INT8 = InputSpec("image", (3, 96, 128), "int8", 0.0207925)
 
 

@@ -19,6 +19,8 @@ from engine.protocol import InputSpec
 from tests.support.image_sets import make_dataset, write_times
 from tests.support.photos import photo, reference
 
+pytestmark = pytest.mark.slow  # commands in processes of their own
+
 # What a user runs, as a script of its own: spawn needs a main module that can be imported.
 SCRIPT = """
 import sys

@@ -97,6 +97,7 @@ def dependencies_alone(tmp_path_factory):
     return interpreter(tmp_path_factory.mktemp("plain") / "venv", names, project=True)
 
 
+@pytest.mark.slow
 def test_here(tmp_path):
     """What it says of this environment is what pip, git and the system say."""
     (tmp_path / "bin").mkdir()
@@ -128,6 +129,7 @@ def test_here(tmp_path):
     assert report["resources"]["memory_total"] <= memory
 
 
+@pytest.mark.slow
 def test_dependencies_alone(dependencies_alone, tmp_path):
     """Every optional part is reported as missing, each with the command that installs it."""
     report = report_of(dependencies_alone, BUILD_DIR=str(tmp_path), PATH="/usr/bin:/bin")
@@ -152,6 +154,7 @@ def test_dependencies_alone(dependencies_alone, tmp_path):
     assert abilities["export-onnx"]["fix"] in report["next_step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("project", [True, False])
 def test_next_to_nothing(tmp_path, project):
     """Even without ONNX Runtime, OpenCV and LoadGen it runs, and says what to install."""
@@ -188,6 +191,7 @@ def package(folder, name, text):
     (place / "__init__.py").write_text(text)
 
 
+@pytest.mark.slow
 def test_gpus_and_a_library_that_aborts(dependencies_alone, tmp_path):
     """The GPUs are those of the CUDA bindings; a crash in a probe is a line of the report."""
     package(tmp_path, "cuda.bindings.runtime", CUDA)
@@ -208,6 +212,7 @@ def test_gpus_and_a_library_that_aborts(dependencies_alone, tmp_path):
     assert "onnxruntime-gpu" in abilities["engine onnxruntime, cuda"]["fix"]
 
 
+@pytest.mark.slow
 def test_table(dependencies_alone, tmp_path):
     """GPUs by nvidia-smi where there are no bindings; the tables hold what the JSON does."""
     smi = tmp_path / "nvidia-smi"
@@ -321,6 +326,7 @@ def test_disk_is_counted_together(monkeypatch, tmp_path):
     assert enough() == [True] * 4 + [False] * (len(disk) - 4)
 
 
+@pytest.mark.slow
 def test_next_steps(monkeypatch, tmp_path):
     """Where all works: first the demo, then the data of COCO, then nothing."""
     monkeypatch.chdir(ROOT)

@@ -330,6 +330,7 @@ def command(place, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_command_killed_and_run_again(site):
     site.files[PTH] = bytes(range(250)) * 8000
     site.faults[PTH] = [stalls(1_500_000)]
@@ -354,6 +355,7 @@ def test_command_killed_and_run_again(site):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_demo_set_is_used_where_it_lies(tmp_path, monkeypatch):
     process = command(ROOT, "data", "--demo")
     output, errors = process.communicate(timeout=60)

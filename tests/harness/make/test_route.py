@@ -160,6 +160,7 @@ def test_make_calibrate_holds_int8_against_fp32(place):
     assert "int8.onnx does not find what" in done.stderr
 
 
+@pytest.mark.triton
 def test_make_run_through_triton(place, monkeypatch):
     """A server is started, gives the same answers as the engine itself, and is stopped."""
     monkeypatch.setenv("PATH", f"{server_command().parent}:{os.environ['PATH']}")

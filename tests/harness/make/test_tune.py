@@ -75,6 +75,7 @@ class Device(FakeEngine):
         return super().infer(images)
 
 
+@pytest.mark.slow
 def test_search_finds_the_best_batch_threads_and_a_valid_rate(monkeypatch):
     monkeypatch.setattr("harness.make.tune.SERVER_QUERIES", 700)
     said = []
@@ -91,6 +92,7 @@ def test_search_finds_the_best_batch_threads_and_a_valid_rate(monkeypatch):
     assert any("batch 8, 1 thread, 2 streams" in line for line in said)
 
 
+@pytest.mark.slow
 def test_search_finds_the_streams_that_hide_the_copies(monkeypatch):
     monkeypatch.setattr("harness.make.tune.SERVER_QUERIES", 100)
     monkeypatch.setattr(
@@ -106,6 +108,7 @@ def test_search_finds_the_streams_that_hide_the_copies(monkeypatch):
     assert any(f"Server, batch 8, {found.streams} streams" in line for line in said)
 
 
+@pytest.mark.slow
 def test_an_engine_slower_than_the_bound_gets_no_rate():
     said = []
     engine = FakeEngine(seconds=0.12)  # 100 ms are allowed
@@ -116,6 +119,7 @@ def test_an_engine_slower_than_the_bound_gets_no_rate():
     assert said[-1] == "Server: one image takes longer than 100 ms"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "lowest"), [(0.06, 1000 / 120), (0.001, None)], ids=["slow", "fast"]
 )

@@ -44,6 +44,7 @@ def changed(picture: np.ndarray, plain: np.ndarray) -> np.ndarray:
     return np.abs(picture - plain).max(axis=2) > 40
 
 
+@pytest.mark.slow
 def test_boxes_are_drawn_on_their_image_at_their_place(image_dir: Path) -> None:
     plain = draw(image_dir, [])
     # two boxes on image 2, which is 1000 high: one clear of the other

@@ -6,20 +6,23 @@ import pytest
 
 from harness.submission.compliance import check_compliance, find_bases
 from tests.support.compliance_runs import CheatingEngine, base_runs, benchmark
+from tests.support.shared import once
 from tests.support.submissions import DETAIL, SUMMARY, edit_log, submit
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
+def runs(shared):
     """Runs and compliance tests of a datacenter system, too short to be submitted."""
-    root = tmp_path_factory.mktemp("runs")
-    bench = benchmark(root / "data", CheatingEngine(seconds=0.002))
-    base_runs(bench, root / "logs", "Offline", min_query_count=300)
-    base_runs(bench, root / "logs", "Server", target_qps=500.0)
-    for base in find_bases([root / "logs"]):
-        for test in ("TEST01", "TEST04", "TEST05"):
-            check_compliance(bench, base, test)
-    return root
+
+    def make(root):
+        bench = benchmark(root / "data", CheatingEngine(seconds=0.002))
+        base_runs(bench, root / "logs", "Offline", min_query_count=300)
+        base_runs(bench, root / "logs", "Server", target_qps=500.0)
+        for base in find_bases([root / "logs"]):
+            for test in ("TEST01", "TEST04", "TEST05"):
+                check_compliance(bench, base, test)
+
+    return once(shared / "runs", make)
 
 
 def without_errors(path):

@@ -198,6 +198,7 @@ def test_multistream_issues_eight_samples_a_query(tree):
         assert [item.path for item in found] == [log] * wrong
 
 
+@pytest.mark.slow
 def test_every_missing_file_is_found(good, tmp_path):
     folders = ("systems", "measurements", "results", "compliance")
     files = [path for name in folders for path in (good / "closed/Acme" / name).rglob("*.*")]

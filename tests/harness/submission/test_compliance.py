@@ -287,6 +287,7 @@ def harness(place, *arguments):
     return done
 
 
+@pytest.mark.slow
 def test_command(grey, tmp_path):
     """From images to verdict files, with a model in ONNX Runtime."""
     model, data = "grey.onnx", ("--dataset", "coco")

@@ -230,6 +230,7 @@ def harness(*arguments, cwd=ROOT):
     return done
 
 
+@pytest.mark.slow
 def test_commands(runs, good, tmp_path):
     system = tmp_path / "system.toml"
     system.write_text(OWNER)
@@ -246,6 +247,7 @@ def test_commands(runs, good, tmp_path):
     assert done.stdout.splitlines()[-1].startswith("0 errors, ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -94,6 +94,7 @@ def test_a_missing_file_is_said(tmp_path):
         load_engine("cudnn", tmp_path / "model.onnx", device="cuda")
 
 
+@pytest.mark.slow
 def test_the_command_says_what_to_install(tmp_path):
     """In a process of its own, where nothing finds cuDNN's frontend."""
     model = tmp_path / "model.onnx"

@@ -141,6 +141,7 @@ def networks(draw):
     return builder
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(networks(), st.integers(1, 2))
 def test_made_up_networks_agree_to_the_bit(builder, batch):
