@@ -183,8 +183,11 @@ def _find_nms(graph: gs.Graph) -> gs.Node:
     if len(found) == 1:
         return found[0]
     if found:
-        names = ", ".join(map(describe, found))
-        raise SurgeryError(f"the outputs depend on {len(found)} NMS nodes, not on one: {names}")
+        names = ", ".join(map(describe, found[:3])) + (", ..." if len(found) > 3 else "")
+        raise SurgeryError(
+            f"the outputs depend on {len(found)} NMS nodes, not on one: {names}; export with one "
+            "NonMaxSuppression over the scores of all classes"
+        )
     ends = ", ".join(
         f"{tensor.name!r} from {node.op}" for tensor in graph.outputs for node in tensor.inputs
     )
@@ -207,13 +210,17 @@ def _find_heads(nms: gs.Node) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
                 elif node.op not in SHAPE_ONLY:
                     stack.extend(node.inputs)
     if not convs:
-        raise SurgeryError(f"no Conv upstream of {describe(nms)}")
+        raise SurgeryError(f"no Conv upstream of {describe(nms)}: export from the image on")
+    if len(convs) == 2:  # of one level: there is nothing to join
+        first, second = (conv.outputs[:1] for conv in convs)
+        return first, second
     joins = list({id(join): join for join in map(_join_of, convs)}.values())
     if len(joins) != 2:
         names = ", ".join(map(describe, joins))
         raise SurgeryError(
             f"the {len(convs)} Conv upstream of {describe(nms)} are joined by {names}; needed are "
-            "two Concat, one of all loc heads and one of all conf heads"
+            "two Concat, one of all loc heads and one of all conf heads: export with the levels "
+            "joined before they are decoded"
         )
     first, second = (_heads_of(join) for join in joins)
     if len(first) != len(second):
@@ -234,7 +241,7 @@ def _join_of(conv: gs.Node) -> gs.Node:
             raise SurgeryError(
                 f"{describe(conv)} is upstream of NonMaxSuppression but is no head: its way to a "
                 f"Concat of the levels meets {', '.join(kinds) or 'no reader'}, where only "
-                f"{', '.join(sorted(RESHAPING))} may stand"
+                f"{', '.join(sorted(RESHAPING))} may stand: export with all else behind the Concat"
             )
         node = readers[0]
 
@@ -286,6 +293,7 @@ def _read_tail(
     feeding = upstream(graph, nms.inputs[:2], heads.names)
     before = [node for node in feeding if id(node) in behind]
     run = HeadRunner(model, heads, [name for node in before for name in output_names(node)])
+    _check_classes(nms, heads, run)
     image = _image_size(model)
     priors, pixels = probe_boxes(run, heads, image)
     background = probe_scores(run, heads)
@@ -330,6 +338,26 @@ def _image_size(model: onnx.ModelProto) -> tuple[int, int] | None:
             height, width = sizes[2:] if sizes[1] in CHANNELS else sizes[1:3]
             found.append((width, height))
     return found[0] if len(found) == 1 and all(found[0]) else None
+
+
+def _check_classes(nms: gs.Node, heads: Heads, run: HeadRunner) -> None:
+    """Refuse one class of boxes that stands for several."""
+    batch, classes, priors = heads.batch or 1, heads.num_classes, heads.num_priors
+    loc, conf = (np.zeros((batch, rows, priors), np.float32) for rows in (4, classes))
+    scores = run(loc, conf).get(nms.inputs[1].name)
+    if scores is None or scores.shape[:-1] != (batch, 1) or classes <= 2:
+        return
+    what = "takes every box as of its best class, and lets classes suppress one another"
+    if scores.shape[-1] != priors:
+        what = (
+            f"takes {scores.shape[-1]} boxes as of one class, told apart by an offset of their "
+            "coordinates as batched_nms writes it, which rounds them"
+        )
+    raise SurgeryError(
+        f"{describe(nms)} {what}; {OP_TYPE} suppresses within each class: export with "
+        f"NonMaxSuppression over boxes [N, {priors}, 4] and scores [N, {classes - 1} or {classes}, "
+        f"{priors}]"
+    )
 
 
 def _candidates(graph: gs.Graph, nms: gs.Node, before: list[int]) -> tuple[int, bool]:

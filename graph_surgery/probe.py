@@ -6,7 +6,7 @@ logits; a tensor holds the decoded boxes, or the scores, when its values say so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,12 @@ Run = Callable[[NDArray[np.float32], NDArray[np.float32]], Arrays]
 TOLERANCE = 1e-5
 """Largest difference, absolute or relative, that counts as rounding of float32."""
 
-BOX_ORDERS = {"ltrb": (0, 1, 2, 3), "yxyx": (1, 0, 3, 2)}
-"""Where xmin, ymin, xmax, ymax stand in a decoded box."""
+BOX_FORMS = {
+    "ltrb": np.eye(4),
+    "yxyx": np.eye(4)[:, [1, 0, 3, 2]],
+    "centre and size": np.array([[1, 0, 1, 0], [0, 1, 0, 1], [-0.5, 0, 0.5, 0], [0, -0.5, 0, 0.5]]),
+}
+"""Columns of a decoded box, times this, are xmin, ymin, xmax, ymax."""
 
 
 def decode(priors: Floats, variances: Floats, deltas: Floats) -> Floats:
@@ -71,48 +75,43 @@ def probe_boxes(
     SurgeryError
         When no tensor holds boxes decoded as CENTER_SIZE from priors on a grid over the image.
     """
-    batch, count = heads.batch or 1, heads.num_priors
-    logits = np.zeros((batch, heads.num_classes, count), np.float32)
     rng = np.random.default_rng(0)
+    count = heads.num_priors
     noise = _representable(rng.uniform(-1, 1, (4, count)) * rng.choice([1.0, _WIDE], count))
-    probes = [
-        run(np.broadcast_to(deltas, (batch, 4, count)).astype(np.float32), logits)
-        for deltas in (np.zeros((4, 1)), _SHIFT, _STRETCH, noise)
-    ]
     tried = []
-    for name in reversed(probes[0]):
-        found = [rows for p in probes if (rows := _rows(p[name], count, 4)) is not None]
-        if not found:
-            continue
-        for order, columns in BOX_ORDERS.items():
-            zero, shifted, stretched, random = (rows[:, columns] for rows in found)
-            variances = _variances(zero, shifted, stretched)
-            if variances.min() <= 0:  # does not follow the deltas, as the scores do not
-                continue
-            span = _span(zero)
-            unit = next((u for u in ((1, 1), image) if u and _spans(span, u)), None)
-            zero, random = (rows / np.tile(unit or (1, 1), 2) for rows in (zero, random))
-            expected = decode(zero, variances, noise.T)
-            difference = float(np.max(np.abs(random - expected) / np.maximum(1, np.abs(expected))))
-            lacks = []
-            if not _lies_on_grid(zero, heads):
-                lacks.append("its priors do not lie on the grids of the heads, anchor by anchor")
-            if unit is None:
-                pixels = f", nor {image[0]} x {image[1]} pixels" if image else ""
-                lacks.append(f"its priors span {span[0]:.4g} x {span[1]:.4g}, not 1 x 1{pixels}")
-            if not lacks and difference <= TOLERANCE:
-                planes = [zero.reshape(-1), np.tile(variances, count)]
-                return np.stack(planes)[:, :, None].astype(np.float32), unit != (1, 1)
-            lacks.append(f"its boxes differ by {difference:.2g}")
-            tried.append((len(lacks), difference, f"{name!r} read as {order}: {'; '.join(lacks)}"))
+    for what, still, variances, moved in _moving(run, heads, noise):
+        span = _span(still)
+        unit = next((u for u in ((1, 1), image) if u and _spans(span, u)), None)
+        zero, random = (rows / np.tile(unit or (1, 1), 2) for rows in (still, moved))
+        expected = decode(zero, variances, noise.T)
+        difference = float(np.max(np.abs(random - expected) / np.maximum(1, np.abs(expected))))
+        lacks = []
+        if not _lies_on_grid(zero, heads):
+            lacks.append("its priors do not lie on the grids of the heads, anchor by anchor")
+        if unit is None:
+            pixels = f", nor {image[0]} x {image[1]} pixels" if image else ""
+            lacks.append(f"its priors span {span[0]:.4g} x {span[1]:.4g}, not 1 x 1{pixels}")
+        if not lacks and difference <= TOLERANCE:
+            planes = [zero.reshape(-1), np.tile(variances, count)]
+            return np.stack(planes)[:, :, None].astype(np.float32), unit != (1, 1)
+        lacks.append(f"its boxes differ by {difference:.2g}")
+        tried.append((len(lacks), difference, f"{what}: {'; '.join(lacks)}"))
+    if not tried and (found := next(_moving(_anchor_major(run, heads), heads, noise), None)):
+        raise SurgeryError(
+            f"the boxes {found[0]} follow anchor-major channels of the heads, [anchors * 4]; "
+            "looked for are coordinate-major ones, [4 * anchors]: export with the filters of the "
+            "head convolutions, and the priors, in that order"
+        )
     if not tried:
         raise SurgeryError(
             f"no decoded boxes: no tensor behind the heads, [N, {count}, 4] or [N, 4, {count}], "
-            "moves with dx, dy and grows with exp(dw), exp(dh) of coordinate-major channels"
+            "moves with dx, dy and grows with exp(dw), exp(dh) of coordinate-major channels "
+            "[4 * anchors]: export with boxes coded and ordered so"
         )
     raise SurgeryError(
         "no tensor behind the heads holds boxes decoded as CENTER_SIZE, channels coordinate-major; "
-        f"nearest is {min(tried)[2]}"
+        f"nearest is {min(tried)[2]}; export without what else is done to deltas or boxes, such "
+        "as a bound of dw and dh"
     )
 
 
@@ -125,6 +124,43 @@ def _span(priors: Floats) -> Floats:
 def _spans(span: Floats, unit: tuple[int, int]) -> bool:
     """Whether priors span an image of this size, roughly: grids may end before or behind it."""
     return bool((span > np.divide(unit, 2)).all() and (span < np.multiply(unit, 2)).all())
+
+
+def _moving(run: Run, heads: Heads, noise: Floats) -> Iterator[tuple[str, Floats, Floats, Floats]]:
+    """Tensors that follow the deltas as boxes do, the last one first.
+
+    Name and form, corners at no deltas, variances, corners at the noise.
+    """
+    batch, count = heads.batch or 1, heads.num_priors
+    logits = np.zeros((batch, heads.num_classes, count), np.float32)
+    probes = [
+        run(np.broadcast_to(deltas, (batch, 4, count)).astype(np.float32), logits)
+        for deltas in (np.zeros((4, 1)), _SHIFT, _STRETCH, noise)
+    ]
+    for name in reversed(probes[0]):
+        found = [rows for p in probes if (rows := _rows(p[name], count, 4)) is not None]
+        if not found:
+            continue
+        for form, corners in BOX_FORMS.items():
+            with np.errstate(invalid="ignore"):  # what is no box may be infinite
+                zero, shifted, stretched, random = (rows @ corners for rows in found)
+            variances = _variances(zero, shifted, stretched)
+            if variances.min() > 0:  # else it does not follow the deltas, as the scores do not
+                yield f"{name!r} read as {form}", zero, variances, random
+
+
+def _anchor_major(run: Run, heads: Heads) -> Run:
+    """Give the heads their channels anchor by anchor, not coordinate or class first."""
+    ends = np.cumsum([level.priors for level in heads.levels])[:-1]
+
+    def turned(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        parts = [
+            part.reshape(*values.shape[:2], level.anchors, -1).swapaxes(1, 2).reshape(part.shape)
+            for part, level in zip(np.split(values, ends, axis=2), heads.levels, strict=True)
+        ]
+        return np.concatenate(parts, axis=2)
+
+    return lambda loc, conf: run(turned(loc), turned(conf))
 
 
 def _representable(values: Floats) -> Floats:
@@ -206,5 +242,5 @@ def probe_scores(run: Run, heads: Heads) -> int:
     raise SurgeryError(
         f"no tensor behind the heads holds the softmax of the logits over {classes} classes, "
         f"[N, {classes} or {classes - 1}, {count}] or transposed{what}; other activations are not "
-        "supported"
+        "supported: export with softmax, if the network was trained with it"
     )

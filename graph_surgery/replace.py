@@ -21,7 +21,8 @@ from graph_surgery.nms_function import (
     nms_function,
 )
 from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
-from graph_surgery.protobuf import convert, one_line, opset_of
+from graph_surgery.protobuf import convert, inputs, one_line, opset_of
+from graph_surgery.unfuse import unfuse
 from graph_surgery.verify import same_network, verify_network, verify_tail
 
 PRIORS = "nms_priors"
@@ -56,10 +57,11 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
 
     The outputs of the tail become ``detections`` float32 [N, keepTopK, 7] and
     ``num_detections`` int32 [N]; other outputs stay. Old and new tail are run on the same head
-    tensors and must agree. Functions of the model are inlined. In front of the heads, batch norms
-    are folded into their convolutions, a model older than opset 18 is converted to it, and a fixed
-    batch becomes dynamic, unless the network computes with it; old and new network are run on the
-    same images and must agree, too.
+    tensors and must agree. Functions of the model are inlined, and what ONNX Runtime's optimiser
+    fused is taken apart. In front of the heads, batch norms are folded into their convolutions, a
+    model older than opset 18 is converted to it, and a fixed batch becomes dynamic, unless the
+    network computes with it; old and new network are run on the same images and must agree, too.
+    Inputs that nothing reads are left out.
 
     Parameters
     ----------
@@ -76,12 +78,13 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     inline = bool(model.functions) and not surgered
     if inline:
         model = onnx.inliner.inline_local_functions(model, convert_version=True)
+    given, model = model, unfuse(model)
     graph = import_graph(model)
     if (node := find_nms_node(graph)) is not None:
         _check_surgered(model, graph, node)
         return SurgeryResult(model, False, (f"the graph has its {OP_TYPE} node: nothing to do",))
     tail = find_tail(graph, model)
-    new_model, network_changes = _adapt_network(model, _replace(graph, model, tail), tail)
+    new_model, network_changes = _adapt_network(given, _replace(graph, model, tail), tail)
     try:
         onnx.checker.check_model(new_model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -91,6 +94,10 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     folded = _batch_norms(model) - _batch_norms(new_model)
     replaced = len(model.graph.node) - folded - len(new_model.graph.node) + 1
     changes = ["the model's functions were inlined"] if inline else []
+    if model is not given:
+        changes.append(
+            "what ONNX Runtime's optimiser fused into convolutions was taken out of them"
+        )
     changes += [
         f"{replaced} nodes behind {len(tail.heads.names)} head convolutions became one {OP_TYPE}",
         f"outputs {', '.join(tail.outputs)} (boxes {agreement.box_order}) became detections "
@@ -137,6 +144,9 @@ def _adapt_network(
         changes.append(f"{folded} batch norms were folded into their convolutions")
     if (opset := opset_of(old)) < MIN_OPSET:
         changes.append(f"opset {opset} became {MIN_OPSET}, which the definition of {OP_TYPE} needs")
+    left = {given.name for given in inputs(new)}
+    if unread := [given.name for given in inputs(old) if given.name not in left]:
+        changes.append(f"inputs that nothing reads were left out: {', '.join(unread)}")
     names = [*tail.heads.names, *_other_outputs(old, tail)]
     difference = None
     if (batch := tail.heads.batch) is not None:
@@ -198,7 +208,7 @@ def _replace(graph: gs.Graph, model: onnx.ModelProto, tail: DetectionTail) -> on
     heads, others = tail.heads.names, _other_outputs(model, tail)
     tensors = graph.tensors()
     graph.outputs = [tensors[name] for name in dict.fromkeys([*heads, *others])]
-    graph.cleanup(recurse_functions=False)
+    graph.cleanup(remove_unused_graph_inputs=True, recurse_functions=False)
     graph.ir_version = max(graph.ir_version, MIN_IR_VERSION)
     if graph.opset < MIN_OPSET:
         try:
@@ -211,8 +221,8 @@ def _replace(graph: gs.Graph, model: onnx.ModelProto, tail: DetectionTail) -> on
     for name in OUTPUTS:
         if name in tensors:
             raise SurgeryError(f"the graph has a tensor {name!r} of its own: rename it")
-    inputs = [*(tensors[name] for name in heads), gs.Constant(namer(graph)(PRIORS), tail.priors)]
+    read = [*(tensors[name] for name in heads), gs.Constant(namer(graph)(PRIORS), tail.priors)]
     size = tail.heads.batch or tensors[heads[0]].shape[0] or BATCH
-    made = add_nms(graph, inputs, tail.attributes, size)
+    made = add_nms(graph, read, tail.attributes, size)
     graph.outputs = [*made, *(tensors[name] for name in others)]
     return export_graph(graph, model)
