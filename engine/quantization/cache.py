@@ -108,6 +108,13 @@ class Calibration:
     @property
     def warning(self) -> str | None:
         """What speaks against the use of these scales."""
+        known = {name: one.scales[self.method] for name, one in self.statistics.items()}
+        changed = [name for name, scale in known.items() if self.scales.get(name) != scale]
+        if changed:
+            return (
+                f"{len(changed)} of {len(known)} scales, the first of {changed[0]!r}, are not what "
+                f"{self.method} made of the images: the cache was changed since"
+            )
         if self.empty_images <= self.images / 2:
             return None
         return (

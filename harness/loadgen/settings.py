@@ -291,7 +291,7 @@ def check_tables(tables: Mapping[str, Any], where: str) -> None:
     Raises
     ------
     HarnessError
-        For an unknown name, or a wrong value in the table of a scenario.
+        For an unknown name, or a wrong value.
     """
     every = {key for kind in SCENARIOS.values() for key in _fields(kind)}
     for key, value in tables.items():
@@ -300,6 +300,10 @@ def check_tables(tables: Mapping[str, Any], where: str) -> None:
                 checked(SCENARIOS[key], value, f"{where}{key}.")
         elif key not in (known := set(SCENARIOS) if isinstance(value, dict) else every):
             raise HarnessError(f"{where}{key}: unknown; known: {', '.join(sorted(known))}")
+        else:
+            kind = next(kind for kind in SCENARIOS.values() if key in _fields(kind))
+            with as_harness_error():
+                checked(kind, {key: value}, where)
 
 
 def fitted(settings: Settings, max_batch: int | None, best: int | None = None) -> Settings:

@@ -129,3 +129,11 @@ def test_a_tensor_without_an_error_is_infinitely_good(tmp_path):
     path = tmp_path / "cache.json"
     path.write_text(json.dumps(SAMPLE.document).replace("30.0", "Infinity"))
     assert Calibration.load(path).statistics["conv"].snr_db == math.inf
+
+
+def test_a_scale_that_was_changed_is_told(tmp_path):
+    path = tmp_path / "cache.json"
+    path.write_text(json.dumps(SAMPLE.document))
+    assert Calibration.load(path).warning is None
+    path.write_text(json.dumps(SAMPLE.document | {"scales": {"image": 0.02, "conv": 100.0}}))
+    assert "1 of 1 scales, the first of 'conv', are not what auto" in Calibration.load(path).warning

@@ -158,7 +158,7 @@ def test_file_and_overrides(tmp_path):
         ("[Server", "cannot read"),
         ("[Server]\ntarget_qps = 2020-01-01", "Server.target_qps: a valid number expected"),
         ("[Server]\ntarget_qps = " + "[" * 100_000, "cannot read it: more than 64 lists"),
-        ("batch_size = '8'", 'Server.batch_size: a valid integer expected, not "8"'),
+        ("batch_size = '8'", 'settings.toml: batch_size: a valid integer expected, not "8"'),
     ],
 )
 def test_bad_files_are_refused(text, message, tmp_path):
