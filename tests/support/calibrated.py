@@ -64,6 +64,16 @@ def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
+def heads(model):
+    (nms,) = (node for node in model.graph.node if node.op_type == "NMS_OPT_TRT")
+    return list(nms.input[:-1])
+
+
+def to_int8(model, images):
+    scale = np.float32({entry.key: entry.value for entry in model.metadata_props}["input_scale"])
+    return np.clip(np.rint(images / scale), -127, 127).astype(np.int8)
+
+
 def snr_db(reference: list[np.ndarray], other: list[np.ndarray]) -> float:
     a = np.concatenate([x.astype(np.float64).ravel() for x in reference])
     b = np.concatenate([x.astype(np.float64).ravel() for x in other])

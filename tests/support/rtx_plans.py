@@ -2,13 +2,22 @@
 
 import re
 import struct
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
+import pytest
 
 from plugin_cuda.library import Config, Format, Level, workspace_size
 from tests.support.graphs import nms_node
 from tests.support.plugin_driver import FLOAT32, INT32
+
+NEEDS_RTX = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None or find_spec("polygraphy") is None,
+    reason="needs TensorRT-RTX: pip install 'ssd-resnet34-trt[rtx]'",
+)
+TARGETS = ("8.0", "8.6", "8.9", "12.0")
+"""Compute capabilities to build for."""
 
 
 def check_plan(plan, model, max_batch, kernels):

@@ -1,19 +1,15 @@
-"""Calibration against NumPy on all activations at once, ONNX Runtime's entropy, and bad input."""
+"""Calibration against NumPy on all activations at once, and bad input."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import struct
 import subprocess
 import sys
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
 from engine.data.preprocessed import images_sha256
@@ -21,7 +17,7 @@ from engine.errors import EngineError
 from engine.model import load_detector
 from engine.quantization.cache import Calibration, parse_trt
 from engine.quantization.calibration import _check_float32, calibrate, calibrate_all, is_current
-from engine.quantization.histogram import BINS, Histogram
+from engine.quantization.histogram import BINS
 from engine.quantization.placement import find_placement
 from engine.quantization.thresholds import PERCENTILE
 from tests.support.calibrated import activations, write_images
@@ -36,42 +32,6 @@ def images(small_images, tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibrations(surgered, images):
     return calibrate_all(load_detector(surgered), images)
-
-
-# Histograms
-
-
-@given(
-    hnp.arrays(
-        np.float32,
-        st.integers(1, 400),
-        elements=st.floats(-(2.0**40), 2.0**40, width=32) | st.floats(-3, 3, width=32),
-    ),
-    st.lists(st.integers(0, 400), max_size=4),
-)
-@settings(max_examples=150, deadline=None)
-def test_a_histogram_is_exact_in_any_pieces(values, cuts) -> None:
-    histogram = Histogram()
-    for part in np.split(values, sorted(cuts)):
-        histogram.add(part)
-    magnitudes = np.abs(values.astype(np.float64))
-    assert histogram.largest == magnitudes.max()
-    if histogram.largest == 0:
-        assert histogram.counts.tolist() == [len(values)] + [0] * (BINS - 1)
-        return
-    if histogram.largest > 2**-100:
-        assert histogram.limit / 2 <= histogram.largest < histogram.limit
-    index = np.floor(magnitudes / (histogram.limit / BINS)).astype(int)
-    np.testing.assert_array_equal(histogram.counts, np.bincount(index, minlength=BINS))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_histogram_refuses_what_is_no_number(value) -> None:
-    histogram = Histogram()
-    histogram.add(np.float32([1, 2]))
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        histogram.add(np.float32([1, value, 3]))
-    assert (histogram.counts.sum(), histogram.largest) == (2, 2)
 
 
 # A whole model
@@ -320,51 +280,6 @@ def test_trt_text(calibrations) -> None:
     # the line that NVIDIA's cache has for its input: 0.0207925 * 127 = 2.64064
     nvidia = parse_trt("TRT-8001-EntropyCalibration2\ninput: 3caa54fc\n")
     assert nvidia == {"input": pytest.approx(2.640645 / 127, rel=1e-6)}
-
-
-@given(
-    st.dictionaries(
-        st.text(st.characters(categories=("L", "N", "P", "S", "Zs")), min_size=1).filter(
-            lambda name: name.strip() and len(name.splitlines()) == 1
-        ),
-        st.floats(2.0**-100, 2.0**100, width=32),
-        min_size=1,
-        max_size=5,
-    )
-)
-@settings(max_examples=100, deadline=None)
-def test_trt_text_comes_back(scales) -> None:
-    calibration = Calibration(scales, "minmax", 1, "", "", "", {}, 0, (), {}, {})
-    assert parse_trt(calibration.to_trt()) == scales
-
-
-@given(st.text(max_size=60) | st.text(max_size=40).map(lambda t: f"TRT-1-Entropy\n{t}"))
-@settings(max_examples=200, deadline=None)
-def test_trt_parser_never_fails_otherwise(text) -> None:
-    try:
-        scales = parse_trt(text)
-    except EngineError as error:
-        assert "line " in str(error)
-    else:
-        for name, scale in scales.items():
-            assert f"{name}: {struct.pack('>f', scale).hex()}".lower() in text.lower()
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("", "line 1"),
-        ("scales\nimage: 3caa54fc", "line 1"),
-        ("TRT-8001-EntropyCalibration2\nimage 3caa54fc", "line 2"),
-        ("TRT-8001-EntropyCalibration2\n\nimage: 3caa54f", "line 3"),
-        ("TRT-8001-EntropyCalibration2\na: 3caa54fc\na: 3caa54fc", "second scale for 'a'"),
-        ("TRT-8001-EntropyCalibration2\na: 7fc00000", "scale nan"),
-        ("TRT-8001-EntropyCalibration2\na: 80000000", "scale -0.0"),
-    ],
-)
-def test_bad_trt_text(text, problem) -> None:
-    with pytest.raises(EngineError, match=problem):
-        parse_trt(text)
 
 
 # Bad input

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
-import re
-import shutil
-import subprocess
-import sys
 from hashlib import sha256
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,53 +10,17 @@ import pytest
 
 from engine.backends.cuda import Gpu
 from engine.backends.tensorrt.build import BuildOptions, build
-from engine.backends.tensorrt.log import polygraphy_log
-from engine.backends.tensorrt.module import RTX, import_tensorrt
-from engine.backends.tensorrt.plugins import load_plugins
+from engine.backends.tensorrt.module import RTX
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.manifest import load_manifest
 from engine.model import load_detector
-from plugin_cuda.library import load_library
-from tests.support import ROOT
 from tests.support.calibrated import write_surgered
 from tests.support.graphs import nms_node
 from tests.support.int8_models import write_int8
-from tests.support.rtx_plans import check_plan, edited
+from tests.support.rtx_plans import NEEDS_RTX, TARGETS, check_plan
 
-pytestmark = pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None or find_spec("polygraphy") is None,
-    reason="needs TensorRT-RTX: pip install 'ssd-resnet34-trt[rtx]'",
-)
-
-TARGETS = ("8.0", "8.6", "8.9", "12.0")
-
-
-@pytest.fixture(scope="module")
-def trt():
-    return import_tensorrt(RTX)
-
-
-@pytest.fixture
-def plugin(trt, trt_plugin_library):
-    """The plugin, registered for the test."""
-    ctypes.CDLL(str(trt_plugin_library))  # keeps the code in place: a network may outlive its test
-    registry = trt.get_plugin_registry()
-    handle = registry.load_library(str(trt_plugin_library))
-    assert handle is not None
-    yield
-    registry.deregister_library(handle)
-
-
-@pytest.fixture
-def kernels(plugin_libraries):
-    return load_library(plugin_libraries / "libnms_opt.so")
-
-
-@pytest.fixture(scope="module")
-def int8(demo_surgered, tmp_path_factory):
-    """The demo detector in INT8 and FP16, with made-up scales."""
-    return write_int8(demo_surgered, tmp_path_factory.mktemp("int8") / "d.int8.onnx", "fp16")
+pytestmark = NEEDS_RTX
 
 
 @pytest.fixture(scope="module")
@@ -305,165 +260,3 @@ def test_loading_needs_a_gpu(int8, plugin, tmp_path):
     build(load_detector(int8), RTX, engine, BuildOptions(max_batch=2))
     with pytest.raises(EngineError, match=r"no CUDA device 0 can be used: CUDA: .* driver"):
         load_engine(RTX, engine, device="cuda")
-
-
-def engine_build(model, library, output, *options):
-    """The command that users call."""
-    command = [sys.executable, "-m", "engine", "build", model, "--backend", RTX, "-o", output]
-    return subprocess.run(
-        [*command, "--plugin", library, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-
-
-def test_command_builds_with_the_library(int8, trt_plugin_library, kernels, tmp_path):
-    """Values that no default has arrive in the plan, too."""
-    others = {"topK": 123, "keepTopK": 77, "confidenceThreshold": 0.0625, "nmsThreshold": 0.25}
-    model = edited(int8, tmp_path / "other.onnx", **others)
-    engine = tmp_path / "other.engine"
-    targets = [part for target in TARGETS for part in ("--compute-capability", target)]
-    done = engine_build(model, trt_plugin_library, engine, "--max-batch", "16", *targets)
-    assert done.returncode == 0, done.stderr
-    check_plan(engine.read_bytes(), model, 16, kernels)
-    assert (
-        load_manifest(engine).plugins[0].sha256
-        == sha256(trt_plugin_library.read_bytes()).hexdigest()
-    )
-
-
-@pytest.mark.parametrize(
-    ("attributes", "message"),
-    [
-        ({"topK": 2000}, "attribute topK = 2000 is not in 1..1024"),
-        ({"confSigmoid": 1}, "confSigmoid = 1 and confSoftmax = 1: exactly one must be 1"),
-        ({"nmsThreshold": 1}, "attribute nmsThreshold has the field type 5, expected 1 (FLOAT32)"),
-        ({"inputOrder": [0, 6]}, "attribute inputOrder has 2 values, expected 3"),
-        ({"numClasses": 5}, "conf_0 has 324 channels, expected 20: 4 anchors, as loc_0 has"),
-    ],
-)
-def test_command_shows_what_the_plugin_refuses(
-    int8, trt_plugin_library, tmp_path, attributes, message
-):
-    model = edited(int8, tmp_path / "bad.onnx", **attributes)
-    done = engine_build(model, trt_plugin_library, tmp_path / "bad.engine")
-    assert done.returncode == 2
-    assert "NMS_OPT_TRT: " in done.stderr
-    assert message in done.stderr
-    assert re.search(r"^engine: error: .*bad\.onnx: tensorrt-rtx cannot ", done.stderr, re.M)
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "bad.engine").exists()
-
-
-def test_error_of_the_plugin_is_the_cause():
-    """Where TensorRT hands its logger to plugins, its own errors stand around theirs."""
-    from polygraphy.logger import G_LOGGER
-
-    cause = "NMS_OPT_TRT: attribute topK = 0 is not in 1..1024"
-    with polygraphy_log("error") as errors:
-        for text in ("before", cause, "after"):
-            G_LOGGER.error(text)
-    assert errors.first("?") == errors.last("?") == cause
-
-
-POLYGRAPHY_SCRIPT = """
-import tensorrt_rtx as trt
-from polygraphy.backend.trt import NetworkFromOnnxPath
-
-def load_network():
-    assert trt.get_plugin_registry().load_library({library!r})
-    return NetworkFromOnnxPath({model!r}, strongly_typed=True)()
-"""
-
-
-def test_polygraphy_command_line(int8, trt_plugin_library, kernels, tmp_path):
-    """Its --plugins registers nothing; a script that makes the network loads the library first."""
-    links = tmp_path / "links"  # the wheel of TensorRT-RTX lacks the name that its parser opens
-    links.mkdir()
-    folder = Path(find_spec("tensorrt_rtx_libs").submodule_search_locations[0])
-    (links / "libtensorrt_rtx.so").symlink_to(folder / "libtensorrt_rtx.so.1")
-    script, engine = tmp_path / "network.py", tmp_path / "p.engine"
-    names = {"library": str(trt_plugin_library), "model": str(int8)}
-    script.write_text(POLYGRAPHY_SCRIPT.format(**names))
-    command = [Path(sys.executable).with_name("polygraphy"), "convert"]
-    rest = ["--convert-to", "trt", "-o", engine, "--strongly-typed"]
-    rest += ["--compute-capabilities", "8.9"]
-    for bound, batch in {"min": 1, "opt": 4, "max": 8}.items():
-        rest += [f"--trt-{bound}-shapes", f"image:[{batch},3,400,400]"]
-    run = functools.partial(
-        subprocess.run,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1", "LD_LIBRARY_PATH": str(links)},
-    )
-    done = run([*command, int8, "--plugins", trt_plugin_library, *rest])
-    assert "has no runners that implement it" in done.stdout + done.stderr  # the function's body
-    assert not engine.exists()
-    done = run([*command, script, "--model-type", "trt-network-script", *rest])
-    assert done.returncode == 0, done.stderr
-    check_plan(engine.read_bytes(), int8, 8, kernels)
-
-
-def test_library_without_creators_for_this_tensorrt(trt, tmp_path):
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    source, library = tmp_path / "empty.c", tmp_path / "empty.so"
-    source.write_text(
-        "void* const* getCreators(int* n) { *n = 0; return 0; }\n"
-        "void setLoggerFinder(void* finder) { (void)finder; }\n"
-    )
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
-    with pytest.raises(EngineError, match="registered none of its plugins"):
-        load_plugins(trt, [library])
-
-
-def test_library_is_named_without_a_trace():
-    """The folder of links is gone with the process, and the environment is as it was."""
-    script = (
-        "import os; before = dict(os.environ)\n"
-        "from engine.backends.tensorrt import module as m\n"
-        "m.import_tensorrt('tensorrt-rtx'); m.import_tensorrt('tensorrt-rtx')\n"
-        "assert dict(os.environ) == before\n"
-        "print(*[links.name for links in m._links])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.stdout.count("tensorrt-rtx-") <= 1  # 0 once the wheel has the name itself
-    for folder in done.stdout.split():
-        assert not Path(folder).exists()
-
-
-def test_package_was_imported_too_early():
-    script = (
-        "import pathlib, tensorrt_rtx_libs\n"
-        "folder = pathlib.Path(tensorrt_rtx_libs.__file__).parent\n"
-        "if (folder / 'libtensorrt_rtx.so').exists(): raise SystemExit(3)\n"
-        "from engine.backends.tensorrt.module import EngineError, import_tensorrt\n"
-        "try: import_tensorrt('tensorrt-rtx')\n"
-        "except EngineError as error: print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=False, capture_output=True, text=True, cwd=ROOT
-    )
-    if done.returncode == 3:
-        pytest.skip("this wheel has the name")
-    assert "before the engine could put its library names right" in done.stdout, done.stderr
-
-
-def test_one_process_uses_one_of_the_two(trt, monkeypatch):
-    import polygraphy.backend.trt  # noqa: F401
-
-    class Other:
-        __version__ = "10.16.1"
-
-    monkeypatch.setitem(sys.modules, "tensorrt", Other)
-    with pytest.raises(EngineError, match="TensorRT or TensorRT-RTX, not both"):
-        import_tensorrt("tensorrt")
-    Other.__version__ = "10.5.0"
-    with pytest.raises(EngineError, match=r"tensorrt 10\.5\.0 is too old: 10\.6 or later"):
-        import_tensorrt("tensorrt")
