@@ -105,8 +105,9 @@ def agreement_lines(found: Agreement, cache: Calibration) -> Group:
 
 def warn(cache: Calibration) -> None:
     """Say on stderr what speaks against the use of a calibration."""
-    if cache.warning is not None:
-        Console(stderr=True).print(f"WARNING: {escape(cache.warning)}", style="bold")
+    for text in (cache.changed, cache.warning):
+        if text is not None:
+            Console(stderr=True).print(f"WARNING: {escape(text)}", style="bold")
 
 
 def sensitivity_table(found: Sensitivity) -> Table:

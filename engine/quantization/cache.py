@@ -106,15 +106,20 @@ class Calibration:
     statistics: Mapping[str, Statistics]
 
     @property
-    def warning(self) -> str | None:
-        """What speaks against the use of these scales."""
+    def changed(self) -> str | None:
+        """Which scales are not those that the method gave; None: all are."""
         known = {name: one.scales[self.method] for name, one in self.statistics.items()}
-        changed = [name for name, scale in known.items() if self.scales.get(name) != scale]
-        if changed:
-            return (
-                f"{len(changed)} of {len(known)} scales, the first of {changed[0]!r}, are not what "
-                f"{self.method} made of the images: the cache was changed since"
-            )
+        others = [name for name, scale in known.items() if self.scales.get(name) != scale]
+        if not others:
+            return None
+        return (
+            f"{len(others)} of {len(known)} scales, the first of {others[0]!r}, are not what "
+            f"{self.method} made of the images: the cache was changed since"
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """What speaks against the images that these scales are from."""
         if self.empty_images <= self.images / 2:
             return None
         return (

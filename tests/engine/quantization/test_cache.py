@@ -134,6 +134,6 @@ def test_a_tensor_without_an_error_is_infinitely_good(tmp_path):
 def test_a_scale_that_was_changed_is_told(tmp_path):
     path = tmp_path / "cache.json"
     path.write_text(json.dumps(SAMPLE.document))
-    assert Calibration.load(path).warning is None
+    assert Calibration.load(path).changed is None
     path.write_text(json.dumps(SAMPLE.document | {"scales": {"image": 0.02, "conv": 100.0}}))
-    assert "1 of 1 scales, the first of 'conv', are not what auto" in Calibration.load(path).warning
+    assert "1 of 1 scales, the first of 'conv', are not what auto" in Calibration.load(path).changed
