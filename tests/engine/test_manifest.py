@@ -85,7 +85,7 @@ def test_a_manifest_comes_back(tmp_path_factory, manifest):
 
 
 @given(damages(SAMPLE))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_damage_is_named_by_its_path(tmp_path_factory, damage):
     engine = written(tmp_path_factory.getbasetemp(), damage.document)
     with pytest.raises(EngineError) as caught:

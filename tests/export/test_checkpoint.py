@@ -127,6 +127,7 @@ def test_malicious_pickle_is_refused_by_name(tmp_path, container, function, args
     assert not victim.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("padding", [0, 70_000])
 def test_torchscript_archive_is_refused(tmp_path, padding):
