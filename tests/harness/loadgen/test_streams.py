@@ -165,7 +165,7 @@ def test_any_other_error_of_one_session_ends_the_run(scenario, fault, tmp_path):
 BEFORE = {"Offline": 30, "Server": 30, "MultiStream": 15}
 MANY = {
     "Offline": {"min_query_count": 5000},
-    "Server": {"min_query_count": 2000},
+    "Server": {"min_query_count": 2000, "target_qps": 20_000.0},
     "MultiStream": {"min_query_count": 200},
 }
 

@@ -79,9 +79,11 @@ def test_labels_have_colours_of_their_own(image_dir: Path) -> None:
 
 
 def test_low_scores_are_not_drawn(image_dir: Path, plain: list) -> None:
-    row = (1, 0.2, 0.1, 0.5, 0.4)
-    assert not changed(draw(image_dir, [(*row, 0.29, 1)])[2], plain[2]).any()
-    assert changed(draw(image_dir, [(*row, 0.31, 1)])[2], plain[2]).any()
+    drawn = draw(
+        image_dir, [(n, 0.2, 0.1, 0.5, 0.4, score, 1) for n, score in ((1, 0.29), (2, 0.31))]
+    )
+    assert not changed(drawn[2], plain[2]).any()
+    assert changed(drawn[3], plain[3]).any()
 
 
 def test_boxes_beyond_the_edge_stay_in_the_picture(image_dir: Path, plain: list) -> None:
