@@ -14,7 +14,7 @@ from tests.support import ROOT
 PACKAGES = ("export", "graph_surgery", "plugin_cuda", "engine", "harness")
 
 BETWEEN_PACKAGES = {
-    "export": "",
+    "export": "graph_surgery",
     "graph_surgery": "",
     "plugin_cuda": "",
     "engine": "graph_surgery plugin_cuda",
