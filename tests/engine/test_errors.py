@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import onnx
@@ -10,6 +9,7 @@ import pytest
 
 from engine.cli import app, main
 from harness.command import run_command as run_harness
+from tests.support import attempt
 
 COMMANDS = ["calibrate", "quantize", "build", "compare", "sensitivity", "inspect"]
 
@@ -73,7 +73,7 @@ def test_help_imports_nothing_heavy():
         "heavy = {'torch', 'onnx', 'onnxruntime', 'polygraphy', 'pycocotools', 'cv2'}\n"
         "sys.exit(', '.join(heavy & sys.modules.keys()) or None)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = attempt("-c", code)
     assert done.returncode == 0, done.stderr
     for name in COMMANDS:
         assert f"{name} [OPTIONS]" in done.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import onnx
 import pytest
@@ -20,7 +18,7 @@ from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 from graph_surgery.names import add_names
 from graph_surgery.replace import insert_nms
-from tests.support import ROOT
+from tests.support import ROOT, command
 from tests.support.calibrated import write_images
 
 OWN = [f"thing {number}" for number in range(80)]
@@ -42,9 +40,7 @@ def test_export_writes_the_names_of_coco_for_81_classes(exported) -> None:
 def test_names_go_through_surgery_and_quantisation(exported, small_images, tmp_path) -> None:
     path, file = tmp_path / "model.nms.onnx", tmp_path / "names.txt"
     file.write_text("background\n" + "\n".join(OWN) + "\n\n")
-    command = [sys.executable, "-m", "graph_surgery", "nms", exported, path, "--names", file]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    done = command("graph_surgery", "nms", exported, path, "--names", file)
     assert f"class names: 80, {file}" in done.stdout
     assert names_of(onnx.load(path)) == OWN
     images = write_images(tmp_path, small_images[:1])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -23,7 +21,7 @@ from engine.support.documents import (
     read_json,
     read_toml,
 )
-from tests.support import ROOT
+from tests.support import attempt
 from tests.support.formats import JSON, Sample, damages
 
 DEEP = 100_000
@@ -206,7 +204,5 @@ def test_a_server_needs_no_pydantic():
         "import engine.backends.triton.python_model\n"
         "import engine.backends.onnxruntime.engine\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = attempt("-c", code)
     assert (done.returncode, done.stderr) == (0, "")

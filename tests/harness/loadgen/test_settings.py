@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import mlperf_loadgen as lg
 import pytest
@@ -26,7 +24,7 @@ from harness.loadgen.settings import (
     load_settings,
     user_conf,
 )
-from tests.support import ROOT
+from tests.support import attempt
 from tests.support.formats import Sample, damages
 
 # MLPerf Inference v2.0 rules for ssd-resnet34, and the seeds of the installed LoadGen's own model
@@ -113,13 +111,7 @@ settings.apply(offline, "PerformanceOnly", Path(sys.argv[1]))
 
 def test_a_file_that_loadgen_refuses_is_an_error(tmp_path):
     """In a process of its own, for LoadGen's complaint comes into the log of the next run."""
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED, tmp_path / "user.conf"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = attempt("-c", REFUSED, tmp_path / "user.conf")
     assert re.search(
         r"^harness\.errors\.HarnessError: LoadGen refused .*user\.conf", done.stderr, re.M
     )
