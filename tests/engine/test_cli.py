@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,12 @@ from typer.testing import CliRunner
 
 from engine.cli import app
 from engine.errors import EngineError
+from engine.manifest import save_engine
 from engine.quantization.cache import Calibration
 from engine.quantization.sensitivity import LayerSensitivity, Noise, Sensitivity
 from engine.report import calibration_report
 from tests.support import ROOT, command
+from tests.support.manifests import PLAN, manifest
 
 ANNOTATIONS = ROOT / "demo" / "data" / "annotations" / "instances_val.json"
 IMAGES = 12
@@ -228,32 +229,10 @@ def test_inspect(demo, tmp_path):
 
 
 def test_inspect_engine(tmp_path):
-    from engine.manifest import Manifest, save_engine
-    from engine.protocol import InputSpec
-
-    plan = b"plan"
-    manifest = Manifest(
-        backend="tensorrt-rtx",
-        version="1.7.1.116",
-        gpu=None,
-        compute_capabilities=("8.9",),
-        model="m.onnx",
-        onnx_sha256="a" * 64,
-        plugins=(),
-        metadata={"input_scale": "0.02"},
-        engine_sha256=sha256(plan).hexdigest(),
-        engine_bytes=len(plan),
-        input=InputSpec("image", (3, 400, 400), "int8", 0.02),
-        min_batch=1,
-        opt_batch=8,
-        max_batch=8,
-        options={},
-        seconds=1.5,
-    )
-    save_engine(tmp_path / "m.engine", plan, manifest)
+    save_engine(tmp_path / "m.engine", PLAN, manifest(compute_capabilities=("8.9",)))
     _, out = engine("inspect", tmp_path / "m.engine")
-    assert "tensorrt-rtx" in out and "8.9" in out
-    (tmp_path / "m.engine").write_bytes(b"plaN")
+    assert "10.16.1.11" in out and "8.9" in out
+    (tmp_path / "m.engine").write_bytes(PLAN.upper())
     with pytest.raises(EngineError, match="engine_sha256"):
         engine("inspect", tmp_path / "m.engine")
 

@@ -96,7 +96,12 @@ def test_damage_is_named_by_its_path(tmp_path_factory, damage):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"backend": "a", "backend": "b"}', "stands twice"), ("[" * 100_000, "in each other")],
+    [
+        ('{"backend": "a", "backend": "b"}', "stands twice"),
+        ("[" * 100_000, "in each other"),
+        ("[]", "an object expected"),
+        ("{", "not JSON"),
+    ],
 )
 def test_what_is_no_document(tmp_path, text, message):
     engine = written(tmp_path, {})
