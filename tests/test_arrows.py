@@ -39,9 +39,9 @@ ARROWS = {
         "backends.cudnn": "backends model",
         "backends.triton": ("backends backends.onnxruntime data load manifest model"),
         "quantization": "backends.onnxruntime data model",
-        "comparison": "backends.cudnn backends.onnxruntime data load manifest model quantization",
-        "inspect": "manifest model quantization",
-        "report": "comparison quantization",
+        "comparison": "backends.cudnn backends.onnxruntime backends.tensorrt data load manifest model quantization",
+        "inspect": "backends.tensorrt manifest model quantization",
+        "report": "backends.tensorrt comparison quantization",
         "bench": (
             "backends backends.cudnn backends.onnxruntime comparison data load model quantization"
         ),

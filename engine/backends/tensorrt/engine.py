@@ -68,8 +68,7 @@ def load(backend: str, model: Path, device: str) -> Engine:
     libraries = check_plugins(model, manifest)
     if manifest.options.get("strip_plan"):
         raise EngineError(
-            f"{model}: its weights were stripped, and no command here puts weights into a plan; "
-            "build it without --strip-plan"
+            f"{model}: its weights were stripped; put weights into it with 'engine refit'"
         )
     if manifest.options.get("weight_streaming"):  # an option until 0.1
         raise EngineError(
@@ -84,7 +83,7 @@ def load(backend: str, model: Path, device: str) -> Engine:
     here = Machine(backend, str(trt.__version__), gpu.name, gpu.compute_capability)
     check_machine(model, manifest, here)
     load_plugins(trt, libraries)
-    engine = _deserialize(trt, plan, model, manifest)
+    engine = deserialize(trt, plan, model, manifest)
     described = {**manifest.to_dict(), "device": f"cuda:{index}"}
     return Engine(manifest.input, manifest.max_batch, described, trt, engine, index)
 
@@ -134,19 +133,11 @@ class Engine:
         not happen while recording; the later ones replay what was recorded behind it.
         """
         least = int(str(self.manifest["min_batch"]))
-        size = self.plan.device_memory_size_v2
-        memory = stream.device(size)
+        memory = stream.device(self.plan.device_memory_size_v2)
         # TensorRT-RTX compiles kernels for a shape as it goes: not while recording
         recordable = self.manifest["backend"] != RTX
         contexts: dict[int, tensorrt.IExecutionContext] = {}
         replays: dict[tuple[int, int], Callable[[], None]] = {}
-
-        def make(batch: int) -> tensorrt.IExecutionContext:
-            context: tensorrt.IExecutionContext = make_context(self.trt, self.plan)
-            context.set_device_memory(memory, size)
-            if not context.set_input_shape(self.input_spec.name, (batch, *self.input_spec.shape)):
-                raise EngineError(f"TensorRT refuses a batch of {batch}")
-            return context
 
         def enqueue(count: int, number: int) -> None:
             batch = max(count, least)
@@ -154,17 +145,13 @@ class Engine:
                 replay()
                 return
             if batch not in contexts:
-                contexts[batch] = make(batch)
-            context: tensorrt.IExecutionContext = contexts[batch]
-            _set_addresses(context, self.input_spec.name, slots[number])
-
-            def start() -> None:
-                if not context.execute_async_v3(stream.handle):
-                    raise EngineError("TensorRT could not start the batch; see its messages above")
-
-            start()
+                contexts[batch] = make_context(self.trt, self.plan, memory, self.input_spec, batch)
+            context, slot = contexts[batch], slots[number]
+            addresses = {DETECTIONS: slot.detections, NUM_DETECTIONS: slot.counts}
+            set_addresses(context, {self.input_spec.name: slot.images, **addresses})
+            start(context, stream)
             if recordable:
-                replays[batch, number] = stream.capture(start)
+                replays[batch, number] = stream.capture(lambda: start(context, stream))
 
         return enqueue
 
@@ -195,7 +182,14 @@ def _runtime(trt: Any) -> tensorrt.Runtime:
     return trt.Runtime(get_trt_logger())
 
 
-def _deserialize(trt: Any, plan: bytes, path: Path, manifest: Manifest) -> tensorrt.ICudaEngine:
+def deserialize(trt: Any, plan: bytes, path: Path, manifest: Manifest) -> tensorrt.ICudaEngine:
+    """Load a plan of a file, or one like it.
+
+    Raises
+    ------
+    EngineError
+        When TensorRT refuses it.
+    """
     with polygraphy_log("warning") as errors:
         runtime: tensorrt.Runtime = _runtime(trt)
         if manifest.options.get("version_compatible"):
@@ -206,8 +200,15 @@ def _deserialize(trt: Any, plan: bytes, path: Path, manifest: Manifest) -> tenso
     return engine
 
 
-def make_context(trt: Any, plan: tensorrt.ICudaEngine) -> tensorrt.IExecutionContext:
-    """Make a context that is yet to be given its device memory.
+def make_context(
+    trt: Any, plan: tensorrt.ICudaEngine, memory: int, spec: InputSpec, batch: int
+) -> tensorrt.IExecutionContext:
+    """Make a context for batches of one size.
+
+    Parameters
+    ----------
+    memory
+        Address of ``plan.device_memory_size_v2`` bytes on the GPU.
 
     Raises
     ------
@@ -221,11 +222,32 @@ def make_context(trt: Any, plan: tensorrt.ICudaEngine) -> tensorrt.IExecutionCon
     if context is None:
         cause = errors.first("too little GPU memory?")
         raise EngineError(f"TensorRT could not make a context: {cause}")
+    context.set_device_memory(memory, plan.device_memory_size_v2)
+    if not context.set_input_shape(spec.name, (batch, *spec.shape)):
+        raise EngineError(f"TensorRT refuses a batch of {batch}")
     return context
 
 
-def _set_addresses(context: tensorrt.IExecutionContext, image: str, slot: Slot) -> None:
-    addresses = {image: slot.images, DETECTIONS: slot.detections, NUM_DETECTIONS: slot.counts}
+def set_addresses(context: tensorrt.IExecutionContext, addresses: Mapping[str, int]) -> None:
+    """Let a context read and write there.
+
+    Raises
+    ------
+    EngineError
+        When TensorRT refuses one.
+    """
     for name, address in addresses.items():
         if not context.set_tensor_address(name, address):
             raise EngineError(f"TensorRT refuses the buffer of {name}")
+
+
+def start(context: tensorrt.IExecutionContext, stream: Stream) -> None:
+    """Start a batch.
+
+    Raises
+    ------
+    EngineError
+        When TensorRT cannot.
+    """
+    if not context.execute_async_v3(stream.handle):
+        raise EngineError("TensorRT could not start the batch; see its messages above")
