@@ -33,6 +33,8 @@ ARROWS = {
         "manifest": "",
         "model": "",
         "load": "",
+        "speed": "",
+        "auto": "backends load manifest model speed",
         "backends": "",
         "backends.onnxruntime": "backends model",
         "backends.tensorrt": "backends manifest model",
@@ -47,7 +49,7 @@ ARROWS = {
         "report": "backends.tensorrt comparison quantization",
         "bench": (
             "backends backends.cudnn backends.onnxruntime backends.tensorrt comparison data load "
-            "manifest model quantization"
+            "manifest model quantization speed"
         ),
         "cli": "backends.tensorrt comparison data inspect model quantization report",
         "__main__": "cli",

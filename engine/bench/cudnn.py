@@ -24,16 +24,10 @@ from engine.backends.cudnn.engine import CudnnEngine, batch_sizes, load
 from engine.backends.cudnn.graph import Convolution, Int8Graph, Layer
 from engine.backends.cudnn.measure import measure
 from engine.backends.pipeline import Slot
-from engine.bench.speed import (
-    PEAKS,
-    Peak,
-    image_pool,
-    latency,
-    parse_batches,
-    throughput,
-)
+from engine.bench.speed import PEAKS, Peak, image_pool, parse_batches
 from engine.errors import EngineError
 from engine.protocol import DETECTION_FIELDS
+from engine.speed import latency, throughput
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
 

@@ -26,12 +26,13 @@ from engine.backends.tensorrt.engine import Engine, make_context, set_addresses,
 from engine.backends.tensorrt.engine import load as load_plan
 from engine.backends.tensorrt.layers import describe_plan
 from engine.bench.cudnn import layer_times, operations
-from engine.bench.speed import PEAKS, batches_of, image_pool, latency, parse_batches, throughput
+from engine.bench.speed import PEAKS, image_pool, parse_batches
 from engine.errors import EngineError
 from engine.manifest import Manifest, load_manifest
 from engine.model import load_detector
 from engine.protocol import DETECTIONS, NUM_DETECTIONS
 from engine.protocol import Engine as AnyEngine
+from engine.speed import batches_of, latency, throughput
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
 

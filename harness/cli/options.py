@@ -10,6 +10,9 @@ import typer
 from engine.load import BACKENDS
 
 Backend = Annotated[str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}.")]
+RunBackend = Annotated[
+    str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}; or auto.")
+]
 BuildDir = Annotated[
     Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
 ]
