@@ -34,17 +34,23 @@ ARROWS = {
         "manifest": "",
         "model": "",
         "load": "",
+        "speed": "",
+        "auto": "backends load manifest model speed",
         "backends": "",
         "backends.onnxruntime": "backends model",
         "backends.tensorrt": "backends manifest model",
         "backends.cudnn": "backends model",
         "backends.triton": ("backends backends.onnxruntime data load manifest model"),
         "quantization": "backends.onnxruntime data model",
-        "comparison": "backends.cudnn backends.onnxruntime data load manifest model quantization",
-        "inspect": "manifest model quantization",
-        "report": "comparison quantization",
+        "comparison": (
+            "backends.cudnn backends.onnxruntime backends.tensorrt data load manifest model "
+            "quantization"
+        ),
+        "inspect": "backends.tensorrt manifest model quantization",
+        "report": "backends.tensorrt comparison quantization",
         "bench": (
-            "backends backends.cudnn backends.onnxruntime comparison data load model quantization"
+            "backends backends.cudnn backends.onnxruntime backends.tensorrt comparison data load "
+            "manifest model quantization speed"
         ),
         "cli": "backends.tensorrt comparison data inspect model quantization report",
         "__main__": "cli",

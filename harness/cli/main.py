@@ -13,12 +13,12 @@ from harness.cli.doctor import doctor
 from harness.cli.download import download_app
 from harness.cli.make import register as register_route
 from harness.cli.options import (
-    Backend,
     BuildDir,
     DatasetName,
     Device,
     Devices,
     Preprocessed,
+    RunBackend,
     Scenarios,
     TestModes,
     Threads,
@@ -32,7 +32,7 @@ from harness.data.dataset import known_dataset, load_map, preprocessed_dir
 from harness.errors import HarnessError
 from harness.loadgen.settings import MODEL, MODES, SCENARIOS, largest_batch, load_settings
 from harness.make.arguments import choices
-from harness.results.devices import load_engines, parse_devices, parse_urls
+from harness.results.devices import AUTO, fastest, load_engines, parse_devices, parse_urls
 
 if TYPE_CHECKING:
     from harness.results.report import Runs
@@ -52,7 +52,7 @@ app.command()(preprocess)
 def run(
     model: Annotated[Path, typer.Argument(help="Model file, e.g. an .onnx.", show_default=False)],
     *,
-    engine: Backend = "onnxruntime",
+    engine: RunBackend = "onnxruntime",
     dataset: DatasetName = "coco",
     split: Annotated[str, typer.Option(help="val or cal (calibration).")] = "val",
     preprocessed: Preprocessed = None,
@@ -120,6 +120,10 @@ def run(
     Each test leaves LoadGen's logs, its user.conf and a result.json in
     LOG_DIR/SYSTEM/ssd-resnet34/SCENARIO/MODE. An INVALID result is a result (exit code 0); a run
     that fails has exit code 1.
+
+    With --engine auto, what can run the .onnx file here is measured for a second each at the
+    largest batch of the run, plans of it that are beside it or in engines of the build folder
+    among them, and the fastest is taken. The build folder remembers.
     """
     chosen = choices(scenarios, tuple(SCENARIOS), "scenario")
     modes = choices(test_mode, MODES, "test mode")
@@ -143,6 +147,11 @@ def run(
     leave_in_order()
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
+    if engine == AUTO:
+        first = f"cuda:{numbers[0]}" if numbers else device
+        way = fastest(model, first, threads, largest_batch(settings), build_dir)
+        engine, model = way.backend, Path(way.file)
+        device = None if numbers else way.device
     engines = load_engines(
         engine,
         model,

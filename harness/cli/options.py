@@ -11,6 +11,9 @@ from engine.load import BACKENDS
 from harness.loadgen.settings import MODES, SCENARIOS
 
 Backend = Annotated[str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}.")]
+RunBackend = Annotated[
+    str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}; or auto.")
+]
 BuildDir = Annotated[
     Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
 ]
