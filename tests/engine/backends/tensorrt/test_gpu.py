@@ -6,8 +6,6 @@ the backend tensorrt.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +32,7 @@ from harness.data.dataset import known_dataset
 from harness.data.preprocess import preprocess
 from harness.triton.repository import write_repository
 from harness.triton.server import find_server, running_server, server_backends
-from tests.support import ROOT
+from tests.support import ROOT, attempt, command
 
 cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 pytest.importorskip("tensorrt", reason="needs TensorRT", exc_type=(ImportError, OSError))
@@ -49,18 +47,6 @@ pytestmark = [
 
 IMAGES = 32
 CHECKPOINT = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
-
-
-def command(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def preprocessed(model, split, folder):
@@ -165,13 +151,7 @@ def test_the_manifest_names_the_headers_of_the_plugin(float_model, make_plan):
 def test_the_definition_in_the_file_is_never_built(float_model, folder):
     """Nor is a plan of it written; in a process of its own, which has no plugin."""
     words = ("engine", "build", float_model, "--backend", "tensorrt", "-o", folder / "no.engine")
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = attempt("-m", *words)
     assert done.returncode == 2
     assert "the plugin NMS_OPT_TRT (version 1) is not registered" in done.stderr
     assert not (folder / "no.engine").exists()
@@ -191,16 +171,10 @@ def test_polygraphy_builds_the_file_without_the_definition(
         f"    for image in np.load({str(folder / 'images.npy')!r}):\n"
         "        yield {'image': image[None]}\n"
     )
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", "from polygraphy.tools import main; main()"),
-            *("run", str(other), "--trt", "--strongly-typed"),
-            *("--plugins", "libnvinfer.so.10", str(register)),
-            *("--data-loader-script", str(loader), "--save-outputs", str(folder / "trt.json")),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    done = attempt(
+        *("-c", "from polygraphy.tools import main; main()"),
+        *("run", other, "--trt", "--strongly-typed", "--plugins", "libnvinfer.so.10", register),
+        *("--data-loader-script", loader, "--save-outputs", folder / "trt.json"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     from polygraphy.comparator import RunResults
