@@ -53,9 +53,8 @@ def _held(folder: Path, otherwise: str) -> BinaryIO:
                 file.close()
                 continue
             file.truncate(0)
-            file.write(
-                f"process {os.getpid()} on {platform.node()} since {now()}: {command_line()}\n".encode()
-            )
+            holder = f"process {os.getpid()} on {platform.node()} since {now()}: {command_line()}\n"
+            file.write(holder.encode())
         except BlockingIOError:
             with file:
                 file.seek(0)

@@ -128,7 +128,7 @@ def run(
             if directory.exists():
                 raise HarnessError(f"{directory} exists; choose another log directory or remove it")
             with _error_kept(partial):
-                result = _run(benchmark, settings, mode, partial, progress, audit)
+                result = _run(benchmark, settings, mode, partial, progress=progress, audit=audit)
             partial.rename(directory)
     except OSError as error:
         raise HarnessError(
@@ -150,6 +150,7 @@ def _run(
     settings: Settings,
     mode: Mode,
     directory: Path,
+    *,
     progress: Progress | None,
     audit: Audit | None,
 ) -> RunResult:
