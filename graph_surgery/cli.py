@@ -46,8 +46,8 @@ def nms(
     copied as it is, but for class names and --plugin-only.
 
     Where IN.onnx keeps data in files beside it, or 2 GiB do not hold it, OUT.onnx has its data in
-    OUT.onnx.HASH.data. An OUT.onnx that is the same already is left; any other is replaced only with
-    --force.
+    OUT.onnx.HASH.data. An OUT.onnx that is the same already is left; any other is replaced only
+    with --force.
     """
     from graph_surgery.files import check_output, data_files, load, save
     from graph_surgery.names import add_names

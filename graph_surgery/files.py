@@ -1,8 +1,8 @@
 """Reading and writing ONNX files, with the data that they keep in files beside them.
 
-A model that had data outside, or is too large for one protobuf, is written as two files: MODEL.onnx,
-and MODEL.onnx.HASH.data with all its large initialisers. HASH is of the data, so that no model ever
-lies beside another's: the data comes first, under a name that no older MODEL.onnx knows, then the
+A model that had data outside, or is too large for one protobuf, is written as two files: MODEL.onnx
+and, with all its large initialisers, MODEL.onnx.HASH.data. HASH is of the data, so that no model
+ever reads another's: the data comes first, under a name that no older MODEL.onnx knows, then the
 model, and what the older one had goes last.
 """
 
@@ -35,13 +35,14 @@ from graph_surgery.protobuf import (
 def load(path: Path) -> onnx.ModelProto:
     """Read a model and check it.
 
-    Of data in other files, the large initialisers stay where they are, and the model says where; see
-    `graph_surgery.protobuf.is_outside`. So a model takes no more memory than its small parts.
+    Large initialisers in other files stay there, and the model says where; see
+    `graph_surgery.protobuf.is_outside`.
 
     Raises
     ------
     SurgeryError
-        When the file, or one with its data, is missing, truncated, no ONNX model, or an invalid one.
+        When the file, or one with its data, is missing or truncated, or it is no ONNX model, or an
+        invalid one.
     """
     try:
         model = onnx.load(path, load_external_data=False)
@@ -76,19 +77,19 @@ def _stays_outside(tensor: onnx.TensorProto) -> bool:
 
 
 def _find(tensor: onnx.TensorProto, folder: Path) -> None:
-    """Check that the values of a tensor outside are there, and make their location an absolute path."""
+    """Make sure that the values of a tensor outside are there; make their path absolute."""
     wanted = size(tensor)
     for entry in tensor.external_data:
         if entry.key == "length" and int(entry.value) != wanted:
             raise ValueError(f"{tensor.name!r} has {entry.value} bytes of data, not {wanted}")
         if entry.key == "location":
-            entry.value = os.path.abspath(folder / entry.value)
+            entry.value = str(folder.resolve() / entry.value)
     path, offset = data_file(tensor)
     if path.stat().st_size < offset + wanted:
         raise ValueError(f"{path.name} ends before the values of {tensor.name!r}: truncated")
 
 
-def save(model: onnx.ModelProto, path: Path, *, overwrite: bool) -> bool:
+def save(model: onnx.ModelProto, path: Path, *, overwrite: bool = True) -> bool:
     """Write a model, whole or not at all.
 
     Parameters
@@ -120,7 +121,9 @@ def save(model: onnx.ModelProto, path: Path, *, overwrite: bool) -> bool:
             if same and (data is None or (data.is_file() and _sha256(data) == _sha256(values))):
                 return False
             if not (same or overwrite):
-                raise SurgeryError(f"{path}: exists already, and is another: remove it or pass --force")
+                raise SurgeryError(
+                    f"{path}: exists already, and is another: remove it or pass --force"
+                )
         before = set(_own_data(path))
         if data is not None:
             values.replace(data)

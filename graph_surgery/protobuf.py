@@ -25,11 +25,11 @@ from graph_surgery.errors import SurgeryError
 Arrays = dict[str, NDArray[Any]]
 
 SMALL = 4096
-"""Bytes of an initialiser up to which shape inference is given its value: shapes are that small. Only
-larger ones are kept outside of a model."""
+"""Bytes of an initialiser up to which shape inference is given its value: shapes are that small.
+Only larger ones are kept outside of a model."""
 
 LARGEST = 2**31 - 2**26
-"""Bytes of initialisers that a model holds itself: a protobuf ends at 2 GiB, and nodes need room."""
+"""Bytes of initialisers that a model holds itself: a protobuf ends at 2 GiB, nodes need room."""
 
 _ALIGNMENT = 4096
 """Of values in a data file: a page, so that ONNX Runtime maps them."""
@@ -38,7 +38,7 @@ _VALUES = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", 
 """Fields of a tensor that hold its values."""
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-"""ONNX Runtime's option for models that are not given as files (onnxruntime_session_options_config_keys.h)."""
+"""ONNX Runtime's session option for models that are not given as files."""
 
 
 def one_line(error: Exception) -> str:
@@ -162,14 +162,14 @@ def convert(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 def size(tensor: onnx.TensorProto) -> int:
     """Bytes of a tensor's values, as numpy holds them."""
-    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return math.prod(tensor.dims) * kind.itemsize
+    each: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.prod(tensor.dims) * each
 
 
 def is_outside(tensor: onnx.TensorProto) -> bool:
-    """Whether the values of a tensor lie in a file, as `graph_surgery.files.load` leaves large ones.
+    """Whether the values of a tensor lie in a file, where `graph_surgery.files.load` left them.
 
-    Its ``location`` is then an absolute path, so that they are found whatever the tensor is part of.
+    Its ``location`` is an absolute path, so that they are found whatever the tensor is part of.
     """
     return bool(tensor.data_location == TensorProto.EXTERNAL)
 
@@ -282,6 +282,26 @@ def check(model: onnx.ModelProto) -> None:
         onnx.checker.check_model(without_large(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise SurgeryError(one_line(error)) from error
+
+
+def with_types(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with the types and shapes of all its tensors, strictly inferred.
+
+    Raises
+    ------
+    SurgeryError
+        When it is inconsistent.
+    """
+    bare = without_large(model)
+    try:
+        new = onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise SurgeryError(one_line(error)) from error
+    if bare is not model:
+        for field in ("initializer", "input"):
+            new.graph.ClearField(field)
+            getattr(new.graph, field).extend(getattr(model.graph, field))
+    return new
 
 
 @contextlib.contextmanager
