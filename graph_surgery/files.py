@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
@@ -124,13 +124,15 @@ def save(model: onnx.ModelProto, path: Path, *, overwrite: bool = True) -> bool:
                 raise SurgeryError(
                     f"{path}: exists already, and is another: remove it or pass --force"
                 )
-        before = set(_own_data(path))
+        own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{16}}\.data")
+        before = {name for name in _data_names(path) if own.fullmatch(name)}
         if data is not None:
             values.replace(data)
         temporary.write_bytes(content)
         temporary.replace(path)
-        for old in before - {data}:
-            old.unlink(missing_ok=True)
+        for name in before:
+            if not any(name in _data_names(one) for one in (path, *path.parent.glob("*.onnx"))):
+                path.with_name(name).unlink(missing_ok=True)
     except OSError as error:
         raise SurgeryError(f"{path}: cannot write it: {error.strerror}") from error
     finally:
@@ -145,14 +147,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _own_data(path: Path) -> Iterator[Path]:
-    """Data files that `save` wrote for the model that is at `path`, if one is."""
+def _data_names(path: Path) -> set[str]:
+    """Files with large initialisers of the model that is at `path`, if one is, as it names them."""
     with contextlib.suppress(DecodeError, OSError, KeyError):
         old = onnx.load(path, load_external_data=False)
-        for tensor in filter(is_outside, old.graph.initializer):
-            name = str(data_file(tensor)[0])
-            if re.fullmatch(rf"{re.escape(path.name)}\.[0-9a-f]{{16}}\.data", name):
-                yield path.with_name(name)
+        return {str(data_file(tensor)[0]) for tensor in filter(is_outside, old.graph.initializer)}
+    return set()
 
 
 def data_files(model: onnx.ModelProto) -> set[Path]:

@@ -162,8 +162,9 @@ def convert(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 def size(tensor: onnx.TensorProto) -> int:
     """Bytes of a tensor's values, as numpy holds them."""
-    each: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return math.prod(tensor.dims) * each
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    found: int = math.prod(tensor.dims) * kind.itemsize
+    return found
 
 
 def is_outside(tensor: onnx.TensorProto) -> bool:
@@ -193,7 +194,7 @@ def values_of(tensor: onnx.TensorProto) -> NDArray[Any]:
     path, offset = data_file(tensor)
     kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     try:
-        return np.memmap(path, kind, "c", offset, tuple(tensor.dims)).view(np.ndarray)
+        return np.memmap(path, kind, "r", offset, tuple(tensor.dims)).view(np.ndarray)
     except (OSError, ValueError) as error:
         raise SurgeryError(f"{path}: cannot read {tensor.name!r}: {one_line(error)}") from error
 

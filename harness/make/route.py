@@ -200,11 +200,7 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     )
 
     def build() -> None:
-        save(
-            quantize(detector.model, calibration, float_type=between),
-            quantized.path,
-            overwrite=True,
-        )
+        save(quantize(detector.model, calibration, float_type=between), quantized.path)
 
     return Quantized(make(quantized, build, route.say), detector.path, images, calibration)
 
