@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,14 +17,14 @@ from graph_surgery.errors import SurgeryError
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def _check_output(output: Path, force: bool) -> None:
+def _check_output(output: Path, read: Iterable[Path]) -> None:
     """Fail before the work, not after it."""
-    if output.exists() and not force:
-        raise ExportError(f"{output}: exists already; remove it or pass --force")
     if not output.parent.is_dir():
         raise ExportError(f"{output.parent}: no such folder to write {output.name} to")
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise ExportError(f"{output}: not writable")
+    if output.exists() and any(path.exists() and output.samefile(path) for path in read):
+        raise ExportError(f"{output}: is the input; give the output another name")
 
 
 @app.command()
@@ -42,15 +43,23 @@ def export_onnx(
             help="Class names, one a line [default: the checkpoint's own, COCO's for 81 classes]"
         ),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace an existing output")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output where it is another file")
+    ] = False,
 ) -> None:
     """Export SSD-ResNet34 weights to one ONNX file: image in, detections out.
 
     The file has a dynamic batch, folded batch norms and standard operators only. Before it is
     written, PyTorch and ONNX Runtime run it on the same images and must agree.
+
+    An output that is the same already is left. Another file is replaced only with --force: without
+    it, one whose metadata names other weights, sizes or names is refused before the export, any
+    other after it.
     """
-    _check_output(output, force)
+    _check_output(output, [weights, *([names] if names else [])])
     try:
+        import onnx
+
         from export import checkpoint, onnx_export
         from export.names import choose_names
     except ModuleNotFoundError as error:
@@ -69,6 +78,9 @@ def export_onnx(
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
     say(f"read {weights}: {config}, {config.num_priors} default boxes")
     say(f"class names: {len(class_names)}, {source}" if class_names else f"class names: {source}")
+    facts = onnx_export.metadata(loaded, config.to_json(), class_names)
+    if output.exists() and not force:
+        onnx_export.check_record(output, facts)
     model = onnx_export.export_detector(detector)
     say(f"exported {len(model.graph.node)} nodes, opset {onnx_export.OPSET}; onnx.checker passed")
     agreement = onnx_export.compare_with_onnxruntime(detector, model)
@@ -78,9 +90,10 @@ def export_onnx(
         f"scores within {agreement.score:.1e}"
     )
     model = onnx_export.without_heads(model)
-    onnx_export.add_metadata(model, loaded, config.to_json(), class_names)
-    onnx_export.save(model, output)
-    say(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
+    onnx.helper.set_model_props(model, facts)
+    written = onnx_export.save(model, output, overwrite=force)
+    size = f"{output.stat().st_size / 2**20:.1f} MiB"
+    say(f"wrote {output} ({size})" if written else f"{output} is up to date")
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ ARROWS = {
         "data": "artefacts lock",
         "download": "data lock",
         "loadgen": "",
-        "results": "data loadgen",
+        "results": "data loadgen lock",
         "triton": "loadgen",
         "make": "artefacts data loadgen results triton",
         "submission": "data loadgen results",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -130,6 +131,8 @@ class FakeEngine:
                     return None
                 case "block":
                     time.sleep(1e6)
+                case str(step) if step.startswith("clock "):
+                    ctypes.CDLL(None).set_wall_clock(int(step.removeprefix("clock ")))
         return detections, counts
 
 
@@ -242,6 +245,7 @@ def main(fault, directory, *rest):
     from harness.results.run import run
 
     test._GRACE_SECONDS = 0.2  # what blocks here blocks for good
+    test._IDLE_SECONDS = 5.0
 
     defaults = ("Offline", "PerformanceOnly", "60", "1")
     scenario, mode, timeout, streams = (*rest, *defaults[len(rest) :])

@@ -324,6 +324,15 @@ def test_disk_is_counted_together(monkeypatch, tmp_path):
     with (images / "0.npy").open("wb") as file:
         file.truncate(disk[3].size)  # a sparse file
     assert enough() == [True] * 4 + [False] * (len(disk) - 4)
+    made = tmp_path / "build" / "preprocessed_data" / "coco-val" / "int8_1200x1200-0123456789ab"
+    made.mkdir(parents=True)
+    made.with_name("int8_1200x1200").symlink_to(made.name)
+    with (made / "0.npy").open("wb") as file:
+        file.truncate(disk[4].size // 2)  # which the link is no second time
+    assert enough() == [True] * 4 + [False] * (len(disk) - 4)
+    with (made / "0.npy").open("wb") as file:
+        file.truncate(disk[4].size)
+    assert enough() == [True] * 5 + [False] * (len(disk) - 5)
 
 
 @pytest.mark.slow
