@@ -97,6 +97,7 @@ def refit(
     engine: tensorrt.ICudaEngine = deserialize(trt, content, plan, manifest)
     _refit(trt, engine, detector.path)
     config: tensorrt.ISerializationConfig = engine.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)  # set where the plan was stripped
     if again:
         config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
     whole = bytes(engine.serialize_with_config(config))
