@@ -87,7 +87,7 @@ def test_calibration(outside, calibration, small_images, tmp_path):
 
 @pytest.mark.parametrize("float_type", ["fp32", "fp16"])
 def test_quantisation(outside, surgered, calibration, tmp_path, float_type):
-    """The very graph of the whole model. In FP16 the heads' weights are new, and lie in it."""
+    """The very graph of the whole model. In FP16 all constants are new; they lie beside it, too."""
     detector = load_detector(outside)
     expected = quantize(load_detector(surgered).model, calibration, float_type=float_type)
     found = quantize(detector.model, calibration, float_type=float_type)
