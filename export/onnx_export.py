@@ -28,7 +28,6 @@ from export.checkpoint import CONFIG_KEY, Checkpoint
 from export.config import SSDConfig
 from export.errors import ExportError
 from export.model import SSDResNet34
-from export.names import NAMES_KEY
 from export.postprocess import (
     IOU_THRESHOLD,
     SCORE_THRESHOLD,
@@ -36,7 +35,8 @@ from export.postprocess import (
     PostProcess,
     join_levels,
 )
-from export.rounding import Rules, compare, undecided
+from graph_surgery.names import NAMES_KEY
+from graph_surgery.rounding import Rules, compare, undecided
 
 Floats = NDArray[np.float32]
 
