@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +13,6 @@ from export.errors import ExportError
 from graph_surgery.errors import SurgeryError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def _check_output(output: Path, read: Iterable[Path]) -> None:
-    """Fail before the work, not after it."""
-    if not output.parent.is_dir():
-        raise ExportError(f"{output.parent}: no such folder to write {output.name} to")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise ExportError(f"{output}: not writable")
-    if output.exists() and any(path.exists() and output.samefile(path) for path in read):
-        raise ExportError(f"{output}: is the input; give the output another name")
 
 
 @app.command()
@@ -56,17 +44,18 @@ def export_onnx(
     it, one whose metadata names other weights, sizes or names is refused before the export, any
     other after it.
     """
-    _check_output(output, [weights, *([names] if names else [])])
     try:
         import onnx
 
         from export import checkpoint, onnx_export
         from export.names import choose_names
+        from graph_surgery.files import check_output, save
     except ModuleNotFoundError as error:
         raise ExportError(
             f"{error.name} is missing; exporting needs it: pip install 'ssd-resnet34-trt[export]'"
         ) from error
 
+    check_output(output, [weights, *([names] if names else [])])
     start = time.monotonic()
 
     def say(text: str) -> None:
@@ -91,7 +80,7 @@ def export_onnx(
     )
     model = onnx_export.without_heads(model)
     onnx.helper.set_model_props(model, facts)
-    written = onnx_export.save(model, output, overwrite=force)
+    written = save(model, output, overwrite=force)
     size = f"{output.stat().st_size / 2**20:.1f} MiB"
     say(f"wrote {output} ({size})" if written else f"{output} is up to date")
 

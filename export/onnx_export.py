@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -193,12 +192,12 @@ def check_record(path: Path, facts: Mapping[str, str]) -> None:
     ExportError
         When it has other metadata, or is no ONNX file.
     """
-    try:
-        found = onnx.load(path, load_external_data=False).metadata_props
-    except (DecodeError, OSError) as error:
-        raise _another(path) from error
-    if {entry.key: entry.value for entry in found} != facts:
-        raise _another(path)
+    found = None
+    with contextlib.suppress(DecodeError, OSError):
+        model = onnx.load(path, load_external_data=False)
+        found = {entry.key: entry.value for entry in model.metadata_props}
+    if found != facts:
+        raise ExportError(f"{path}: exists already, and is another: remove it or pass --force")
 
 
 @dataclass(frozen=True)
@@ -357,42 +356,3 @@ def compare_detections(
         differences.append(outcome.differences)
     largest = np.concatenate(differences).max(axis=0, initial=0.0)
     return float(largest[:4].max()), float(largest[4]), int(wanted[1].sum())
-
-
-def save(model: onnx.ModelProto, path: Path, *, overwrite: bool = True) -> bool:
-    """Write the model under a temporary name, then rename.
-
-    Parameters
-    ----------
-    overwrite
-        Whether another file may be replaced.
-
-    Returns
-    -------
-    Whether it was written: a file that holds the very same is left.
-
-    Raises
-    ------
-    ExportError
-        When the file cannot be written, or another one is there.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of no other process
-    content = model.SerializeToString()
-    try:
-        if path.exists():
-            if path.read_bytes() == content:
-                return False
-            if not overwrite:
-                raise _another(path)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise ExportError(f"{path}: cannot write ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return True
-
-
-def _another(path: Path) -> ExportError:
-    return ExportError(f"{path}: exists already, and is another: remove it or pass --force")

@@ -177,5 +177,7 @@ def check_output(output: Path, read: Iterable[Path]) -> None:
         raise SurgeryError(f"{output.parent}: no such folder to write {output.name} to")
     if output.is_dir():
         raise SurgeryError(f"{output}: cannot write it: a folder")
+    if not os.access(output.parent, os.W_OK):
+        raise SurgeryError(f"{output.parent}: cannot be written to")
     if output.exists() and any(path.exists() and output.samefile(path) for path in read):
         raise SurgeryError(f"{output}: is the input; give the output another name")
