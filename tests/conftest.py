@@ -132,7 +132,7 @@ def surgered(exported, shared) -> Path:
 
 @pytest.fixture(scope="session")
 def outside(surgered, tmp_path_factory) -> Path:
-    """The small model with NMS_OPT_TRT, its weights in another file, w.bin, by onnx's own writer."""
+    """The small surgered model with its weights in another file, w.bin, by onnx's own writer."""
     import onnx
 
     path = tmp_path_factory.mktemp("outside") / "model.onnx"
