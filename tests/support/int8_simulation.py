@@ -110,5 +110,6 @@ def rows(model: onnx.ModelProto, tensors: list[np.ndarray]) -> list[np.ndarray]:
         confidence_threshold=own["confidenceThreshold"],
         nms_threshold=own["nmsThreshold"],
         background=own["backgroundLabelId"],
+        activation=nms_oracle.sigmoid if own["confSigmoid"] else nms_oracle.softmax,
     )
     return [found[:count, 1:] for found, count in zip(detections, counts, strict=True)]
