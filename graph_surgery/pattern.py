@@ -125,7 +125,7 @@ def find_tail(graph: gs.Graph, model: onnx.ModelProto) -> DetectionTail:
     """
     nms = find_nms(graph)
     errors = []
-    for heads in pair_heads(nms):
+    for heads in pair_heads(nms.inputs[:2], describe(nms)):
         try:
             return _read_tail(graph, model, nms, heads)
         except SurgeryError as error:
@@ -133,9 +133,12 @@ def find_tail(graph: gs.Graph, model: onnx.ModelProto) -> DetectionTail:
     raise errors[0]
 
 
-def pair_heads(nms: gs.Node) -> list[Heads]:
-    """The heads behind NonMaxSuppression: two readings where the channels fit both ways round."""
-    first, second = find_heads(nms)
+def pair_heads(ends: Sequence[gs.Tensor], what: str) -> list[Heads]:
+    """The heads of which boxes and scores are made, as `find_heads` finds them.
+
+    Two readings where the channels fit both ways round.
+    """
+    first, second = find_heads(ends, what)
     paired, errors = [], []
     for loc, conf in ((first, second), (second, first)):
         try:
@@ -151,7 +154,7 @@ def _read_tail(
     graph: gs.Graph, model: onnx.ModelProto, nms: gs.Node, heads: Heads
 ) -> DetectionTail:
     """Probe the tail behind the heads and read its parameters."""
-    run = tail_runner(graph, model, nms, heads)
+    run = tail_runner(graph, model, nms.inputs[:2], heads)
     check_classes(nms, heads, run)
     image = image_size(model)
     priors, decoded = probe_boxes(run, heads, image)
@@ -163,16 +166,18 @@ def _read_tail(
     return DetectionTail(heads, priors, attributes, outputs, capped, image, decoded)
 
 
-def tail_runner(graph: gs.Graph, model: onnx.ModelProto, nms: gs.Node, heads: Heads) -> HeadRunner:
-    """All that is computed from the heads for NonMaxSuppression."""
-    names = [name for node in _between(graph, nms, heads) for name in output_names(node)]
+def tail_runner(
+    graph: gs.Graph, model: onnx.ModelProto, ends: Sequence[gs.Tensor], heads: Heads
+) -> HeadRunner:
+    """All that is computed from the heads for boxes and scores."""
+    names = [name for node in between(graph, ends, heads) for name in output_names(node)]
     return HeadRunner(model, heads, names)
 
 
-def _between(graph: gs.Graph, nms: gs.Node, heads: Heads) -> list[gs.Node]:
-    """Nodes behind the heads whose boxes and scores NonMaxSuppression reads."""
+def between(graph: gs.Graph, ends: Sequence[gs.Tensor], heads: Heads) -> list[gs.Node]:
+    """Nodes behind the heads that boxes and scores depend on."""
     behind = {id(node) for node in downstream(graph, heads.names)}
-    feeding = upstream(graph, nms.inputs[:2], heads.names)
+    feeding = upstream(graph, ends, heads.names)
     return [node for node in feeding if id(node) in behind]
 
 
@@ -180,7 +185,8 @@ def read_parameters(
     graph: gs.Graph, nms: gs.Node, heads: Heads, background: int, *, sigmoid: bool
 ) -> tuple[NmsAttributes, bool]:
     """Parameters of the tail, and whether it counts topK after suppression."""
-    top_k, capped_after = _candidates(graph, nms, _top_ks(graph, _between(graph, nms, heads)))
+    before = between(graph, nms.inputs[:2], heads)
+    top_k, capped_after = _candidates(graph, nms, _top_ks(graph, before))
     keep = _top_ks(graph, downstream(graph, output_names(nms)))
     if not keep:
         raise SurgeryError(

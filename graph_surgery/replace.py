@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -34,7 +33,7 @@ from graph_surgery.nms_function import (
 )
 from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
 from graph_surgery.protobuf import convert, inputs, one_line, opset_of
-from graph_surgery.unfuse import unfuse
+from graph_surgery.unfuse import inline_functions, unfuse
 from graph_surgery.verify import same_network, verify_network, verify_tail
 
 PRIORS = "nms_priors"
@@ -86,11 +85,8 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         When no tail, or not one that the operator can express, is found, or the proof fails;
         when the model has an NMS_OPT_TRT node that is not as this function makes it.
     """
-    surgered = any((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
-    inline = bool(model.functions) and not surgered
-    if inline:
-        model = onnx.inliner.inline_local_functions(model, convert_version=True)
-    given, model = model, unfuse(model)
+    given = inline_functions(model)
+    inlined, model = given is not model, unfuse(given)
     graph = import_graph(model)
     if (node := find_nms_node(graph)) is not None:
         _check_surgered(model, graph, node)
@@ -105,7 +101,7 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
 
     folded = _batch_norms(model) - _batch_norms(new_model)
     replaced = len(model.graph.node) - folded - len(new_model.graph.node) + 1
-    changes = ["the model's functions were inlined"] if inline else []
+    changes = ["the model's functions were inlined"] if inlined else []
     if model is not given:
         changes.append(
             "what ONNX Runtime's optimiser fused into convolutions was taken out of them"

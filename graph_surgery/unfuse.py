@@ -1,4 +1,4 @@
-"""Operators of ONNX Runtime's optimiser, as standard ones again."""
+"""Functions of a model, and operators of ONNX Runtime's optimiser, as standard operators again."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import helper, numpy_helper
 
 from graph_surgery.errors import SurgeryError
+from graph_surgery.nms_function import DOMAIN, OP_TYPE
 from graph_surgery.protobuf import copy_fields
 
 FUSED = ("com.microsoft", "FusedConv")
@@ -17,6 +19,14 @@ LAID_OUT = "com.microsoft.nchwc"
 
 PARAMETERS = {"LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta")}
 """Attributes that `activation_params` holds, by activation."""
+
+
+def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Inline the functions of a model; itself where there are none, or NMS_OPT_TRT is one."""
+    surgered = any((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
+    if surgered or not model.functions:
+        return model
+    return onnx.inliner.inline_local_functions(model, convert_version=True)
 
 
 def unfuse(model: onnx.ModelProto) -> onnx.ModelProto:

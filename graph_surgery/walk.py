@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
@@ -16,9 +17,21 @@ RESHAPING = frozenset(
 """Operators between a head convolution and the Concat of the levels: they keep every value."""
 
 
+NMS = "NonMaxSuppression"
+
+ALIKE = re.compile("nms|nonmax|detectionoutput", re.IGNORECASE)
+"""Operators of engines and frameworks that suppress, by their names."""
+
+
+def suppressions(graph: gs.Graph) -> list[gs.Node]:
+    """Every node that suppresses boxes, also within If and Loop."""
+    parts = [graph, *graph.subgraphs(recursive=True)]
+    return [node for part in parts for node in part.nodes if ALIKE.search(node.op)]
+
+
 def find_nms(graph: gs.Graph) -> gs.Node:
     """The one NonMaxSuppression; `import_graph` kept what the outputs depend on alone."""
-    found = [node for node in graph.nodes if node.op == "NonMaxSuppression"]
+    found = [node for node in graph.nodes if node.op == NMS]
     if len(found) == 1:
         return found[0]
     if found:
@@ -30,16 +43,30 @@ def find_nms(graph: gs.Graph) -> gs.Node:
     ends = ", ".join(
         f"{tensor.name!r} from {node.op}" for tensor in graph.outputs for node in tensor.inputs
     )
+    nearest = "".join(
+        f"; nearest is {describe(node)}, within If or Loop"
+        if node.op == NMS
+        else f"; nearest is {describe(node)}, which is no operator of ONNX"
+        for node in suppressions(graph)[:1]
+    )
     raise SurgeryError(
-        f"no NonMaxSuppression upstream of the outputs ({ends}): the detector must be exported "
-        "with its postprocessing"
+        f"no {NMS} upstream of the outputs ({ends}){nearest}: the detector must be exported with "
+        f"its postprocessing, with one {NMS} over the scores of all classes"
     )
 
 
-def find_heads(nms: gs.Node) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
-    """Two groups of head convolutions' outputs, by the Concat that joins each."""
+def find_heads(ends: Sequence[gs.Tensor], what: str) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
+    """Two groups of head convolutions' outputs, by the Concat that joins each.
+
+    Parameters
+    ----------
+    ends
+        Boxes and scores.
+    what
+        The node that reads them, for messages.
+    """
     convs: list[gs.Node] = []
-    stack, seen = list(reversed(nms.inputs[:2])), set()
+    stack, seen = list(reversed(ends)), set()
     while stack:
         for node in stack.pop().inputs:
             if id(node) not in seen:
@@ -49,7 +76,7 @@ def find_heads(nms: gs.Node) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
                 elif node.op not in SHAPE_ONLY:
                     stack.extend(node.inputs)
     if not convs:
-        raise SurgeryError(f"no Conv upstream of {describe(nms)}: export from the image on")
+        raise SurgeryError(f"no Conv upstream of {what}: export from the image on")
     if len(convs) == 2:  # of one level: there is nothing to join
         first, second = (conv.outputs[:1] for conv in convs)
         return first, second
@@ -57,7 +84,7 @@ def find_heads(nms: gs.Node) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
     if len(joins) != 2:
         names = ", ".join(map(describe, joins))
         raise SurgeryError(
-            f"the {len(convs)} Conv upstream of {describe(nms)} are joined by {names}; needed are "
+            f"the {len(convs)} Conv upstream of {what} are joined by {names}; needed are "
             "two Concat, one of all loc heads and one of all conf heads: export with the levels "
             "joined before they are decoded"
         )
