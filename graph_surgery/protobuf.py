@@ -141,7 +141,7 @@ def convert(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     return new
 
 
-def opset_of(model: onnx.ModelProto) -> int:
+def opset_of(model: onnx.ModelProto | onnx.FunctionProto) -> int:
     """Version of the standard operators."""
     versions: list[int] = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
     return max(versions, default=1)

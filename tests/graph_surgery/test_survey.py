@@ -246,17 +246,20 @@ def test_a_quantised_file(tmp_path):
     assert known.tail.heads == read_tail(model)[0].heads
 
 
-def test_functions_and_fused_operators_are_looked_through():
+@pytest.mark.parametrize(("opset", "of_function"), [(18, 18), (18, 13), (11, 18)])
+def test_functions_are_looked_through(opset, of_function):
     """A graph that the surgery takes is not called unknown for them."""
-    model = detector(PLAIN)
+    model = detector(replace(UNCAPPED, opset=opset))
+    model.ir_version = 8
     softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
-    opset = [helper.make_opsetid("", 18)]
     body = [helper.make_node("Softmax", ["x"], ["y"], axis=2)]
-    model.functions.append(helper.make_function("own", "Scores", ["x"], ["y"], body, opset))
+    opsets = [helper.make_opsetid("", of_function)]
+    model.functions.append(helper.make_function("own", "Scores", ["x"], ["y"], body, opsets))
     model.opset_import.add(domain="own", version=1)
     softmax.op_type, softmax.domain = "Scores", "own"
     del softmax.attribute[:]
     assert survey(model).facts["kind"].startswith(TAKEN)
+    assert "the model's functions were inlined" in insert_nms(model).changes
 
 
 def test_the_command_shows_it_and_ends_with_0(tmp_path, monkeypatch, capsys):
