@@ -118,6 +118,8 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
             f"the graph's heads have {layout}: filters of the head convolutions and priors were "
             f"put in the operator's order, {OPERATOR}"
         )
+    if tail.attributes.backgroundLabelId < 0:
+        changes.append("no class is the background: labels count from 0")
     if layout.by_cell:
         changes.append(
             "of equal scores of a class the graph takes the lower cell first, then the lower "
