@@ -276,9 +276,25 @@ def compare(
         Path | None,
         typer.Option(help="COCO annotations of the images, for the mAP.", show_default="none"),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="ONNX file that a plan among A and B was built from.",
+            show_default="looked for beside it",
+        ),
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="Also every tensor between layers; names the first that is off."
+        ),
+    ] = False,
     snr: Annotated[
         float | None,
-        typer.Option(help="Least SNR of a head tensor in dB.", show_default="60; INT8: 15"),
+        typer.Option(
+            help="Least SNR of a head tensor in dB.",
+            show_default="60; INT8: 15; one INT8 graph: 20",
+        ),
     ] = None,
     matched: Annotated[
         float | None,
@@ -296,6 +312,10 @@ def compare(
     head tensor's SNR, the share of detections of both sides that have a partner (same label, IoU
     at least 0.9), their scores, and, with annotations, the mAP of B, which may be 0.1 % below that
     of A, or 1 % where one of them is INT8.
+
+    To show the head tensors of a plan, its ONNX file is built once more with them as outputs, with
+    the plan's options and timing cache. Where B is INT8 and not run by ONNX Runtime, the heads are
+    also held against ONNX Runtime on B's own graph: that is the engine's share of the difference.
     """
     from engine.comparison.files import compare_files
 
@@ -307,6 +327,8 @@ def compare(
         limit=images,
         annotations=annotations,
         backend=backend,
+        source=model,
+        layers=layers,
         overrides={"snr": snr, "matched": matched, "score": score},
     )
     from rich.console import Console
@@ -355,16 +377,57 @@ def sensitivity(
 
 
 @app.command()
+def refit(
+    plan: Annotated[Path, typer.Argument(help="Plan built with --refit or --strip-plan.")],
+    model: Annotated[Path, typer.Argument(help="The same network with other weights, .onnx.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Plan to write.", show_default=False)
+    ],
+    *,
+    device: Annotated[int, typer.Option(min=0, help="GPU that the plan is for.")] = 0,
+) -> None:
+    """Put MODEL's weights into PLAN in seconds, and write it with its manifest.
+
+    PLAN stays as it is. Hold the new one against MODEL with 'engine compare', as after a build.
+    """
+    from engine.backends.tensorrt.refit import refit as refit_plan
+    from engine.model import load_detector
+
+    manifest = refit_plan(plan, load_detector(model), output, device)
+    typer.echo(f"wrote {output}: {manifest.engine_bytes} bytes in {manifest.seconds:.1f} s")
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help=".onnx, engine or calibration cache.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second plan, beside the first.", show_default="none")
+    ] = None,
+    *,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images of the timed batch.", show_default="the plan's best"),
+    ] = None,
 ) -> None:
-    """Show what FILE is: inputs, heads, quantisation, hashes, manifest, scales."""
+    """Show what FILE is: inputs, heads, quantisation, hashes, manifest, scales.
+
+    Of a plan, on the GPU that it was built for, also its memory and its layers: tactic, format,
+    type, and time on noise.
+    """
     from rich.console import Console
 
-    from engine.inspect import inspect_file
-    from engine.report import facts_table
+    from engine.inspect import inspect_file, inspect_layers
+    from engine.report import facts_table, plan_table
 
-    Console().print(facts_table(file.name, inspect_file(file)))
+    console = Console()
+    files = [file] if other is None else [file, other]
+    for path in files:
+        console.print(facts_table(path.name, inspect_file(path)))
+    found = inspect_layers(files, batch)
+    if isinstance(found, str):
+        console.print(found, markup=False)
+    elif found is not None:
+        console.print(plan_table(*found))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from export.errors import ExportError
+from graph_surgery.errors import SurgeryError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -86,6 +87,6 @@ def main() -> None:
     """Entry point: a user error is one message and exit code 2, without a traceback."""
     try:
         app(prog_name="export-onnx")
-    except ExportError as error:
+    except (ExportError, SurgeryError) as error:
         print(f"export-onnx: error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

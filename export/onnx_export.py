@@ -27,7 +27,6 @@ from export.checkpoint import CONFIG_KEY, Checkpoint
 from export.config import SSDConfig
 from export.errors import ExportError
 from export.model import SSDResNet34
-from export.names import NAMES_KEY
 from export.postprocess import (
     IOU_THRESHOLD,
     SCORE_THRESHOLD,
@@ -35,7 +34,8 @@ from export.postprocess import (
     PostProcess,
     join_levels,
 )
-from export.rounding import Rules, compare, undecided
+from graph_surgery.names import NAMES_KEY
+from graph_surgery.rounding import Rules, compare, undecided
 
 Floats = NDArray[np.float32]
 

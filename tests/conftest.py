@@ -17,7 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 MARKS = {
     "slow": {"small_model", "demo_exported", "runs"},
     "triton": {"server", "start", "serve"},
-    "build": {"plugin_libraries", "nms_library"},
+    "build": {"plugin_libraries", "nms_library", "wall_clock"},
     "golden": {"golden"},
 }
 """Fixtures; what uses one of them, by another fixture or itself, is marked."""

@@ -7,6 +7,7 @@ read straight into its place in a batch.
 from __future__ import annotations
 
 import io
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,17 +42,21 @@ def npy_bytes(spec: InputSpec) -> int:
     return len(_header(spec)) + int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
 
 
-def has_npy_size(path: Path, spec: InputSpec) -> bool:
-    """Tell whether a file exists and is as long as an image of this spec; a quick check."""
+def npy_time(path: Path, spec: InputSpec) -> int | None:
+    """Modification time in ns of a file that is as long as an image of this spec; None: it is not.
+
+    A quick check.
+    """
     try:
-        return path.stat().st_size == npy_bytes(spec)
+        state = path.stat()
     except OSError:
-        return False
+        return None
+    return state.st_mtime_ns if state.st_size == npy_bytes(spec) else None
 
 
 def is_npy(path: Path, spec: InputSpec) -> bool:
     """Tell whether a file exists and holds, by header and size, an image of this spec."""
-    if not has_npy_size(path, spec):
+    if npy_time(path, spec) is None:
         return False
     with path.open("rb") as file:
         return file.read(len(_header(spec))) == _header(spec)
@@ -62,14 +67,17 @@ def write_npy(path: Path, image: NDArray[np.generic], spec: InputSpec) -> None:
     write_atomically(path, _header(spec), image.data.cast("B"))
 
 
-def read_npy(path: Path, spec: InputSpec, out: NDArray[np.generic]) -> bool:
+def read_npy(path: Path, spec: InputSpec, out: NDArray[np.generic]) -> int | None:
     """Read an image into `out`, a C-contiguous array of the spec's shape and dtype.
 
     Returns
     -------
-    bool
-        False when the file holds anything else; `out` is undefined then.
+    int or None
+        Modification time of the file in ns, after it was read. None when the file holds anything
+        else; `out` is undefined then.
     """
     header = _header(spec)
     with path.open("rb", buffering=0) as file:
-        return file.read(len(header)) == header and file.readinto(out.data.cast("B")) == out.nbytes
+        if file.read(len(header)) != header or file.readinto(out.data.cast("B")) != out.nbytes:
+            return None
+        return os.fstat(file.fileno()).st_mtime_ns

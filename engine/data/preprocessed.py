@@ -1,5 +1,9 @@
 """Preprocessed sets: a folder of .npy images with a manifest, made by `harness preprocess`.
 
+A set is never written again: what is made later is another folder, and the name under which a set
+is opened a link to the newest. Who has opened one holds a shared lock on its manifest, so that it
+stays as long as it is read, and an image that was replaced all the same is refused.
+
 The manifest's image list is the truth about sample indices. A bad image that the user chose to
 skip is not in it, so later images have a lower index than their line in the map: look images up
 by name through ``PreprocessedSet.files``, never by position in the map.
@@ -7,9 +11,13 @@ by name through ``PreprocessedSet.files``, never by position in the map.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.npy import has_npy_size, npy_path, read_npy
+from engine.data.npy import npy_path, npy_time, read_npy
 from engine.errors import EngineError
 from engine.protocol import InputSpec
 from engine.support.documents import checked, read_json
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
-"""Stands in the folder instead of the manifest as long as the set is unfinished."""
+"""Stands in the `unfinished` folder instead of the manifest."""
 
 MEAN = (0.485, 0.456, 0.406)
 """RGB mean of the ImageNet normalisation, for values in [0, 1] (MLPerf reference dataset.py)."""
@@ -36,9 +44,6 @@ STD = (0.229, 0.224, 0.225)
 PIXEL_RANGE = max(max(mean, 1 - mean) / std for mean, std in zip(MEAN, STD, strict=True))
 """Largest magnitude that a pixel, 0 to 255, has once normalised; resizing stays within."""
 INTERPOLATION = "bilinear on float32"
-
-_FORMATS = {"float32": "fp32", "int8": "int8_linear"}
-"""Names of the command line, by dtype."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,18 @@ class PreprocessedSet:
         The input that the images were made for.
     manifest
         Content of the manifest file, a `SetManifest`.
+    times
+        When the file of each image was written, in ns, as it was first seen.
+    held
+        What keeps the set from being removed, as long as it exists.
     """
 
     directory: Path
     files: tuple[str, ...]
     spec: InputSpec
     manifest: Mapping[str, Any]
+    times: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+    held: object = field(default=None, compare=False, repr=False)
 
     def load(self, indices: Sequence[int]) -> NDArray[np.generic]:
         """Read images.
@@ -127,7 +138,8 @@ class PreprocessedSet:
         Raises
         ------
         EngineError
-            A file is missing, cut short or holds another shape or dtype.
+            A file is missing, cut short, holds another shape or dtype, or was written since it was
+            first seen.
         """
         batch = np.empty((len(indices), *self.spec.shape), self.spec.dtype)
         self.read_into(batch, indices)
@@ -136,32 +148,52 @@ class PreprocessedSet:
     def read_into(self, batch: NDArray[np.generic], indices: Sequence[int]) -> None:
         """Read images, as `load`, into memory that is there: C-contiguous, of that shape."""
         for image, index in zip(batch, indices, strict=True):
-            path = npy_path(self.directory, self.files[index])
+            name = self.files[index]
+            path = npy_path(self.directory, name)
             try:
-                intact = read_npy(path, self.spec, image)
+                written = read_npy(path, self.spec, image)
             except OSError as error:
                 raise EngineError(f"{path} cannot be read: {error.strerror}") from error
-            if not intact:
+            if written is None:
                 raise EngineError(
                     f"{path} is damaged or holds no {self.spec.dtype} {list(self.spec.shape)}; "
-                    "run `harness preprocess` again"
+                    f"run {preprocess_command(str(self.manifest.get('dataset')))} again"
+                )
+            if self.times.setdefault(name, written) != written:
+                raise EngineError(
+                    f"{path} was written since this command opened the set; run it again when "
+                    "nothing writes there"
                 )
 
 
-def load_preprocessed(directory: Path, spec: InputSpec) -> PreprocessedSet:
+def unfinished(directory: Path) -> Path:
+    """Where a set lies until it is complete and gets a name of its own."""
+    return directory.with_name(f"{directory.name}.partial")
+
+
+def preprocess_command(dataset: str) -> str:
+    """Command, in backquotes, that makes a set of a data set's split, ``<data set>-<split>``."""
+    name, _, split = dataset.rpartition("-")
+    chosen = f"{name} --{split}_only" if split in ("val", "cal") else "NAME"
+    return f"`harness preprocess MODEL --dataset {chosen}`"
+
+
+def load_preprocessed(directory: Path, spec: InputSpec, dataset: str = "") -> PreprocessedSet:
     """Open a set that `harness preprocess` made, and check it against an engine's input.
 
     Parameters
     ----------
     directory
-        Folder of the set.
+        Folder of the set, or a link to it.
     spec
         The engine's input.
+    dataset
+        Name of the data set's split that should be there, for messages; empty: unknown.
 
     Returns
     -------
     PreprocessedSet
-        The set.
+        The set, which stays as it is while this object exists.
 
     Raises
     ------
@@ -170,30 +202,51 @@ def load_preprocessed(directory: Path, spec: InputSpec) -> PreprocessedSet:
         both values); .npy files missing or of the wrong size.
     """
     wanted = transform_settings(spec)
-    path = directory / MANIFEST
-    if not path.exists():
-        unfinished = (directory / JOURNAL).exists()
-        state = "is unfinished" if unfinished else "holds no preprocessed images"
-        raise EngineError(
-            f"{directory} {state}; run `harness preprocess MODEL --dataset NAME` first"
-        )
+    place = directory.resolve() if directory.is_symlink() else directory  # the link may move
+    path = place / MANIFEST
+    try:
+        held = _hold(path)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+        begun = (unfinished(directory) / JOURNAL).exists()
+        state = "is unfinished" if begun else "holds no preprocessed images"
+        raise EngineError(f"{directory} {state}; run {preprocess_command(dataset)} first") from None
     remedy = "it is damaged; run `harness preprocess` again"
     manifest = read_json(path, remedy)
     found = checked(SetManifest, manifest, f"{path}: ", remedy)
-    names = tuple(entry.file for entry in found.images)
+    command = preprocess_command(found.dataset)
     for key, value in wanted.items():
         if manifest.get(key) != value:
             raise EngineError(
                 f"{directory} was preprocessed with {key} {manifest.get(key)}, the engine takes "
-                f"{value}; run `harness preprocess MODEL --formats {_FORMATS[spec.dtype]}`"
+                f"{value}; run {command}"
             )
-    broken = [name for name in names if not has_npy_size(npy_path(directory, name), spec)]
+    names = tuple(entry.file for entry in found.images)
+    times = {name: npy_time(npy_path(place, name), spec) for name in names}
+    whole = {name: written for name, written in times.items() if written is not None}
+    broken = [name for name in names if name not in whole]
     if broken:
         raise EngineError(
             f"{directory}: {len(broken)} of {len(names)} preprocessed files are missing or have a "
-            f"wrong size, the first is {broken[0]}.npy; run `harness preprocess` again"
+            f"wrong size, the first is {broken[0]}.npy; run {command} again"
         )
-    return PreprocessedSet(directory, names, spec, manifest)
+    return PreprocessedSet(place, names, spec, manifest, whole, held)
+
+
+class _Held:
+    """Somebody reads a set."""
+
+
+def _hold(path: Path) -> _Held:
+    """Hold the shared lock of a set's manifest for as long as the result exists."""
+    descriptor = os.open(path, os.O_RDONLY)
+    held = _Held()
+    weakref.finalize(held, os.close, descriptor)
+    # where a file system has no locks, the times of the files must do
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return held
 
 
 def transform_settings(spec: InputSpec) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def heads_model(
 
 
 def open_session(
-    model: onnx.ModelProto, threads: int | None = None
+    model: onnx.ModelProto, threads: int | None = None, *, optimise: bool = True
 ) -> onnxruntime.InferenceSession:
     """Run a model in ONNX Runtime.
 
@@ -60,6 +60,8 @@ def open_session(
     ----------
     threads
         Threads of one run; None: one for each CPU of this process.
+    optimise
+        Whether ONNX Runtime may change the graph.
 
     Raises
     ------
@@ -71,6 +73,8 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # large outputs that live longer than a run fragment an arena, which never gives back
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False

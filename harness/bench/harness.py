@@ -208,6 +208,7 @@ def measure_preprocessing(
                 overwrite=True,
                 skip_bad=False,
                 progress=False,
+                say=typer.echo,
             )
             return time.perf_counter() - start
 

@@ -11,10 +11,10 @@ import typer
 
 from engine.load import BACKENDS
 from engine.support.leaving import leave_in_order
-from harness.cli.options import Backend, BuildDir
+from harness.cli.options import Backend, BuildDir, Scenarios, TestModes
 from harness.command import leave
 from harness.errors import HarnessError, RunFailedError
-from harness.loadgen.settings import MODEL, MODES, SCENARIOS
+from harness.loadgen.settings import MODEL
 from harness.make.system_config import VERSIONS
 
 _Weights = Annotated[
@@ -25,7 +25,6 @@ _Weights = Annotated[
         show_default="models/ssd-resnet34/resnet34-ssd1200.pytorch in the build folder",
     ),
 ]
-_Batches = Annotated[int, typer.Option("--max-batch", min=1, help="Largest batch to try.")]
 
 
 def make_command(
@@ -40,12 +39,8 @@ def make_command(
     benchmarks: Annotated[
         str, typer.Option(help="Comma-separated, of: ssd-resnet34 (COCO), ssd-resnet34-demo.")
     ] = MODEL,
-    scenarios: Annotated[
-        str, typer.Option(help=f"Comma-separated, of: {', '.join(SCENARIOS)}.")
-    ] = "Offline",
-    test_mode: Annotated[
-        str, typer.Option("--test_mode", help=f"Comma-separated, of: {', '.join(MODES)}.")
-    ] = "PerformanceOnly",
+    scenarios: Scenarios = "Offline",
+    test_mode: TestModes = "PerformanceOnly",
     config_ver: Annotated[
         str, typer.Option("--config_ver", help=f"One of: {', '.join(VERSIONS)}.")
     ] = VERSIONS[0],
@@ -120,7 +115,7 @@ def tune_command(
     benchmark: Annotated[str, typer.Option(help="ssd-resnet34 or ssd-resnet34-demo.")] = MODEL,
     engine: Backend = BACKENDS[0],
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    max_batch: _Batches = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch to try.")] = 64,
     seconds: Annotated[
         float,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def preprocess(
     preprocessed: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the result, if it is one set.",
+            help="Link to the result, if it is one set.",
             show_default="preprocessed_data/<dataset>-<split>/<dtype>_<size> in the build folder",
         ),
     ] = None,
@@ -114,6 +115,7 @@ def preprocess(
             overwrite=overwrite,
             skip_bad=skip_bad,
             progress=sys.stderr.isatty(),
+            say=functools.partial(typer.echo, err=True),
         )
         typer.echo(f"{len(done.files)} images in {directory}")
 

@@ -1,8 +1,13 @@
 """Preprocessed sets: every image of a map as a .npy file, once, with a manifest.
 
+A set is made in a folder ``NAME.partial``. Complete, it gets a name of its own, ``NAME-<hash>`` of
+all that it was made from, NAME becomes a link to it, and nothing writes there again. Sets that NAME
+led to before are removed unless somebody reads them; the next call removes those, too.
+
 A set that is interrupted is resumed: a journal names every image that is done together with the
 size, modification time and SHA-256 of its source. An image is done again when its source has
-changed, when its .npy lacks bytes or holds another shape or dtype, or when the transform differs.
+changed, when its .npy lacks bytes or holds another shape or dtype, or when the transform differs;
+else the new set shares the file with the old one (a hard link).
 A source of the same size and time has not changed; with the same size and another time, as a copy
 has, its hash decides. (A change that keeps both size and time is not noticed; ``overwrite`` is
 there for that.)
@@ -10,9 +15,15 @@ there for that.)
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from hashlib import sha256
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +36,20 @@ from engine.data.preprocessed import (
     PreprocessedSet,
     SetManifest,
     load_preprocessed,
+    preprocess_command,
     transform_settings,
+    unfinished,
 )
 from engine.protocol import InputSpec
 from engine.support.documents import parse_json
 from engine.support.files import file_sha256, write_atomically
-from harness.artefacts import TRANSFORM_CODE, code_sha256
+from harness.artefacts import TRANSFORM_CODE, Say, code_sha256
 from harness.data.dataset import Dataset, load_map
 from harness.data.pool import Job, run
 from harness.data.transform import Source
 from harness.disk import require_space
 from harness.errors import HarnessError
-from harness.lock import locked
+from harness.lock import LOCK, locked
 
 BAD_IMAGES = "bad_images.txt"
 
@@ -52,6 +65,7 @@ def preprocess(
     overwrite: bool,
     skip_bad: bool,
     progress: bool,
+    say: Say,
 ) -> PreprocessedSet:
     """Preprocess a data set in parallel processes, or finish what an earlier call began.
 
@@ -62,7 +76,8 @@ def preprocess(
     spec
         The engine's input.
     out_dir
-        Folder of the result, one per data set and input spec; made when absent.
+        Name of the result, one per data set and input spec: a link to the newest set of that name.
+        A set that has the name itself, as they had before, becomes one that is linked.
     workers
         Number of processes.
     overwrite
@@ -72,6 +87,8 @@ def preprocess(
         stopping. Sample indices are positions in ``PreprocessedSet.files`` in any case.
     progress
         Show a progress bar on stderr.
+    say
+        Takes one line for each earlier set that is removed, or cannot be.
 
     Returns
     -------
@@ -82,105 +99,175 @@ def preprocess(
     ------
     HarnessError
         Bad images (after all others are done; counted, and listed in ``bad_images.txt``), no
-        image folder, a disk without room for all (nothing is written then) or full, a worker
-        that died.
+        image folder, a folder of something else under the name, a disk without room for all
+        (nothing is written then) or full, a worker that died.
     EngineError
         An unusable spec.
     """
     if workers < 1:
         raise HarnessError(f"{workers} workers; at least 1 is needed")
-    files = load_map(dataset.map_file)
+    load_map(dataset.map_file)
     if not dataset.image_dir.is_dir():
         raise HarnessError(
             f"image folder {dataset.image_dir} not found; download the data set {dataset.name}"
         )
+    settings = _settings(spec)
+    while out_dir.is_symlink() and not _is_made_for(out_dir, out_dir.readlink().name):
+        out_dir = out_dir.parent / out_dir.readlink()  # the user's, as to another disk
+    partial = unfinished(out_dir)
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        _take_over(out_dir, partial)
+        with locked(partial):  # two that write into one set would mix their images
+            current = out_dir.resolve() if out_dir.is_symlink() else None
+            manifest = _fill(
+                dataset,
+                spec,
+                partial,
+                current,
+                settings,
+                workers=workers,
+                overwrite=overwrite,
+                skip_bad=skip_bad,
+                progress=progress,
+            )
+            if manifest is None:
+                shutil.rmtree(partial)
+            else:
+                _publish(partial, out_dir, manifest)
+            _remove_others(out_dir, say)
     except OSError as error:
-        raise _unwritable(out_dir, error) from error
-    with locked(out_dir):  # two that write into one set would mix their images
-        return _preprocess(
-            dataset,
-            files,
-            spec,
-            out_dir,
-            workers=workers,
-            overwrite=overwrite,
-            skip_bad=skip_bad,
-            progress=progress,
-        )
+        raise HarnessError(
+            f"cannot write {error.filename or out_dir}: {error.strerror}; mend that and run "
+            "again, finished images are kept"
+        ) from error
+    return load_preprocessed(out_dir, spec)
 
 
-def _preprocess(
+def _fill(
     dataset: Dataset,
-    files: tuple[str, ...],
     spec: InputSpec,
-    out_dir: Path,
+    partial: Path,
+    current: Path | None,
+    settings: Mapping[str, Any],
     *,
     workers: int,
     overwrite: bool,
     skip_bad: bool,
     progress: bool,
-) -> PreprocessedSet:
-    settings = _settings(spec)
-    try:
-        for leftover in out_dir.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
-        (out_dir / BAD_IMAGES).unlink(missing_ok=True)
-        earlier = {} if overwrite else _read_finished(out_dir, settings)
-        finished = {
-            name: source
+) -> SetManifest | None:
+    """Make the set in `partial`, with what `current` has of it; None: it is the current one."""
+    files = load_map(dataset.map_file)
+    found: dict[str, tuple[Source, Path]] = {}
+    for folder in (partial,) if current is None else (current, partial):
+        earlier = {} if overwrite else _read_finished(folder, settings)
+        found |= {
+            name: (source, folder)
             for name in files
             if name in earlier
-            and is_npy(npy_path(out_dir, name), spec)
+            and is_npy(npy_path(folder, name), spec)
             and (source := _unchanged(dataset.image_dir / name, earlier[name]))
         }
-        bad: dict[str, str] = {}
-        if len(finished) < len(files):
-            todo = [name for name in files if name not in finished]
-            absent = sum(
-                not npy_path(out_dir, name).exists() and (dataset.image_dir / name).exists()
-                for name in todo
-            )
-            require_space(out_dir, absent * npy_bytes(spec))
-            # the manifest goes first: without it the folder never passes for a complete set
-            _write_text(out_dir / JOURNAL, _lines([settings, *_entries(finished)]))
-            (out_dir / MANIFEST).unlink(missing_ok=True)
-            job = Job(dataset.image_dir, out_dir, spec)
-            with (out_dir / JOURNAL).open("a", encoding="utf-8") as journal:
-                for results in run(job, todo, workers=workers, progress=progress):
-                    good = {name: r for name, r in results.items() if isinstance(r, Source)}
-                    bad |= {name: r for name, r in results.items() if isinstance(r, str)}
-                    finished |= good
-                    journal.write(_lines(_entries(good)))
-                    journal.flush()
-        bad = {name: bad[name] for name in files if name in bad}
-        if bad:
-            _write_text(out_dir / BAD_IMAGES, "".join(f"{name}\t{bad[name]}\n" for name in bad))
-        if bad and not (skip_bad and finished):
-            raise HarnessError(_describe_bad(bad, len(files), dataset.image_dir, out_dir))
-        done = {name: finished[name] for name in files if name in finished}
-        manifest = asdict(
-            SetManifest(
-                dataset=dataset.name,
-                map_sha256=file_sha256(dataset.map_file),
-                **settings,
-                images=[ImageEntry(name, *source) for name, source in done.items()],
-                bad=[BadImage(name, reason) for name, reason in bad.items()],
-            )
-        )
-        _write_text(out_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        (out_dir / JOURNAL).unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(out_dir, error) from error
-    return PreprocessedSet(out_dir, tuple(done), spec, manifest)
-
-
-def _unwritable(out_dir: Path, error: OSError) -> HarnessError:
-    return HarnessError(
-        f"cannot write {error.filename or out_dir}: {error.strerror}; mend that and run "
-        "again, finished images are kept"
+    shared = {name for name, (_, folder) in found.items() if folder == current}
+    keep = {LOCK, JOURNAL, MANIFEST, *(f"{name}.npy" for name in found.keys() - shared)}
+    for path in partial.iterdir():
+        if path.name not in keep:
+            path.unlink()
+    present = [name for name in files if name not in found and (dataset.image_dir / name).exists()]
+    require_space(partial, len(present) * npy_bytes(spec))
+    for name in shared:
+        try:
+            os.link(found[name][1] / f"{name}.npy", npy_path(partial, name))
+        except OSError:  # not every file system has hard links
+            del found[name]
+    finished = {name: source for name, (source, _) in found.items()}
+    _write_text(partial / JOURNAL, _lines([settings, *_entries(finished)]))
+    (partial / MANIFEST).unlink(missing_ok=True)
+    bad: dict[str, str] = {}
+    if todo := [name for name in files if name not in finished]:
+        job = Job(dataset.image_dir, partial, spec)
+        with (partial / JOURNAL).open("a", encoding="utf-8") as journal:
+            for results in run(job, todo, workers=workers, progress=progress):
+                good = {name: r for name, r in results.items() if isinstance(r, Source)}
+                bad |= {name: r for name, r in results.items() if isinstance(r, str)}
+                finished |= good
+                journal.write(_lines(_entries(good)))
+                journal.flush()
+    bad = {name: bad[name] for name in files if name in bad}
+    if bad:
+        _write_text(partial / BAD_IMAGES, "".join(f"{name}\t{bad[name]}\n" for name in bad))
+    if bad and not (skip_bad and finished):
+        raise HarnessError(_describe_bad(bad, len(files), dataset.image_dir, partial))
+    done = {name: finished[name] for name in files if name in finished}
+    manifest = SetManifest(
+        dataset=dataset.name,
+        map_sha256=file_sha256(dataset.map_file),
+        **settings,
+        images=[ImageEntry(name, *source) for name, source in done.items()],
+        bad=[BadImage(name, reason) for name, reason in bad.items()],
     )
+    text = json.dumps(asdict(manifest), indent=1) + "\n"
+    if current is not None and shared.issuperset(done) and text == _text(current / MANIFEST):
+        return None
+    _write_text(partial / MANIFEST, text)
+    (partial / JOURNAL).unlink()
+    return manifest
+
+
+def _take_over(out_dir: Path, partial: Path) -> None:
+    """Let a set that has the name itself be the one to complete."""
+    if out_dir.is_symlink() or not out_dir.exists():
+        return
+    if (out_dir / MANIFEST).exists() or (out_dir / JOURNAL).exists():
+        out_dir.rename(partial)
+    elif not out_dir.is_dir() or any(out_dir.iterdir()):
+        raise HarnessError(f"{out_dir} is there and holds no preprocessed images; move it away")
+    else:
+        out_dir.rmdir()
+
+
+def _publish(partial: Path, out_dir: Path, manifest: SetManifest) -> None:
+    """Give a complete set a name of its own, which says what it was made from, and link it."""
+    made_from = {
+        **asdict(manifest),
+        "images": [(entry.file, entry.sha256) for entry in manifest.images],
+    }
+    digest = sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    stem = f"{out_dir.name}-{digest[:12]}"
+    names = chain([stem], (f"{stem}.{number}" for number in count(2)))  # the same, made again
+    whole = next(path for name in names if not (path := out_dir.with_name(name)).exists())
+    partial.rename(whole)
+    link = out_dir.with_name(f"{out_dir.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(whole.name)
+    link.replace(out_dir)
+
+
+def _is_made_for(out_dir: Path, name: str) -> bool:
+    """Tell whether a set of this name is, or was, linked by `out_dir`."""
+    return re.fullmatch(rf"{re.escape(out_dir.name)}-[0-9a-f]{{12}}(\.\d+)?", name) is not None
+
+
+def _remove_others(out_dir: Path, say: Say) -> None:
+    """Remove the sets that were linked by `out_dir` before, but for those that are being read."""
+    current = out_dir.readlink().name
+    for other in sorted(out_dir.parent.iterdir()):
+        if other.name == current or not _is_made_for(out_dir, other.name):
+            continue
+        try:
+            with (other / MANIFEST).open("rb") as manifest:
+                fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                Path(manifest.name).unlink()  # first: without it the folder passes for no set
+        except FileNotFoundError:  # an earlier removal was interrupted
+            pass
+        except BlockingIOError:
+            say(f"kept {other}, which is being read; the next preprocessing removes it")
+            continue
+        shutil.rmtree(other)
+        say(f"removed {other}, which {out_dir} was before")
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def open_current(dataset: Dataset, spec: InputSpec, directory: Path) -> PreprocessedSet:
@@ -204,8 +291,8 @@ def open_current(dataset: Dataset, spec: InputSpec, directory: Path) -> Preproce
     HarnessError
         The map lists other images, or in another order; images have changed.
     """
-    found = load_preprocessed(directory, spec)
-    again = "run `harness preprocess` again"
+    found = load_preprocessed(directory, spec, dataset.name)
+    again = f"run {preprocess_command(dataset.name)} again"
     bad = {entry["file"] for entry in found.manifest["bad"]}
     try:
         sources = [(entry["file"], _source(entry)) for entry in found.manifest["images"]]

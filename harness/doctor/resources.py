@@ -171,7 +171,8 @@ def find_resources(build_dir: Path) -> Resources:
     total, available = _memory()
     balance, disk = [], 0
     for need in NEEDS:
-        there = sum(_size(path) for pattern in need.folders for path in folder.glob(pattern))
+        paths = {path for pattern in need.folders for path in folder.glob(pattern)}
+        there = sum(_size(path) for path in paths if not path.is_symlink())  # to another of them
         takes, has = need.size, available
         if need.kind == "disk":
             disk += max(0, need.size - there)

@@ -74,7 +74,8 @@ class Sut:
         self.losses: list[str] = []
         self._lock = threading.Lock()
         self._outstanding: set[int] = set()
-        self._last_progress = time.monotonic()
+        self.last_progress = time.monotonic()
+        self._first_issue = self._last_issue = 0.0
         self._ready = threading.Event()
         self._together = threading.Condition(self._lock)
         self._came = 0
@@ -90,6 +91,16 @@ class Sut:
         """Seconds per full batch of the warm-up, all sessions together."""
         times = [lane.warm_up_seconds for lane in self._lanes]
         return 1 / sum(1 / seconds for seconds in times if seconds)
+
+    @property
+    def issuing_s(self) -> float:
+        """Seconds from the first query to the last one."""
+        return self._last_issue - self._first_issue
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the first query to the last progress, which is a completion at the end."""
+        return self.last_progress - self._first_issue
 
     def start(self, warm_up: Sequence[int], sizes: Sequence[int] = ()) -> None:
         """Start the sessions, which first run the engines.
@@ -119,13 +130,16 @@ class Sut:
     def issue(self, samples: Sequence[Any]) -> None:
         """Take a query; LoadGen's IssueQuery. Never blocks, never raises."""
         try:
+            now = time.monotonic()
             ids = [sample.id for sample in samples]
             indices = [sample.index for sample in samples]
             with self._lock:
                 accepted = self.failure is None
                 if accepted:
+                    self._first_issue = self._first_issue or now
+                    self._last_issue = now
                     if not self._outstanding:
-                        self._last_progress = time.monotonic()
+                        self.last_progress = now
                     self._outstanding.update(ids)
                     self.issued += len(ids)
             if accepted:
@@ -147,7 +161,7 @@ class Sut:
                 return
             self._outstanding.difference_update(batch.ids)
             self.completed += len(responses)
-            self._last_progress = time.monotonic()
+            self.last_progress = time.monotonic()
         # LoadGen copies the data before it returns, and `rows` lives at least until then
         lg.QuerySamplesComplete(responses)
 
@@ -181,11 +195,16 @@ class Sut:
             self.fail(error)
         self.warmed_up()  # the others may be
 
+    def idle_for(self) -> float:
+        """Seconds for which no sample has come or been due; 0 while one is due."""
+        with self._lock:
+            return 0.0 if self._outstanding else time.monotonic() - self.last_progress
+
     def stalled_for(self) -> float:
         """Seconds without progress: of the slowest session's, or of all while samples are due."""
         now = time.monotonic()
         with self._lock:
-            due = now - self._last_progress if self._outstanding else 0.0
+            due = now - self.last_progress if self._outstanding else 0.0
         return max(due, *(lane.busy_for(now) for lane in self._lanes))
 
     def stop(self, timeout: float) -> None:

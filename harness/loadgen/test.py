@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.support.files import write_atomically
 from engine.support.progress import Progress
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.audit import Audit
+from harness.loadgen.clock import CLOCK_WAS_SET, WallClock, check_times
 from harness.loadgen.log import DetailLog, read_complete
 from harness.loadgen.numa import gpu_cpus, running_on
 from harness.loadgen.qsl import SampleLibrary, SampleSource
@@ -36,6 +38,7 @@ AUDIT_CONFIG = "audit.config"
 _POLL_SECONDS = 0.2
 _POLLS_PER_REPORT = 5  # drawing takes the GIL for some milliseconds, which the latencies feel
 _GRACE_SECONDS = 2.0
+_IDLE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,19 @@ def run_test(
                 sizes=(total, settings.performance_sample_count),
                 cpus=cpus,
             )
-            _watch(sut, thread, timeout_s, _reporter(sut, progress, settings, mode, total))
+            report = _reporter(sut, progress, settings, mode, total)
+            pause_s = _longest_pause(settings, timeout_s)
+            _watch(sut, thread, timeout_s=timeout_s, pause_s=pause_s, mode=mode, report=report)
         sut.stop(_GRACE_SECONDS)
         _raise_failure(sut)
         library.close()  # after a failure a session may still read it
     except KeyboardInterrupt:
         raise RunFailedError("interrupted", exit_code=130) from None
+    detail = read_complete(directory, accuracy=mode == "AccuracyOnly")
+    if mode == "PerformanceOnly":
+        check_times(settings.scenario, detail.values, sut.issuing_s, sut.span_s)
     return Outcome(
-        read_complete(directory, accuracy=mode == "AccuracyOnly"),
+        detail,
         settings,
         tuple(sut.batch_seconds),
         tuple(sut.losses),
@@ -213,22 +221,46 @@ class _StartTest(threading.Thread):
             self._sut.fail(error)
 
 
-def _watch(sut: Sut, test: _StartTest, timeout_s: float, report: Callable[[], None]) -> None:
+def _watch(
+    sut: Sut,
+    test: _StartTest,
+    *,
+    timeout_s: float,
+    pause_s: float,
+    mode: Mode,
+    report: Callable[[], None],
+) -> None:
     """Start the test and stay until it ends or fails."""
+    clock = WallClock()
+    sut.last_progress = time.monotonic()
     test.start()
     polls = 0
-    while not test.ended.wait(_POLL_SECONDS):
-        if sut.failure is None and sut.stalled_for() > timeout_s:
+    ended = False
+    while not ended and sut.failure is None:
+        ended = test.ended.wait(_POLL_SECONDS)
+        if sut.stalled_for() > timeout_s:
             sut.fail(_timeout(timeout_s))
-        if sut.failure is not None:
-            # All samples are completed, so LoadGen may end by itself; if not, it is left behind.
-            if not test.ended.wait(_GRACE_SECONDS):
-                _raise_failure(sut)
-            return
+        elif (step := clock.step()) and mode == "PerformanceOnly":
+            sut.fail(HarnessError(f"{CLOCK_WAS_SET} (by {step:+.3f} s)"))
+        elif sut.idle_for() > pause_s:
+            sut.fail(HarnessError(f"LoadGen has sent no query for {pause_s:.0f} s"))
         polls += 1
-        if polls % _POLLS_PER_REPORT == 0:
+        if ended or polls % _POLLS_PER_REPORT == 0:
             report()
-    report()
+    # All samples are completed, so LoadGen may end by itself; if not, it is left behind.
+    if not test.ended.wait(_GRACE_SECONDS):
+        _raise_failure(sut)
+
+
+def _longest_pause(settings: Settings, timeout_s: float) -> float:
+    """Seconds for which a test may be without a query, as while LoadGen writes its logs.
+
+    Of Server's times between arrivals, which are exponential, one in e^40 is longer than 40 means.
+    """
+    pause_s = max(timeout_s, _IDLE_SECONDS)
+    if isinstance(settings, Server) and settings.target_qps is not None:
+        pause_s += 40 / settings.target_qps
+    return pause_s
 
 
 def _reporter(

@@ -271,6 +271,7 @@ def preprocess(route: Route, split: str, spec: InputSpec) -> PreprocessedSet:
                 overwrite=False,  # it notices itself what is stale
                 skip_bad=False,
                 progress=sys.stderr.isatty(),
+                say=route.say,
             ),
             route.say,
             reason,

@@ -23,6 +23,7 @@ from harness.loadgen.log import ACCURACY
 from harness.loadgen.qsl import SampleSource
 from harness.loadgen.settings import MODEL, Mode, Settings
 from harness.loadgen.test import Outcome, run_test
+from harness.lock import locked
 from harness.results.accuracy import evaluate
 from harness.results.pictures import draw_detections
 from harness.results.result import RunResult, latency_summary, performance_figures, versions
@@ -97,7 +98,8 @@ def run(
     """Run one test and leave its logs and result.json.
 
     All is written to ``<directory>.partial``, which gets its name only when it is complete. After
-    a failure it stays, with the traceback in `ERROR`.
+    a failure it stays, with the traceback in `ERROR`. Meanwhile no other run writes into the folder
+    that it lies in, a scenario's.
 
     Parameters
     ----------
@@ -115,34 +117,18 @@ def run(
     Raises
     ------
     HarnessError
-        When `directory` exists or cannot be written, or the logs are not complete.
+        When `directory` exists, another run is writing beside it or it cannot be written, or the
+        logs are not complete.
     RunFailedError
         When the engine fails, does not answer in time, or the user interrupts.
     """
-    if directory.exists():
-        raise HarnessError(f"{directory} exists; choose another log directory or remove it")
     partial = directory.with_name(f"{directory.name}.partial")
     try:
-        with _error_kept(partial):
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-            samples = "".join(f"{name}\n" for name in benchmark.source.files)
-            write_atomically(partial / SAMPLES, samples.encode())
-            outcome = run_test(
-                benchmark.engines,
-                benchmark.source,
-                settings,
-                mode,
-                partial,
-                timeout_s=benchmark.timeout_s,
-                progress=progress,
-                audit=audit,
-            )
-            result = _result(benchmark, outcome, mode, partial)
-            if audit is not None:
-                result = dataclasses.replace(result, mode=audit.name)
-            result.write(partial)
+        with locked(directory.parent, otherwise="choose another log directory"):
+            if directory.exists():
+                raise HarnessError(f"{directory} exists; choose another log directory or remove it")
+            with _error_kept(partial):
+                result = _run(benchmark, settings, mode, partial, progress=progress, audit=audit)
             partial.rename(directory)
     except OSError as error:
         raise HarnessError(
@@ -156,6 +142,38 @@ def run(
             f"its unfinished logs: {partial}",
             error.exit_code,
         ) from error
+    return result
+
+
+def _run(
+    benchmark: Benchmark,
+    settings: Settings,
+    mode: Mode,
+    directory: Path,
+    *,
+    progress: Progress | None,
+    audit: Audit | None,
+) -> RunResult:
+    """Run one test, and leave its logs and result.json in a folder, which is emptied before."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+    samples = "".join(f"{name}\n" for name in benchmark.source.files)
+    write_atomically(directory / SAMPLES, samples.encode())
+    outcome = run_test(
+        benchmark.engines,
+        benchmark.source,
+        settings,
+        mode,
+        directory,
+        timeout_s=benchmark.timeout_s,
+        progress=progress,
+        audit=audit,
+    )
+    result = _result(benchmark, outcome, mode, directory)
+    if audit is not None:
+        result = dataclasses.replace(result, mode=audit.name)
+    result.write(directory)
     return result
 
 

@@ -10,8 +10,11 @@ import sys
 import pytest
 
 from harness.errors import HarnessError
+from harness.loadgen.settings import load_settings
 from harness.lock import locked
-from tests.support import ROOT
+from harness.results.run import Benchmark, run
+from tests.support import ROOT, attempt
+from tests.support.harness_fakes import FakeEngine, Memory
 
 HOLD = """
 import sys, time
@@ -35,13 +38,7 @@ def holder(tmp_path):
 
 
 def test_the_second_is_told_who_holds_it(holder, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", "make", "run", "--build-dir", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = attempt("-m", "harness", "make", "run", "--build-dir", tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"harness: error: {tmp_path} is in use by process {holder.pid} on ")
@@ -66,6 +63,34 @@ def test_the_lock_ends_with_an_error(tmp_path):
         pass
 
 
+def test_a_run_owns_the_folder_of_its_logs(holder, tmp_path):
+    """A second one would throw away what the first has written so far."""
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "log").touch()
+    (settings,) = load_settings(["Offline"], None, {})
+    benchmark = Benchmark((FakeEngine(),), Memory(8), None, 30)
+    with pytest.raises(HarnessError, match=f"in use by process {holder.pid} .* log directory"):
+        run(benchmark, settings, "PerformanceOnly", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run.partial").iterdir()] == ["log"]
+
+
+def test_a_folder_that_got_another_name_is_not_held(tmp_path):
+    """Whoever waited for a folder that was complete and renamed holds the new one of its name."""
+    with locked(tmp_path / "partial"):
+        (tmp_path / "partial").rename(tmp_path / "whole")
+        with locked(tmp_path / "partial"):
+            pass
+        with pytest.raises(HarnessError, match="in use"), locked(tmp_path / "whole"):
+            pass
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """/dev/full takes no byte."""
+    (tmp_path / "lock").symlink_to("/dev/full")
+    with pytest.raises(HarnessError, match=r"lock: cannot be locked: .*"), locked(tmp_path):
+        pass
+
+
 def test_read_only_folder(tmp_path):
     folder = tmp_path / "build"
     folder.mkdir()
@@ -81,7 +106,7 @@ def test_read_only_folder(tmp_path):
                 parent.chmod(mode | 0o5)
         os.seteuid(65534)
     try:
-        with pytest.raises(HarnessError, match=r"cannot write to the build folder.*BUILD_DIR"):
+        with pytest.raises(HarnessError, match=r"cannot write to it.*BUILD_DIR"):
             locked(folder).__enter__()
     finally:
         os.seteuid(user)
@@ -92,13 +117,7 @@ def test_read_only_folder(tmp_path):
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     file = tmp_path / "build"
     file.touch()
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", "make", "calibrate", "--build-dir", file],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = attempt("-m", "harness", "make", "calibrate", "--build-dir", file)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"harness: error: {file}: cannot write to the build folder")
+    assert line.startswith(f"harness: error: {file}: cannot write to it")

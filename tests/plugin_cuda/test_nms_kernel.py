@@ -22,7 +22,7 @@ from tests.support.nms_cases import (
     with_attributes,
 )
 from tests.support.nms_oracle import nms_opt, sigmoid, softmax
-from tests.support.nms_tolerance import check_same, undecided_rows
+from tests.support.nms_tolerance import check_same, undecided
 
 torch = pytest.importorskip("torch")
 from tests.support.nms_device import FORMS, HALF, NCHW, Form, Heads, in_form, run_kernel  # noqa: E402
@@ -41,7 +41,7 @@ def check_against_definition(attributes, case, form=NCHW):
     heads, (levels, priors, loc, conf) = in_form(form, case)
     actual = run_kernel(attributes, heads)
     expected = run(make_model(attributes, levels, priors), levels, loc, conf)
-    check_same(actual, expected, lambda n: undecided_rows(loc[n], conf[n], priors, attributes))
+    check_same(actual, expected, lambda n: undecided(loc[n], conf[n], priors, attributes))
     return actual
 
 

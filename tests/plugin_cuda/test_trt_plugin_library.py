@@ -10,7 +10,7 @@ import pytest
 from graph_surgery.nms_function import NmsAttributes
 from tests.support.nms_cases import LEVELS, SIGMOID, SSD, plane, with_attributes
 from tests.support.nms_oracle import nms_opt, sigmoid, softmax
-from tests.support.nms_tolerance import check_same, undecided_rows
+from tests.support.nms_tolerance import check_same, undecided
 from tests.support.plugin_cases import (
     heads,
     make,
@@ -331,7 +331,7 @@ def test_enqueue_equals_the_oracle(driver, loc, conf, activation):
     check_same(
         runs[0],
         expected,
-        lambda n: undecided_rows(all_loc[n], all_conf[n], problem.priors, attributes),
+        lambda n: undecided(all_loc[n], all_conf[n], problem.priors, attributes),
     )
     assert driver.messages() == ""
 

@@ -27,7 +27,7 @@ def run(
     dataset: Dataset, out_dir: Path, spec: InputSpec = SPEC, **options: bool
 ) -> PreprocessedSet:
     choices = {"overwrite": False, "skip_bad": False} | options
-    return preprocess(dataset, spec, out_dir, workers=1, progress=False, **choices)
+    return preprocess(dataset, spec, out_dir, workers=1, progress=False, say=print, **choices)
 
 
 def write_times(out_dir: Path) -> dict[str, int]:

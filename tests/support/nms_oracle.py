@@ -61,17 +61,6 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.float32:
         return w * h / (area_a + area_b - w * h)
 
 
-def iou_matrix(boxes: np.ndarray) -> np.ndarray:
-    """`iou` of each of the boxes [n, 4] with each; they are finite. Returns float64 [n, n]."""
-    near, far = np.float64(boxes[:, :2]), np.float64(boxes[:, 2:])
-    area = (far - near).clip(0, None).prod(axis=1)
-    common = np.minimum(far[:, None], far) - np.maximum(near[:, None], near)
-    common = common.clip(0, None).prod(axis=2)
-    common[(area == 0)[:, None] | (area == 0)] = 0
-    union = area[:, None] + area - common
-    return np.divide(common, union, out=np.zeros_like(common), where=common > 0)
-
-
 def nms_opt(
     loc: np.ndarray,
     conf: np.ndarray,

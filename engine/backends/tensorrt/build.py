@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.backends.tensorrt.log import Verbosity
 from engine.backends.tensorrt.module import (
@@ -19,13 +19,23 @@ from engine.backends.tensorrt.module import (
 from engine.backends.tensorrt.plan import PlanRequest, build_plan
 from engine.backends.tensorrt.plugins import headers_version, is_registered, load_plugins
 from engine.errors import EngineError
-from engine.manifest import KEEP_TOP_K, Manifest, plugin_library, save_engine
+from engine.manifest import (
+    KEEP_TOP_K,
+    Manifest,
+    check_plugins,
+    manifest_path,
+    plugin_library,
+    save_engine,
+)
 from engine.model import Detector
 from engine.protocol import InputSpec, output_shapes
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import import_graph, output_names
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
+
+if TYPE_CHECKING:
+    from engine.backends.cuda import Gpu
 
 
 @dataclass(frozen=True)
@@ -151,37 +161,10 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
     for file in (output, options.layer_info):
         if file is not None and not file.parent.is_dir():
             raise EngineError(f"{file.parent}: no such folder to write {file.name} to")
-    image, plugin = detector.input, wanted_plugin(detector)
-    rows = plugin.keep_top_k
-    trt = import_tensorrt(backend)
-    gpu = None
-    if backend != RTX or options.device is not None:
-        from engine.backends.cuda import use_gpu
-
-        gpu = use_gpu(options.device or 0)
-    if options.timing_cache is not None:
-        try:
-            options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EngineError(
-                f"{options.timing_cache.parent}: cannot make the folder ({error.strerror})"
-            ) from error
-    if options.version_compatible:
-        require_lean_runtime(trt)
-    load_plugins(trt, options.plugins)
-    _require_plugin(trt, detector, plugin)
-    request = PlanRequest(
-        model=detector.path,
-        input_name=image.name,
-        shapes=_shapes(image, options),
-        config=_config(trt, backend, options),
-        memory_pools=options.memory_pools,
-        tf32=options.tf32,
-        timing_cache=options.timing_cache,
-        verbosity=options.verbosity,
-    )
+    image, rows = detector.input, wanted_plugin(detector).keep_top_k
+    trt, gpu = _builder_of(backend, options)
     start = time.monotonic()
-    plan = build_plan(trt, backend, request)
+    plan = plan_of(trt, detector, backend, options)
     seconds = time.monotonic() - start
     if options.layer_info is not None:
         from engine.backends.tensorrt.engine import write_layer_info
@@ -211,6 +194,92 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
     )
     save_engine(output, plan, manifest)
     return manifest
+
+
+def plan_of(
+    trt: Any,
+    detector: Detector,
+    backend: str,
+    options: BuildOptions,
+    outputs: tuple[str, ...] = (),
+) -> bytes:
+    """Build a plan.
+
+    Parameters
+    ----------
+    trt
+        The module that `engine.backends.tensorrt.module.import_tensorrt` returned.
+    detector, backend, options
+        As for `build`.
+    outputs
+        Tensors that it returns in place of the detections.
+
+    Raises
+    ------
+    EngineError
+        As `build`.
+    """
+    load_plugins(trt, options.plugins)
+    _require_plugin(trt, detector, wanted_plugin(detector))
+    request = PlanRequest(
+        model=detector.path,
+        input_name=detector.input.name,
+        shapes=_shapes(detector.input, options),
+        config=_config(trt, backend, options),
+        memory_pools=options.memory_pools,
+        tf32=options.tf32,
+        timing_cache=options.timing_cache,
+        verbosity=options.verbosity,
+        outputs=outputs,
+    )
+    return build_plan(trt, backend, request)
+
+
+def options_of(engine: Path, manifest: Manifest) -> BuildOptions:
+    """Return the options with which an engine was built, to build the like.
+
+    Raises
+    ------
+    EngineError
+        When a plugin library is missing or another one, or an option is not known.
+    """
+    known = dict(manifest.options)
+    for name in ("strip_plan", "refit"):  # of the file, not of how it computes
+        known.pop(name, None)
+    if cache := known.get("timing_cache"):
+        known["timing_cache"] = Path(str(cache))
+    try:
+        return BuildOptions(
+            min_batch=manifest.min_batch,
+            opt_batch=manifest.opt_batch,
+            max_batch=manifest.max_batch,
+            plugins=check_plugins(engine, manifest),
+            **known,  # type: ignore[arg-type]
+        )
+    except TypeError as error:
+        raise EngineError(
+            f"{manifest_path(engine)}: options of another release: {error}"
+        ) from error
+
+
+def _builder_of(backend: str, options: BuildOptions) -> tuple[Any, Gpu | None]:
+    """Import what builds, and choose its GPU."""
+    trt = import_tensorrt(backend)
+    gpu = None
+    if backend != RTX or options.device is not None:
+        from engine.backends.cuda import use_gpu
+
+        gpu = use_gpu(options.device or 0)
+    if options.timing_cache is not None:
+        try:
+            options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngineError(
+                f"{options.timing_cache.parent}: cannot make the folder ({error.strerror})"
+            ) from error
+    if options.version_compatible:
+        require_lean_runtime(trt)
+    return trt, gpu
 
 
 @dataclass(frozen=True)

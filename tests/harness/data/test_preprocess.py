@@ -18,7 +18,6 @@ from engine.protocol import InputSpec
 from harness.data.dataset import Dataset
 from harness.data.preprocess import open_current, preprocess
 from harness.errors import HarnessError
-from harness.lock import locked
 from tests.support.image_sets import SPEC, make_dataset, run, write_times
 from tests.support.photos import photo, reference
 
@@ -31,7 +30,14 @@ def test_set_holds_every_image_in_map_order(tmp_path: Path) -> None:
     images = {f"{name}.png": photo(50 + 7 * n, 91 - 5 * n, n) for n, name in enumerate("dbca")}
     dataset = make_dataset(tmp_path, images)
     result = preprocess(
-        dataset, SPEC, tmp_path / "out", workers=2, overwrite=False, skip_bad=False, progress=True
+        dataset,
+        SPEC,
+        tmp_path / "out",
+        workers=2,
+        overwrite=False,
+        skip_bad=False,
+        progress=True,
+        say=print,
     )
     assert result.files == ("d.png", "b.png", "c.png", "a.png")
     assert result.manifest["dataset"] == "test"
@@ -44,8 +50,9 @@ def test_set_holds_every_image_in_map_order(tmp_path: Path) -> None:
             np.testing.assert_allclose(image, reference(images[name], 96, 128), rtol=0, atol=1e-5)
     stored = np.load(tmp_path / "out" / "b.png.npy")
     np.testing.assert_array_equal(stored, result.load([1])[0])
-    assert not list((tmp_path / "out").glob("*.tmp"))
-    assert not (tmp_path / "out" / "journal.jsonl").exists()
+    names = {path.name for path in result.directory.iterdir()}
+    assert names == {"manifest.json", "lock", *(f"{name}.npy" for name in result.files)}
+    assert {path.name for path in tmp_path.glob("out*")} == {"out", result.directory.name}
     assert result.load([]).shape == (0, 3, 96, 128)
 
 
@@ -159,21 +166,22 @@ def test_bad_images_stop_the_run_and_are_all_named(tmp_path: Path) -> None:
     assert "\n" not in message
     for part in ("cut.jpg (truncated", "gone.jpg (missing", "zero.jpg (empty", "text.jpg (cannot"):
         assert part in message
-    listed = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
+    partial = tmp_path / "out.partial"
+    listed = (partial / "bad_images.txt").read_text().splitlines()
     names = [line.split("\t")[0] for line in listed]
     assert names == ["cut.jpg", "gone.jpg", "zero.jpg", "text.jpg"]
     with pytest.raises(EngineError, match="unfinished"):
         load_preprocessed(tmp_path / "out", SPEC)
-    # a folder that was a complete set is none once an image has gone bad
+    # a complete set stays what it was when an image goes bad, but is not current
     good = make_dataset(tmp_path / "other", {"a.png": photo(8, 8), "b.png": photo(9, 9)})
     run(good, tmp_path / "once")
     (good.image_dir / "b.png").write_bytes(b"")
     with pytest.raises(HarnessError, match="1 of 2 images"):
         run(good, tmp_path / "once")
-    with pytest.raises(EngineError, match="unfinished"):
-        load_preprocessed(tmp_path / "once", SPEC)
+    with pytest.raises(HarnessError, match=r"1 of 2 images .* have changed"):
+        open_current(good, SPEC, tmp_path / "once")
     # restored images complete the set without doing the good ones again
-    before = write_times(tmp_path / "out")
+    before = write_times(partial)
     for number, name in enumerate(names):
         cv2.imwrite(str(tmp_path / "images" / name), photo(64, 64, number))
     result = run(dataset, tmp_path / "out")
@@ -269,20 +277,14 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     with pytest.raises(HarnessError, match="0 MB needed, 0 MB free on this disk; make room"):
         run(dataset, out)
-    assert {path.name for path in out.iterdir()} == {"lock"}
+    assert {path.name for path in (tmp_path / "out.partial").iterdir()} == {"lock"}
     Usage.free += 1
     assert len(run(dataset, out).files) == 3
     Usage.free = 0  # what is there needs no room of its own
-    assert len(run(dataset, out, overwrite=True).files) == 3
+    (dataset.image_dir / "2.png").touch()
+    assert len(run(dataset, out).files) == 3
     (out / "1.png.npy").unlink()
     with pytest.raises(HarnessError, match="needed"):
         run(dataset, out)
     (dataset.image_dir / "1.png").unlink()  # nor does what cannot be made
     assert len(run(dataset, out, skip_bad=True).files) == 2
-
-
-def test_a_set_in_the_making_is_left_alone(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, {"a.jpg": photo(40, 50, 1)})
-    with locked(tmp_path / "out"), pytest.raises(HarnessError, match="is in use by process"):
-        run(dataset, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"lock"}

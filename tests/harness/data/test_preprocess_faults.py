@@ -39,7 +39,7 @@ if __name__ == "__main__":
     spec = InputSpec("image", (3, 600, 600), "float32")
     try:
         preprocess(dataset, spec, root / "out", workers=2, overwrite=False, skip_bad=False,
-                   progress=False)
+                   progress=False, say=print)
     except HarnessError as error:
         print(error)
         sys.exit(2)
@@ -75,7 +75,7 @@ def test_an_interrupted_run_leaves_no_process_and_resumes(tmp_path: Path, kill: 
     for name in names:
         (image_dir / name).write_bytes(jpeg)
     (tmp_path / "map.txt").write_text("\n".join(names))
-    journal = tmp_path / "out" / "journal.jsonl"
+    journal = tmp_path / "out.partial" / "journal.jsonl"
     process = start_script(tmp_path)
     wait_for(lambda: journal.exists() and journal.read_text().count("\n") > 10)
     if kill == signal.SIGINT:  # Ctrl-C reaches every process of the group
@@ -86,13 +86,13 @@ def test_an_interrupted_run_leaves_no_process_and_resumes(tmp_path: Path, kill: 
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert errors.count("KeyboardInterrupt") == (kill == signal.SIGINT)
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out").exists()
     if kill == signal.SIGINT:
-        assert not list((tmp_path / "out").glob("*.tmp"))
+        assert not list((tmp_path / "out.partial").glob("*.tmp"))
     lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     finished = {f"{line['file']}.npy" for line in lines}
     assert 0 < len(finished) < 240
-    before = write_times(tmp_path / "out")
+    before = write_times(tmp_path / "out.partial")
     with journal.open("a") as file:
         file.write('{"file": "239.jpg", "si')  # as a crash may leave it
 
@@ -114,7 +114,7 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path) -> None:
     if not children.exists():
         process.kill()
         pytest.skip("this kernel does not list the children of a process")
-    journal = tmp_path / "out" / "journal.jsonl"
+    journal = tmp_path / "out.partial" / "journal.jsonl"
     wait_for(lambda: journal.exists() and journal.read_text().count("\n") > 3)
     for child in children.read_text().split():
         if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -123,7 +123,7 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path) -> None:
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (2, "")
     assert output.startswith("a preprocessing process died")
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None:
@@ -131,6 +131,6 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None
     process = start_script(tmp_path, "1000000")  # bytes per file; an image takes 4,320,128
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (2, "")
-    assert output.startswith(f"cannot write {tmp_path}/out/")
+    assert output.startswith(f"cannot write {tmp_path}/out.partial/")
     assert output.count("\n") == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl", "lock"}
+    assert {path.name for path in (tmp_path / "out.partial").iterdir()} == {"journal.jsonl", "lock"}

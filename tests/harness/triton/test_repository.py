@@ -13,17 +13,17 @@ import pytest
 
 from engine.errors import EngineError
 from engine.load import load_engine
-from engine.manifest import Manifest, check_plugins, load_manifest, plugin_library, save_engine
+from engine.manifest import check_plugins, load_manifest, plugin_library, save_engine
 from harness.cli.main import main
 from harness.errors import HarnessError
 from harness.loadgen.settings import SCENARIOS
 from harness.triton.repository import write_repository
 from tests.support.int8_models import write_int8
+from tests.support.manifests import PLAN, manifest
 
 pb = pytest.importorskip(
     "tritonclient.grpc.model_config_pb2", reason="needs tritonclient[grpc]", exc_type=ImportError
 )
-PLAN = b"a plan that no TensorRT made"
 
 
 def read_config(path: Path):
@@ -51,25 +51,14 @@ def engine(int8, tmp_path):
     registering = plugin.with_name("libnmsoptplugin_register.so")
     registering.write_bytes(b"a library that registers the other")
     path = folder / "model.engine"
-    manifest = Manifest(
-        backend="tensorrt",
-        version="10.16.1.11",
-        gpu="NVIDIA H100 80GB HBM3",
-        compute_capabilities=("9.0",),
-        model="model.onnx",
+    said = manifest(
         onnx_sha256=sha256(int8.read_bytes()).hexdigest(),
         plugins=(plugin_library(path, plugin),),
         metadata={},
-        engine_sha256=sha256(PLAN).hexdigest(),
-        engine_bytes=len(PLAN),
         input=load_engine("onnxruntime", int8).input_spec,
-        min_batch=1,
         opt_batch=16,
-        max_batch=16,
-        options={},
-        seconds=1.0,
     )
-    save_engine(path, PLAN, manifest)
+    save_engine(path, PLAN, said)
     return path
 
 

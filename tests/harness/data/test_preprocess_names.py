@@ -1,0 +1,171 @@
+"""A set keeps its images whatever is made later, and the name leads to the newest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from engine.data.preprocessed import load_preprocessed
+from engine.errors import EngineError
+from engine.protocol import InputSpec
+from harness.data.preprocess import preprocess
+from harness.errors import HarnessError
+from harness.lock import locked
+from tests.support.image_sets import SPEC, make_dataset, run
+from tests.support.photos import photo, reference
+
+pytestmark = pytest.mark.slow  # each starts a process or two
+
+A, B = (InputSpec("image", (3, 96, 128), "int8", scale) for scale in (0.02, 0.05))
+
+
+def steps(image: np.ndarray, scale: float) -> np.ndarray:
+    return np.clip(np.rint(reference(image, 96, 128) / np.float32(scale)), -127, 127)
+
+
+def folders(root: Path) -> set[str]:
+    return {path.name for path in root.glob("out*") if not path.is_symlink()}
+
+
+def test_images_for_another_model_leave_an_open_set_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a test that runs: INT8 images of another scale look whole, and give another mAP."""
+    image = photo(40, 50)
+    dataset = make_dataset(tmp_path, {"a.png": image})
+    run(dataset, tmp_path / "out", A)
+    read = load_preprocessed(tmp_path / "out", A)
+    first = read.directory
+    made = run(dataset, tmp_path / "out", B)
+    assert (read.load([0])[0] == steps(image, 0.02)).mean() > 0.999
+    assert (made.load([0])[0] == steps(image, 0.05)).mean() > 0.999
+    assert (tmp_path / "out").resolve() == made.directory
+    assert folders(tmp_path) == {first.name, made.directory.name}
+    assert f"kept {first}, which is being read" in capsys.readouterr().out
+    del read
+    run(dataset, tmp_path / "out", B)
+    assert folders(tmp_path) == {made.directory.name}
+    assert f"removed {first}" in capsys.readouterr().out
+
+
+def test_an_image_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    run(make_dataset(tmp_path, {"a.png": photo(40, 50), "b.png": photo(50, 40)}), tmp_path / "out")
+    opened = load_preprocessed(tmp_path / "out", SPEC)
+    opened.load([0, 1])
+    path = opened.directory / "b.png.npy"
+    os.utime(path, ns=(1, 1))
+    opened.load([0])
+    with pytest.raises(EngineError, match=r"b\.png\.npy was written since"):
+        opened.load([1])
+
+
+def test_the_new_set_shares_what_is_unchanged(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, {f"{n}.png": photo(40, 50, n) for n in range(3)})
+    old = run(dataset, tmp_path / "out")
+    files = {name: (old.directory / f"{name}.npy").stat().st_ino for name in old.files}
+    cv2.imwrite(str(dataset.image_dir / "1.png"), photo(44, 55, 9))
+    new = run(dataset, tmp_path / "out")
+    assert new.directory != old.directory
+    same = {n for n in new.files if (new.directory / f"{n}.npy").stat().st_ino == files[n]}
+    assert same == {"0.png", "2.png"}
+    np.testing.assert_allclose(old.load([1])[0], reference(photo(40, 50, 1), 96, 128), atol=1e-5)
+
+
+def test_without_hard_links_all_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(tmp_path, {f"{n}.png": photo(40, 50, n) for n in range(2)})
+    run(dataset, tmp_path / "out")
+
+    def link(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    (dataset.image_dir / "1.png").touch()
+    made = run(dataset, tmp_path / "out")
+    np.testing.assert_allclose(made.load([0])[0], reference(photo(40, 50, 0), 96, 128), atol=1e-5)
+
+
+def test_the_same_made_again_is_another_set(tmp_path: Path) -> None:
+    """What reads the first, as a test that runs, goes on with it."""
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    first = run(dataset, tmp_path / "out")
+    second = run(dataset, tmp_path / "out", overwrite=True)
+    assert second.directory.name == f"{first.directory.name}.2"
+    np.testing.assert_array_equal(first.load([0]), second.load([0]))
+
+
+def test_a_set_under_the_name_itself_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    """As they were made before; it is not made again."""
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    made = run(dataset, tmp_path / "first")
+    written = (made.directory / "a.png.npy").stat().st_mtime_ns
+    shutil.copytree(made.directory, tmp_path / "out")
+    taken = run(dataset, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (taken.directory / "a.png.npy").stat().st_mtime_ns == written
+
+
+def test_what_is_no_set_is_left_alone(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    for name in ("images", "map.txt"):
+        with pytest.raises(HarnessError, match=f"{name} is there and holds no preprocessed images"):
+            run(dataset, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    assert run(dataset, tmp_path / "empty").files == ("a.png",)
+
+
+def test_a_link_to_another_disk_stays(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/set")
+    made = run(dataset, tmp_path / "out")
+    assert made.directory.parent == tmp_path / "disk"
+    assert (tmp_path / "out").readlink() == Path("disk/set")
+    assert load_preprocessed(tmp_path / "out", SPEC).directory == made.directory
+
+
+def test_a_set_in_the_making_is_left_alone(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, {"a.jpg": photo(40, 50, 1)})
+    partial = tmp_path / "out.partial"
+    with locked(partial), pytest.raises(HarnessError, match="is in use by process"):
+        run(dataset, tmp_path / "out")
+    assert {path.name for path in partial.iterdir()} == {"lock"}
+
+
+def test_what_was_made_for_another_scale_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted for B, then made for A: the images of B lie in the same folder."""
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50), "bad.png": photo(8, 8)})
+    run(dataset, tmp_path / "out", A)
+    (dataset.image_dir / "bad.png").write_bytes(b"")
+    with pytest.raises(HarnessError, match="1 of 2 images"):
+        run(dataset, tmp_path / "out", B)
+    made = run(dataset, tmp_path / "out", A, skip_bad=True)
+    assert (made.load([0])[0] == steps(photo(40, 50), 0.02)).mean() > 0.999
+
+
+def test_the_hint_names_the_data_set(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    command = "harness preprocess MODEL --dataset demo --val_only"
+    named = type(dataset)("demo-val", dataset.image_dir, dataset.map_file, None)
+    preprocess(
+        named,
+        A,
+        tmp_path / "out",
+        workers=1,
+        overwrite=False,
+        skip_bad=False,
+        progress=False,
+        say=print,
+    )
+    with pytest.raises(EngineError, match=f"engine takes 0.05.*run `{command}`"):
+        load_preprocessed(tmp_path / "out", B)
+    with pytest.raises(EngineError, match=f"holds no preprocessed images; run `{command}` first"):
+        load_preprocessed(tmp_path / "none", B, "demo-val")
