@@ -66,13 +66,13 @@ class SurgeryResult:
 def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     """Replace everything behind the head convolutions by one NMS_OPT_TRT node.
 
-    The outputs of the tail become ``detections`` float32 [N, keepTopK, 7] and
-    ``num_detections`` int32 [N]; other outputs stay. Old and new tail are run on the same head
-    tensors and must agree. Functions of the model are inlined, and what ONNX Runtime's optimiser
-    fused is taken apart. In front of the heads, batch norms are folded into their convolutions, a
-    model older than opset 18 is converted to it, and a fixed batch becomes dynamic, unless the
-    network computes with it; old and new network are run on the same images and must agree, too.
-    Inputs that nothing reads are left out.
+    The outputs of the tail become ``detections`` float32 [N, keepTopK, 7] and ``num_detections``
+    int32 [N]; other outputs stay. Old and new tail are run on the same head tensors and must agree.
+    Functions of the model are inlined, and what ONNX Runtime's optimiser fused is taken apart.
+    Channels of the heads, and of images, are put in order, batch norms are folded into their
+    convolutions, a model older than opset 18 is converted to it, and a fixed batch becomes dynamic,
+    unless the network computes with it; old and new network are run on the same images and must
+    agree, too. Inputs that nothing reads are left out.
 
     Parameters
     ----------

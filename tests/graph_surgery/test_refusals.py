@@ -111,6 +111,7 @@ MISTAKES = {
     "IoU threshold": {"nmsThreshold": 0.6},
     "background": {"backgroundLabelId": 1},
     "no background": {"backgroundLabelId": -1},
+    "activation": {"confSigmoid": 1, "confSoftmax": 0},
 }
 
 
