@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.errors import EngineError
 from engine.load import ONNX_BACKENDS, load_engine
 from engine.manifest import load_manifest
-from engine.model import Detector
 from engine.speed import throughput
 from engine.support.documents import read_as
 from engine.support.files import file_sha256, write_json
+
+if TYPE_CHECKING:
+    from engine.model import Detector
 
 _SECONDS = 1.0
 """Of a measurement, after three batches."""

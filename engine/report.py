@@ -111,8 +111,8 @@ def plan_table(plans: Mapping[str, PlanDescription], batch: int) -> Table:
     sums = [f"{sum(layer.ms for layer in plan.layers):.3f}" for plan in plans.values()]
     table.add_row("sum", *(cell for total in sums for cell in (total, *[""] * (len(columns) - 1))))
     table.caption = "\n".join(
-        f"{escape(name)}: {plan.session_bytes / 2**20:.0f} MiB of GPU memory between layers for a "
-        f"session, {plan.weight_bytes / 2**20:.0f} MiB of weights"
+        f"{escape(name)}: a session takes {plan.session_bytes / 2**20:.0f} MiB of GPU memory for "
+        "what lies between layers"
         for name, plan in plans.items()
     )
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,10 +24,13 @@ from engine.comparison.tensors import shown
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed
 from engine.errors import EngineError
 from engine.protocol import InputSpec
+from engine.support.documents import read_json
 from engine.support.environment import command_line, commit, now
+from engine.support.files import another, json_text, write_json
 from engine.support.progress import progress_bar
 
 _SEED = 0
+_CIRCUMSTANCES = ("finished", "commit", "command")
 
 
 def compare_files(
@@ -41,6 +45,7 @@ def compare_files(
     backend: str = "onnxruntime",
     source: Path | None = None,
     layers: bool = False,
+    kept: Path | None = None,
 ) -> tuple[Comparison, dict[str, object]]:
     """Compare two files on preprocessed images or on noise.
 
@@ -68,6 +73,8 @@ def compare_files(
         Compare the tensors between the layers as well.
     overrides
         Fields of `engine.comparison.compare.Tolerance` to their value; None: the default.
+    kept
+        JSON file that may not be replaced: refused before the work where it is of anything else.
 
     Returns
     -------
@@ -127,19 +134,25 @@ def compare_files(
             runners = reference.runner, b.runner
             return compare(*runners, images, tolerance, truth=truth, progress=progress)
 
+    compared: dict[str, object] = {
+        "first": {"file": str(first), **a.manifest},
+        "second": {"file": str(second), **b.manifest},
+        "data": None if data is None else str(data),
+        "tolerance": asdict(tolerance),
+        "images": count,
+    }
+    if kept is not None and kept.exists() and not _says(kept, compared):
+        raise another(kept)
     found = held(a, truth, "compare")
     if own and quantized and not same and sides[1].detector is not None:
         literal = replace(sides[1], path=sides[1].detector.path, backend="onnxruntime")
         alone = held(open_side(literal, tensors[1], literally=True), None, "the engine alone")
         found = replace(found, alone=alone.heads)
-    document: dict[str, object] = {
+    document = {
         "finished": now(),
         "commit": commit(),
         "command": command_line(),
-        "first": {"file": str(first), **a.manifest},
-        "second": {"file": str(second), **b.manifest},
-        "data": None if data is None else str(data),
-        "tolerance": asdict(tolerance),
+        **compared,
         **found.to_dict(),
     }
     return found, document
@@ -165,6 +178,38 @@ def _in_common(sides: tuple[Side, Side], *, layers: bool) -> list[dict[str, str]
     if not common[0]:
         raise EngineError("--layers: no tensor of one file is in the other")
     return common
+
+
+def save_comparison(output: Path, document: Mapping[str, object], *, overwrite: bool) -> bool:
+    """Write the document of `compare_files`.
+
+    Returns
+    -------
+    Whether it was written: a file with the same figures of the same is left.
+
+    Raises
+    ------
+    EngineError
+        When it cannot be written, or another file is there that may not be replaced.
+    """
+    if output.exists() and _says(output, document):
+        return False
+    if output.exists() and not overwrite:
+        raise another(output)
+    write_json(output, document)
+    return True
+
+
+def _says(path: Path, document: Mapping[str, object]) -> bool:
+    """Whether a JSON file says what a document does, but for when and by which command."""
+    try:
+        known = read_json(path)
+    except EngineError:
+        return False
+    wanted = json.loads(json_text(document))
+    return isinstance(known, dict) and all(
+        known.get(key) == value for key, value in wanted.items() if key not in _CIRCUMSTANCES
+    )
 
 
 def _read(source: PreprocessedSet, count: int) -> Iterator[NDArray[np.float32]]:

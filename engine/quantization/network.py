@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.backends.onnxruntime.session import refusal
 from engine.errors import EngineError, one_line
 from engine.quantization.placement import Placement
-from graph_surgery.protobuf import inputs, part
+from graph_surgery.protobuf import content, inputs, part, serialized, values_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,9 +31,9 @@ def network_sha256(model: onnx.ModelProto, placement: Placement) -> str:
         attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
         digest.update(repr((node.op_type, node.input, node.output, attributes)).encode())
     for tensor in sorted(network.graph.initializer, key=lambda tensor: tensor.name):
-        value = onnx.numpy_helper.to_array(tensor)
+        value = values_of(tensor)
         digest.update(repr((tensor.name, value.dtype.str, value.shape)).encode())
-        digest.update(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
+        digest.update(content(value))
     return digest.hexdigest()
 
 
@@ -79,9 +79,10 @@ def open_session(
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     try:
-        return ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        with serialized(model) as (given, entries):
+            for key, value in entries.items():
+                options.add_session_config_entry(key, value)
+            return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's exceptions share no base class but Exception
         raise EngineError(refusal(error)) from error
 

@@ -130,21 +130,26 @@ def tune_command(
             "-o", "--output", help="File to write into.", show_default="configs/<machine>.toml"
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Put the figures into -o FILE where it exists.")
+    ] = False,
     weights: _Weights = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
     """Measure the best settings of this machine, and put them into its system configuration.
 
-    The rest of that file, such as other versions and scenarios, stays as it is.
+    The rest of that file, such as other versions and scenarios, stays as it is. A file named by -o
+    that exists is refused before the trials, but for --force: no two trials find the same figures.
 
     Offline: the batch, the threads (on a CPU) and the streams of the highest throughput. Server:
     the highest arrival rate that LoadGen calls VALID, by bisection.
     """
     from engine.backends.cuda import gpu_index
+    from engine.support.files import check_output, write_output
     from harness.lock import locked
     from harness.make.arguments import choice
     from harness.make.route import DATASETS, route_of
-    from harness.make.tune import Tuning, config_path, put, read_config, tune, write_config
+    from harness.make.tune import Tuning, config_path, put, read_config, tune
 
     benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
     engine = choice(engine, BACKENDS, "engine")
@@ -154,10 +159,11 @@ def tune_command(
         raise HarnessError(f"unknown device {device!r}; choose of: cpu, cuda, cuda:N")
     tuning = Tuning(engine, device, max_batch, seconds)
     path = output or config_path(benchmark, device)
-    if not path.parent.is_dir():
-        raise HarnessError(f"{path.parent}: no such folder to write {path.name} to")
+    check_output(path, [weights] if weights else [])
     with _one_line():
         read_config(path, benchmark, device)  # what is wrong with it shows before the trials
+    if output is not None and output.exists() and not force:
+        raise HarnessError(f"{output}: exists already: name another, or pass --force to change it")
     leave_in_order()
     with locked(build_dir), _one_line():
         try:
@@ -166,7 +172,7 @@ def tune_command(
             leave(error)
         document = read_config(path, benchmark, device)  # as it is now
     put(document, tuning, found)
-    write_config(path, document.as_string())
+    write_output(path, document.as_string().encode(), overwrite=True)
     typer.echo(f"wrote {path}")
 
 

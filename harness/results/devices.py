@@ -9,7 +9,6 @@ from rich.console import Console
 
 from engine.auto import Way, choose
 from engine.load import load_engine
-from engine.model import load_detector
 from engine.protocol import Engine
 from harness.errors import HarnessError
 
@@ -77,6 +76,8 @@ def fastest(
     EngineError
         When the file is no detector, or nothing runs it.
     """
+    from engine.model import load_detector
+
     choice, remembered = choose(load_detector(model), batch, device, build_dir / "engines", threads)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     for one in choice.measured:

@@ -68,8 +68,12 @@ def test_a_change_of_method_images_or_weights_calibrates_again(demo, tmp_path):
     few = ["calibrate", surgered, "--data", demo / "cal", "-o", cache, "--images"]
     assert "from 2 images" in engine(*few, 2)[1]
     assert "up to date" in engine(*few, 2)[1]
-    assert "from 3 images" in engine(*few, 3)[1]
-    assert "from 3 images" in engine(*few, 3, "--method", "minmax")[1]
+    before = cache.read_bytes()
+    with pytest.raises(EngineError, match=r"cache\.json: exists already, and is another: "):
+        engine(*few, 3)
+    assert cache.read_bytes() == before
+    assert "from 3 images" in engine(*few, 3, "--force")[1]
+    assert "from 3 images" in engine(*few, 3, "--method", "minmax", "--force")[1]
     assert "up to date" in engine(*few, 3, "--method", "minmax")[1]
     model = onnx.load(surgered)
     bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bias"))
@@ -78,7 +82,7 @@ def test_a_change_of_method_images_or_weights_calibrates_again(demo, tmp_path):
     onnx.save(model, surgered)
     with pytest.raises(EngineError, match="belongs to another model"):
         engine("quantize", surgered, cache, tmp_path / "int8.onnx")
-    assert "from 3 images" in engine(*few, 3, "--method", "minmax")[1]
+    assert "from 3 images" in engine(*few, 3, "--method", "minmax", "--force")[1]
     assert engine("quantize", surgered, cache, tmp_path / "int8.onnx")[0] == 0
 
 
@@ -107,7 +111,7 @@ def test_calibration_shows_the_worst_tensors(demo):
 
 def test_int8_is_held_against_fp32(demo, tmp_path):
     surgered, cache, int8 = demo / "demo.nms.onnx", tmp_path / "cache.json", tmp_path / "int8.onnx"
-    check = ["quantize", surgered, cache, int8, "--check", demo / "cal"]
+    check = ["quantize", surgered, cache, int8, "--force", "--check", demo / "cal"]
     good = Calibration.load(demo / "cache.json")
     good.save(cache)
     code, out = engine(*check)
@@ -129,9 +133,10 @@ def test_int8_is_held_against_fp32(demo, tmp_path):
         np.save(path, np.zeros((3, 400, 400), np.float32))
     code, out = engine(*check[:-1], blank)
     assert code == 0 and "FP32 detects nothing on 16 images" in out
-    done = command("engine", "calibrate", surgered, "--data", blank, "-o", cache, "--images", 3)
+    words = ("--data", blank, "-o", cache, "--images", 3, "--force")
+    done = command("engine", "calibrate", surgered, *words)
     assert "WARNING: 3 of 3 calibration images show nothing" in " ".join(done.stderr.split())
-    done = command("engine", "quantize", surgered, cache, int8)
+    done = command("engine", "quantize", surgered, cache, int8, "--force")
     assert "WARNING: 3 of 3 calibration" in " ".join(done.stderr.split())
     facts = {entry.key: entry.value for entry in onnx.load(int8).metadata_props}
     assert (facts["calibration_images"], facts["calibration_empty_images"]) == ("3", "3")
@@ -274,7 +279,7 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(
-        "engine.backends.tensorrt.build.build", lambda *call: calls.append(call) or Built
+        "engine.backends.tensorrt.build.build", lambda *call, **_: calls.append(call) or Built
     )
     monkeypatch.setattr("engine.model.load_detector", lambda path: path)
     command = ["build", "m.onnx", "--backend", "tensorrt-rtx", "-o", tmp_path / "m.engine"]

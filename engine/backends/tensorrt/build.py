@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,14 @@ from engine.manifest import (
     check_plugins,
     manifest_path,
     plugin_library,
+    same_engine,
     save_engine,
 )
 from engine.model import Detector
 from engine.protocol import InputSpec, output_shapes
+from engine.support.files import check_output
 from graph_surgery.errors import SurgeryError
+from graph_surgery.files import data_files
 from graph_surgery.graph import import_graph, output_names
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
@@ -132,7 +135,14 @@ _IN_OTHER_LINES = {
 """Options that have a line of their own in the manifest, or leave the engine as it is."""
 
 
-def build(detector: Detector, backend: str, output: Path, options: BuildOptions) -> Manifest:
+def build(
+    detector: Detector,
+    backend: str,
+    output: Path,
+    options: BuildOptions,
+    *,
+    overwrite: bool = True,
+) -> Manifest:
     """Build an engine file and the manifest beside it.
 
     Parameters
@@ -146,30 +156,29 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
         Engine file to write.
     options
         How to build.
+    overwrite
+        Whether an engine or a manifest that is there may be replaced. If not, it is left where the
+        manifest says what this one would.
 
     Raises
     ------
     EngineError
         When the backend is not installed or lacks an option, the model is no such detector, a
-        plugin library is unusable, or the build fails.
+        plugin library is unusable, another file is there that may not be replaced, or the build
+        fails.
     """
     if backend not in BACKENDS:
         raise EngineError(
             f"no engine can be built for {backend!r}; choose one of: {', '.join(BACKENDS)}"
         )
     _check_options(backend, options)
-    for file in (output, options.layer_info):
-        if file is not None and not file.parent.is_dir():
-            raise EngineError(f"{file.parent}: no such folder to write {file.name} to")
+    read = [detector.path, *data_files(detector.model), *options.plugins]
+    read += [options.timing_cache] if options.timing_cache else []
+    for file in (output, manifest_path(output), options.layer_info):
+        if file is not None:
+            check_output(file, read)
     image, rows = detector.input, wanted_plugin(detector).keep_top_k
     trt, gpu = _builder_of(backend, options)
-    start = time.monotonic()
-    plan = plan_of(trt, detector, backend, options)
-    seconds = time.monotonic() - start
-    if options.layer_info is not None:
-        from engine.backends.tensorrt.engine import write_layer_info
-
-        write_layer_info(trt, plan, options.layer_info)
     manifest = Manifest(
         backend=backend,
         version=str(trt.__version__),
@@ -181,16 +190,31 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
             plugin_library(output, library, headers_version(library)) for library in options.plugins
         ),
         metadata=detector.metadata,
-        engine_sha256=hashlib.sha256(plan).hexdigest(),
-        engine_bytes=len(plan),
+        engine_sha256="",
+        engine_bytes=0,
         input=image,
         min_batch=options.min_batch,
         opt_batch=options.best_batch,
         max_batch=options.max_batch,
         options=_set_options(options),
-        seconds=round(seconds, 3),
+        seconds=0.0,
         keep_top_k=rows,
         outputs=output_shapes(rows),
+    )
+    if not overwrite and (found := same_engine(output, manifest)) is not None:
+        return found
+    start = time.monotonic()
+    plan = plan_of(trt, detector, backend, options)
+    seconds = time.monotonic() - start
+    if options.layer_info is not None:
+        from engine.backends.tensorrt.engine import write_layer_info
+
+        write_layer_info(trt, plan, options.layer_info)
+    manifest = replace(
+        manifest,
+        engine_sha256=hashlib.sha256(plan).hexdigest(),
+        engine_bytes=len(plan),
+        seconds=round(seconds, 3),
     )
     save_engine(output, plan, manifest)
     return manifest

@@ -60,13 +60,10 @@ class PlanDescription:
         In the order in which they run.
     session_bytes
         GPU memory of a session for what lies between layers.
-    weight_bytes
-        Of the weights; 0 where TensorRT does not say.
     """
 
     layers: tuple[PlanLayer, ...]
     session_bytes: int
-    weight_bytes: int
 
 
 def describe_plan(engine: Engine, batch: int) -> PlanDescription:
@@ -118,9 +115,7 @@ def describe_plan(engine: Engine, batch: int) -> PlanDescription:
         for name, layer in found.items()
         if name in times.ms
     )
-    return PlanDescription(
-        layers, int(plan.device_memory_size_v2), int(plan.streamable_weights_size)
-    )
+    return PlanDescription(layers, int(plan.device_memory_size_v2))
 
 
 def _described(

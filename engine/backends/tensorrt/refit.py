@@ -15,7 +15,7 @@ from engine.backends.tensorrt.build import wanted_plugin
 from engine.backends.tensorrt.engine import deserialize
 from engine.backends.tensorrt.log import polygraphy_log
 from engine.backends.tensorrt.module import import_tensorrt
-from engine.backends.tensorrt.plugins import load_plugins
+from engine.backends.tensorrt.plugins import headers_version, load_plugins
 from engine.errors import EngineError
 from engine.manifest import (
     Machine,
@@ -24,16 +24,22 @@ from engine.manifest import (
     check_machine,
     check_plugins,
     load_manifest,
+    manifest_path,
+    plugin_library,
+    same_engine,
     save_engine,
 )
 from engine.model import Detector
+from engine.support.files import check_output
 from graph_surgery.nms_function import plugin_only
 
 if TYPE_CHECKING:
     import tensorrt
 
 
-def refit(plan: Path, detector: Detector, output: Path, device: int = 0) -> Manifest:
+def refit(
+    plan: Path, detector: Detector, output: Path, device: int = 0, *, overwrite: bool = False
+) -> Manifest:
     """Put a detector's weights into a plan of the same network, and write it with its manifest.
 
     Parameters
@@ -43,22 +49,25 @@ def refit(plan: Path, detector: Detector, output: Path, device: int = 0) -> Mani
     detector
         The network that it was built from, with other weights.
     output
-        Plan to write: whole, and, where TensorRT can (10.16), refittable again.
+        Plan to write: whole, and, where TensorRT can (10.16), refittable again. One that holds
+        these weights already is left.
     device
         Number of the GPU.
+    overwrite
+        Whether another engine may be replaced.
 
     Raises
     ------
     EngineError
         When the plan takes no weights or cannot run here, the networks differ, a weight is missing
-        or does not fit, or TensorRT fails.
+        or does not fit, TensorRT fails, or `output` is another file.
     """
     manifest = load_manifest(plan)
     content = check_engine(plan, manifest)
     if not (manifest.options.get("refit") or manifest.options.get("strip_plan")):
         raise EngineError(f"{plan}: was built without --refit or --strip-plan, so its weights stay")
-    if not output.parent.is_dir():
-        raise EngineError(f"{output.parent}: no such folder to write {output.name} to")
+    for file in (output, manifest_path(output)):
+        check_output(file, [plan, detector.path])
     if detector.input.to_dict() | {"scale": 0} != manifest.input.to_dict() | {"scale": 0}:
         raise EngineError(
             f"{detector.path}: its input is not that of {plan}: another network; build it"
@@ -69,25 +78,32 @@ def refit(plan: Path, detector: Detector, output: Path, device: int = 0) -> Mani
     gpu = use_gpu(device)
     here = Machine(manifest.backend, str(trt.__version__), gpu.name, gpu.compute_capability)
     check_machine(plan, manifest, here)
-    load_plugins(trt, check_plugins(plan, manifest))
-    start = time.monotonic()
-    engine: tensorrt.ICudaEngine = deserialize(trt, content, plan, manifest)
-    _refit(trt, engine, detector.path)
-    config: tensorrt.ISerializationConfig = engine.create_serialization_config()
+    libraries = check_plugins(plan, manifest)
+    load_plugins(trt, libraries)
     again = hasattr(trt.SerializationFlag, "INCLUDE_REFIT")
-    if again:
-        config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-    whole = bytes(engine.serialize_with_config(config))
     options = {k: v for k, v in manifest.options.items() if k not in ("strip_plan", "refit")}
     renewed = replace(
         manifest,
         model=detector.path.name,
         onnx_sha256=detector.sha256,
+        plugins=tuple(plugin_library(output, one, headers_version(one)) for one in libraries),
         metadata=detector.metadata,
-        engine_sha256=hashlib.sha256(whole).hexdigest(),
-        engine_bytes=len(whole),
         input=detector.input,
         options=options | ({"refit": True} if again else {}),
+    )
+    if not overwrite and (found := same_engine(output, renewed)) is not None:
+        return found
+    start = time.monotonic()
+    engine: tensorrt.ICudaEngine = deserialize(trt, content, plan, manifest)
+    _refit(trt, engine, detector.path)
+    config: tensorrt.ISerializationConfig = engine.create_serialization_config()
+    if again:
+        config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    whole = bytes(engine.serialize_with_config(config))
+    renewed = replace(
+        renewed,
+        engine_sha256=hashlib.sha256(whole).hexdigest(),
+        engine_bytes=len(whole),
         seconds=round(time.monotonic() - start, 3),
     )
     save_engine(output, whole, renewed)

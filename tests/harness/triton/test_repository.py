@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
 from engine.errors import EngineError
@@ -226,13 +227,9 @@ def test_a_folder_is_never_overwritten(int8, tmp_path):
 
 
 def test_no_detector(tmp_path):
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Identity", ["x"], ["y"])],
-        "g",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])],
-    )
-    onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
+    head, shape = '<ir_version: 10, opset_import: ["": 18]>', "float[n,3,8,8]"
+    model = onnx.parser.parse_model(f"{head} g ({shape} x) => ({shape} y) {{ y = Identity (x) }}")
+    onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(EngineError, match="no outputs detections"):
         write_repository(tmp_path / "m.onnx", tmp_path / "models", "python")
 

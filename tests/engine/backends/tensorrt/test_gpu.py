@@ -304,7 +304,7 @@ def test_layers_of_a_plan(int8_model, float_model, make_plan):
     assert sum("Int8" in layer.writes for layer in found.layers) > 30
     assert all(layer.ms >= 0 for layer in found.layers) and found.session_bytes > 0
     both = command("engine", "inspect", make_plan(int8_model), make_plan(float_model))
-    assert both.count("sum") == 1 and "MiB of weights" in both
+    assert both.count("sum") == 1 and both.count("a session takes") == 2
 
 
 # Triton's TensorRT backend
