@@ -13,6 +13,7 @@ from engine.manifest import Manifest
 from engine.model import Detector, load_detector
 from engine.support.external import model_sha256
 from graph_surgery.errors import SurgeryError
+from graph_surgery.heads import OPERATOR
 from graph_surgery.inspect import read_tail
 from graph_surgery.protobuf import types
 
@@ -30,9 +31,13 @@ def head_tensors(model: onnx.ModelProto) -> dict[str, str]:
     Raises
     ------
     SurgeryError
-        When there is no detection tail that the surgery understands.
+        When there is no detection tail that the surgery understands, or its heads have another
+        order of channels than after a surgery: they are not to be held against others.
     """
-    levels = read_tail(model)[0].heads.levels
+    heads = read_tail(model)[0].heads
+    if heads.layout != OPERATOR:
+        raise SurgeryError(f"the heads are not in the operator's order: {heads.layout}")
+    levels = heads.levels
     loc = {f"loc_{index}": level.loc for index, level in enumerate(levels)}
     return loc | {f"conf_{index}": level.conf for index, level in enumerate(levels)}
 
