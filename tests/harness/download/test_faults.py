@@ -50,7 +50,7 @@ def fault(kind, value, site, versions, seen):
     if_range=st.booleans(),
     ranges=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_run_of_faults_ends_with_the_file(length, faults, if_range, ranges):
     versions = versions_of(length)
     seen = [next(versions)]
