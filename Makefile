@@ -48,7 +48,7 @@ demo: demo_onnx
 test: .venv/installed
 	$(BIN)/tox run -e py
 
-# What needs no model, server or compiler: a minute or two.
+# What needs no model, server or compiler: under a minute on two cores.
 test-fast: .venv/test
 	$(BIN)/pytest -n 2 --dist loadfile -m "not (slow or gpu or triton or build or golden)"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import ROOT, command
 from tests.support.shared import once
@@ -13,6 +14,13 @@ from tests.support.shared import once
 # A background job is started with SIGINT ignored, and so would be all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+settings.register_profile(
+    "tests",
+    max_examples=60,
+    deadline=None,  # the machine may be busy
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
 
 MARKS = {
     "slow": {"small_model", "demo_exported", "runs"},

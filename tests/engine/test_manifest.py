@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.backends.triton.served import served_model
@@ -85,7 +85,6 @@ def test_a_manifest_comes_back(tmp_path_factory, manifest):
 
 
 @given(damages(SAMPLE))
-@settings(max_examples=60)
 def test_damage_is_named_by_its_path(tmp_path_factory, damage):
     engine = written(tmp_path_factory.getbasetemp(), damage.document)
     with pytest.raises(EngineError) as caught:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -236,9 +236,7 @@ def test_truncated_file(small_checkpoint, small_model, tmp_path, suffix, keep):
         read_checkpoint(path)
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40)
 @given(position=st.integers(0, 2**16), value=st.integers(0, 255), container=st.booleans())
 def test_damaged_pickle_is_an_error_or_a_checkpoint(tmp_path, position, value, container):
     """One changed byte never ends in anything but an ExportError or a state dict."""

@@ -158,6 +158,7 @@ def test_exporters(name, tmp_path):
         check(model, habits, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(max(map(len, FORMS.values()))))
 def test_every_form_comes_through(number, tmp_path):
     """So many graphs that each form stands in one of them."""

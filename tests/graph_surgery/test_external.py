@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load, save
 from graph_surgery.protobuf import Runner, values_of
 from graph_surgery.replace import insert_nms
-from tests.support import ROOT
+from tests.support import attempt
 from tests.support.graphs import (
     IMAGE,
     UNCAPPED,
@@ -202,6 +200,7 @@ def test_models_that_no_protobuf_holds(tmp_path, monkeypatch):
         protobuf.check(model)
 
 
+@pytest.mark.slow
 def test_outputs_that_a_user_names(tmp_path):
     model, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(
@@ -211,8 +210,7 @@ def test_outputs_that_a_user_names(tmp_path):
     (tmp_path / "hard.onnx").hardlink_to(model)
 
     def nms(*arguments):
-        command = [sys.executable, "-m", "graph_surgery", "nms", model, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        done = attempt("-m", "graph_surgery", "nms", model, *arguments)
         return done.returncode, done.stdout.splitlines()[-1:], done.stderr
 
     def refusal(path, why):
@@ -255,8 +253,7 @@ def test_more_than_two_gib(tmp_path):
         "atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss));"
         "main()"
     )
-    command = [sys.executable, "-c", code, "nms", path, tmp_path / "out.onnx"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = attempt("-c", code, "nms", path, tmp_path / "out.onnx")
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout.splitlines()[-1]) < 6 << 20  # KiB
     (data,) = tmp_path.glob("out.onnx.*.data")

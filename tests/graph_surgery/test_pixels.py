@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
@@ -103,7 +103,6 @@ def test_units_that_are_neither_are_refused():
 sizes = st.integers(8, 4000)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.tuples(st.integers(2, 9), st.integers(2, 9)), sizes, sizes, st.booleans(), st.booleans())
 def test_the_unit_of_any_image(grid, image_height, image_width, pixels, yxyx):
     """A tail in numpy, float32, whose image is not square."""

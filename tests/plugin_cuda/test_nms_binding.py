@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plugin_cuda import library
@@ -122,7 +122,6 @@ def configs(draw):
     )
 
 
-@settings(deadline=None)
 @given(configs(), st.integers(1, 1000))
 def test_workspace_of_what_is_valid(config, batch):
     one, many = workspace_size(config, 1), workspace_size(config, batch)
@@ -194,7 +193,6 @@ def refused(name, config, batch=1):
 
 
 @pytest.mark.parametrize("field", BAD_FIELDS)
-@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_a_bad_field_is_refused_in_its_own_words(field, data):
     status, values = BAD_FIELDS[field]
@@ -202,7 +200,6 @@ def test_a_bad_field_is_refused_in_its_own_words(field, data):
 
 
 @pytest.mark.parametrize("field", BAD_LEVEL_FIELDS)
-@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_a_bad_level_is_refused_in_its_own_words(field, data):
     config = data.draw(configs())
@@ -213,7 +210,6 @@ def test_a_bad_level_is_refused_in_its_own_words(field, data):
     refused(f"BAD_{status}", replace(config, levels=tuple(levels)))
 
 
-@settings(deadline=None, max_examples=50)
 @given(configs(), below_or_above(1, LIMIT["BATCH"]), st.sampled_from([0, LIMIT["LEVELS"] + 1, 20]))
 def test_bad_batch_and_number_of_levels(config, batch, levels):
     refused("BAD_BATCH", config, batch)

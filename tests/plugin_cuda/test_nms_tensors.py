@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plugin_cuda.binding import Plan, prepare
@@ -91,7 +91,6 @@ def test_torch_tensors_of_the_cpu_are_refused():
         device_array(torch.zeros(3), "priors")
 
 
-@settings(deadline=None)
 @given(
     st.tuples(*[st.integers(1, 5)] * 4),
     st.integers(0, 5),

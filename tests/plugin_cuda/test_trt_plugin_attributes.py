@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graph_surgery.errors import SurgeryError
@@ -80,10 +80,6 @@ def supported(draw) -> NmsAttributes:
     )
 
 
-QUICK = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@QUICK
 @given(attributes=supported(), wide=st.sets(st.sampled_from(sorted(KINDS))), data=st.data())
 def test_serialised_and_cloned_plugins_are_equal(driver, attributes, wide, data):
     """Any order of the fields, any integer as 64 bits."""
@@ -127,7 +123,6 @@ INTEGERS = st.one_of(
 REALS = st.one_of(st.floats(width=32), st.sampled_from([-0.01, 0.0, 1.0, 1.01, np.nan, np.inf]))
 
 
-@QUICK
 @given(name=st.sampled_from(sorted(KINDS)), data=st.data())
 def test_any_value_is_taken_or_refused_by_name(driver, name, data):
     values = asdict(SSD)
@@ -198,7 +193,6 @@ RUBBISH = st.builds(
 )
 
 
-@QUICK
 @given(fields=st.lists(RUBBISH, max_size=20), whole=st.booleans())
 def test_rubbish_is_refused(driver, fields, whole):
     """Even behind fourteen good attributes: every further one is a second or an unknown one."""

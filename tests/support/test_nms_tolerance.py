@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 
 from tests.support.nms_cases import (
     LEVELS,
@@ -30,7 +30,6 @@ def scores_are_apart(attributes, conf):
     return bool((np.diff(np.sort(scores[np.isfinite(scores)])) > 2e-5).all())
 
 
-@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_nothing_is_undecided_where_no_decision_is_close(case):
     attributes, _, priors, loc, conf = case

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.backends.pipeline import PipelinedSession
@@ -72,7 +72,6 @@ def random_images(rng, count):
     return rng.integers(-128, 128, (count, *SPEC.shape), np.int8)
 
 
-@settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), depth=st.integers(1, 3))
 def test_batches_in_flight_do_not_disturb_each_other(seed, depth):
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.data.matching import box_iou, match_detections
@@ -42,7 +42,6 @@ grid_box = st.tuples(
 )
 
 
-@settings(max_examples=60)
 @given(st.lists(grid_box, max_size=4), st.lists(grid_box, max_size=4), st.sampled_from([0.9, 0.98]))
 def test_matching_finds_what_brute_force_finds(first, second, least):
     # what comes out of NMS: at most one box of a label at a place

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from engine.data.preprocessed import MANIFEST, MEAN, STD, SetManifest, load_preprocessed
 from engine.errors import EngineError
@@ -48,7 +48,6 @@ def test_a_manifest_comes_back():
 
 
 @given(damages(SAMPLE))
-@settings(max_examples=50)
 def test_damage_is_named_by_its_path(tmp_path_factory, damage):
     folder = tmp_path_factory.getbasetemp()
     write(folder, damage.document)

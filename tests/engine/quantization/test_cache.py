@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
@@ -70,7 +70,6 @@ def test_a_cache_comes_back(tmp_path_factory, calibration):
 
 
 @given(damages(SAMPLE))
-@settings(max_examples=60)
 def test_damage_is_named_by_its_path(tmp_path_factory, damage):
     path = tmp_path_factory.getbasetemp() / "damaged.json"
     path.write_text(json.dumps(damage.document))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -19,7 +19,6 @@ from engine.quantization.histogram import BINS, Histogram
     ),
     st.lists(st.integers(0, 400), max_size=4),
 )
-@settings(max_examples=150, deadline=None)
 def test_a_histogram_is_exact_in_any_pieces(values, cuts) -> None:
     histogram = Histogram()
     for part in np.split(values, sorted(cuts)):

@@ -74,7 +74,7 @@ def test_a_tensor_of_zeros_has_the_threshold_zero() -> None:
 
 
 @given(st.integers(0, 2**32), st.floats(0, 1), st.integers(1, BINS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_entropy_is_the_least_divergence(seed, empty, used) -> None:
     random = np.random.default_rng(seed)
     counts = np.int64(random.lognormal(3, 3, BINS)) * (random.uniform(size=BINS) > empty)

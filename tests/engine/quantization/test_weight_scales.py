@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
@@ -24,7 +24,6 @@ from tests.support.calibrated import heads, run, snr_db, to_int8
     st.floats(2.0**-24, 1e4, width=32),
     st.sampled_from(["fp32", "fp16"]),
 )
-@settings(max_examples=200, deadline=None)
 def test_every_bias_fits_in_its_steps(largest, bias, input_scale, float_type) -> None:
     weight = np.random.default_rng(0).uniform(-1, 1, (6, 4, 3, 3)).astype(np.float32)
     weight[:, 0, 0, 0] = 1

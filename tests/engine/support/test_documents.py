@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
@@ -73,7 +73,6 @@ def test_what_json_writes_comes_back(document):
 
 
 @given(st.binary(max_size=40) | st.text(alphabet='{}[]",:0123e9-. a\\u', max_size=40))
-@settings(max_examples=100)
 def test_any_content_is_read_or_one_line(content):
     try:
         parse_json(content)
@@ -158,7 +157,6 @@ def test_a_dataclass_comes_back(tmp_path_factory, value):
 
 
 @given(damages(SAMPLE))
-@settings(max_examples=100)
 def test_damage_is_named_by_its_path(damage):
     with pytest.raises(EngineError) as caught:
         checked(Outer, damage.document, "a.json: ", "make it anew")

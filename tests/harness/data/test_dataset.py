@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.data.coco import coco_stats, load_annotations
@@ -166,7 +166,6 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(["images", "annotations", "categories"]), st.data())
-@settings(max_examples=200, deadline=None)
 def test_any_value_in_any_place_is_read_or_refused(section: str, data: st.DataObject) -> None:
     """What passes the check is COCO to pycocotools, too."""
     content = json.loads(json.dumps(GOOD))

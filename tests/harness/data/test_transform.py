@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -31,7 +31,6 @@ def transformed(image: np.ndarray, spec: InputSpec) -> np.ndarray:
 @given(
     st.integers(1, 70), st.integers(1, 70), st.integers(1, 90), st.integers(1, 90), st.integers(0)
 )
-@settings(max_examples=60, deadline=None)
 def test_transform_is_the_reference(h: int, w: int, height: int, width: int, seed: int) -> None:
     image = photo(h, w, seed)
     out = transformed(image, InputSpec("image", (3, height, width), "float32"))
@@ -173,7 +172,6 @@ def test_bytes_after_the_image_are_no_damage() -> None:
 
 
 @given(st.binary(max_size=300), st.booleans())
-@settings(max_examples=100, deadline=None)
 def test_garbage_is_a_bad_image(data: bytes, jpeg: bool) -> None:
     with pytest.raises(BadImageError):
         decode((b"\xff\xd8\xff" if jpeg else b"") + data)

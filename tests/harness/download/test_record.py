@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.download.record import RECORD, load_record, save_record
@@ -66,7 +66,6 @@ def test_a_part_with_its_note(tmp_path):
 
 
 @given(st.binary(max_size=60) | st.from_regex(r'\{"[a-z]": ("[0-9a-f]{62,66}"|[0-9])\}'))
-@settings(max_examples=60, deadline=None)
 def test_record_is_hashes_by_name_or_refused(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
     (folder / RECORD).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.loadgen.batcher import Batch, Batcher
@@ -14,7 +14,6 @@ from harness.loadgen.batcher import Batch, Batcher
 LONG = 600.0
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(1, 8))
 def test_without_waiting_all_that_is_there_goes_in_order(queries, size):
     batcher = Batcher(size, 0.0)

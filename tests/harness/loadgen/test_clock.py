@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
-from dataclasses import replace
 
 import pytest
 
 from harness.errors import RunFailedError
 from harness.loadgen import test as loadgen_test
 from harness.loadgen.clock import check_times
-from harness.loadgen.settings import SCENARIOS, load_settings
+from harness.loadgen.settings import SCENARIOS
 from harness.loadgen.sut import Sut
 from harness.loadgen.test import run_test
-from tests.support import ROOT
-from tests.support.harness_fakes import FakeEngine, Memory
+from tests.support import ROOT, attempt
+from tests.support.harness_fakes import FakeEngine, Memory, short
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +31,7 @@ def wall_clock(tmp_path_factory):
 
 def run_fake(library, step, directory, *arguments):
     fakes = "tests.support.harness_fakes"
-    return subprocess.run(
-        [sys.executable, "-m", fakes, f"clock {step}", directory, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)},
-    )
+    return attempt("-m", fakes, f"clock {step}", directory, *arguments, LD_PRELOAD=str(library))
 
 
 @pytest.mark.parametrize("step", [-3, 3, -3600, 3600])
@@ -65,12 +55,7 @@ def test_a_test_that_gets_no_query_ends(wall_clock, tmp_path):
     assert "Server AccuracyOnly: LoadGen has sent no query for 5 s" in done.stderr
 
 
-def short(scenario, **more):
-    return load_settings([scenario], None, {"min_duration_ms": 500, "min_query_count": 20, **more})[
-        0
-    ]
-
-
+@pytest.mark.slow
 def test_a_slow_rate_is_no_pause(tmp_path, monkeypatch):
     """Two queries a second, and no patience beyond what their arrivals may take."""
     monkeypatch.setattr(loadgen_test, "_IDLE_SECONDS", 0.0)
@@ -91,9 +76,8 @@ def measured(request, tmp_path_factory):
             suts.append(self)
 
     more = {"Server": {"target_qps": 100.0}, "Offline": {"target_qps": 2000.0}}
-    settings = replace(
-        short(request.param, **more.get(request.param, {})), performance_sample_count=20
-    )
+    more = {"min_duration_ms": 500, "min_query_count": 20, **more.get(request.param, {})}
+    settings = short(request.param, **more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loadgen_test, "Sut", Kept)
         outcome = run_test(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
@@ -86,7 +86,6 @@ def test_a_line_that_is_no_document(entry, message, tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_log_or_an_error(content):
     import tempfile

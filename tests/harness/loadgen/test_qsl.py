@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.loadgen.qsl import SampleLibrary
@@ -34,7 +34,6 @@ def test_contiguous_samples_are_one_view(library, asked):
     assert np.shares_memory(images, library.runs(LOADED)[0])
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(LOADED), min_size=1, max_size=20))
 def test_any_loaded_samples_in_as_few_views_as_can_be(asked):
     library = SampleLibrary(Memory(10), FakeEngine())
@@ -46,7 +45,6 @@ def test_any_loaded_samples_in_as_few_views_as_can_be(asked):
         assert after.ctypes.data != start  # else they were one
 
 
-@settings(deadline=None)
 @given(st.permutations(range(8)), st.integers(1, 30))
 def test_the_loaded_order_repeated_is_cut_only_at_its_end(order, batch):
     """What LoadGen asks for in Offline."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
@@ -12,7 +12,6 @@ from harness.loadgen.response import check_outputs, pack
 from tests.support.harness_fakes import KEEP, detect
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**24 - 1), min_size=1, max_size=9), st.data())
 def test_payloads(indices, data):
     keep = data.draw(st.integers(1, 6))

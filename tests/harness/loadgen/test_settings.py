@@ -65,7 +65,7 @@ def test_loadgen_gets_the_benchmark_rules(scenario, mode, tmp_path):
         assert getattr(test, seed) == getattr(embedded, seed) != 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     qps=st.floats(1e-2, 1e7),
     latency=st.integers(1, 10**6),

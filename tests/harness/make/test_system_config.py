@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 import tomlkit
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 
 from engine.load import BACKENDS
 from engine.support.environment import gpu_name
@@ -197,7 +197,6 @@ def test_the_sample_is_a_configuration(write):
 
 
 @given(damages(TABLES, ("replace", "add")))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_is_named_by_its_path(write, damage):
     path = write("damaged", "")
     try:

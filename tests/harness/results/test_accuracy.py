@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -347,7 +347,6 @@ RECORDS = st.lists(st.tuples(SAMPLES, st.lists(st.lists(VALUES, min_size=6, max_
 
 
 @given(RECORDS.filter(len))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_parsing_returns_what_was_written(tmp_path: Path, records: list[Any]) -> None:
     encoded = [(sample, payload([(sample, *row) for row in rows])) for sample, rows in records]
     log = read_accuracy_log(write_log(tmp_path / "log.json", encoded))
@@ -369,9 +368,6 @@ def test_parsing_returns_what_was_written(tmp_path: Path, records: list[Any]) ->
         min_size=1,
         max_size=4,
     )
-)
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_damaged_logs_are_user_errors(
     scene: Scene, tmp_path: Path, damages: list[tuple[int, str, int]]

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.submission.check import check_submission
@@ -230,7 +230,7 @@ def test_every_missing_folder_is_found(folder, tree):
     assert errors(tree)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(data=st.data())
 def test_damage_is_reported_and_never_crashes(data, good, tmp_path):
     files = sorted(path for path in good.rglob("*") if path.is_file() and "code" not in path.parts)

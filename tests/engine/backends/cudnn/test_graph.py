@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.backends.cudnn.graph import Convolution, Int8Graph, MaxPool
@@ -142,7 +142,6 @@ def networks(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
 @given(networks(), st.integers(1, 2))
 def test_made_up_networks_agree_to_the_bit(builder, batch):
     model = builder.model()

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.backends.cudnn import tuning as cudnn_tuning
@@ -214,9 +214,6 @@ def test_the_cache_of_another_machine_is_none(tmp_path, field, monkeypatch):
     assert tmp_path in cache_path(MACHINE).parents
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 @given(st.data())
 def test_a_damaged_cache_is_as_good_as_none(tmp_path, data):
     path = tmp_path / "cache.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from functools import cache
 
 import pytest
 
@@ -17,6 +18,7 @@ API = {
 }
 
 
+@cache
 def all_uses():
     return [use for path in sources() for use in uses(path.read_text(), path.name)]
 
