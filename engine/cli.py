@@ -36,6 +36,9 @@ _Batch = Annotated[int, typer.Option(min=1, help="Images that run together.")]
 _Json = Annotated[
     Path | None, typer.Option("-o", "--output", help="JSON file.", show_default="none")
 ]
+_Force = Annotated[
+    bool, typer.Option("--force", help="Replace the output where it is another file.")
+]
 
 
 @app.command()
@@ -61,43 +64,47 @@ def calibrate(
         Literal["json", "trt"],
         typer.Option("--format", help="trt: also write TensorRT's text format, as CACHE.trt."),
     ] = "json",
+    force: _Force = False,
 ) -> None:
     """Find the scale of every quantised activation of MODEL.
 
     The scale of the image follows from what pixels are. The table at the end shows the tensors to
     which quantisation does most: their scales by all methods, the share of values that is clipped
     and the signal-to-noise ratio. A cache that holds the scales of this model, these images and
-    this method already is left as it is.
+    this method already is left as it is; any other file is replaced only with --force, and without
+    it refused before the images are run.
     """
     from rich.console import Console
 
-    from engine.data.preprocessed import load_preprocessed
+    from engine.data.preprocessed import MANIFEST, load_preprocessed
     from engine.model import load_detector
     from engine.quantization.cache import Calibration
     from engine.quantization.calibration import calibrate as calibrate_model
     from engine.quantization.calibration import is_current
     from engine.report import calibration_report, warn
-    from engine.support.files import write_atomically
+    from engine.support.files import another, check_output, write_output
 
-    _check_folder(output)
+    text = output.with_name(f"{output.name}.trt") if cache_format == "trt" else None
+    outputs = [output, *([text] if text else [])]
+    for path in outputs:
+        check_output(path, [model, data / MANIFEST])
     detector = load_detector(model)
     source = load_preprocessed(data, _image_spec(detector))
     if output.exists() and is_current(output, detector, source, method=method, limit=images):
         cache = Calibration.load(output)
         typer.echo(f"{output} is up to date")
     else:
+        for path in outputs:
+            if path.exists() and not force:
+                raise another(path)
         with progress_bar("calibrate") as progress:
             cache = calibrate_model(
                 detector, source, method=method, limit=images, batch=batch, progress=progress
             )
         cache.save(output)
         typer.echo(f"wrote {output}")
-    if cache_format == "trt":
-        text = output.with_name(f"{output.name}.trt")
-        try:
-            write_atomically(text, cache.to_trt().encode())
-        except OSError as error:
-            raise EngineError(f"{text}: cannot write it: {error.strerror}") from error
+    if text is not None:
+        write_output(text, cache.to_trt().encode(), overwrite=force)
         typer.echo(f"TensorRT's format in {text}")
     Console().print(calibration_report(cache))
     warn(cache)
@@ -127,10 +134,13 @@ def quantize(
             show_default="none",
         ),
     ] = None,
+    force: _Force = False,
 ) -> None:
     """Write MODEL as an INT8 graph with explicit Q/DQ and an INT8 image input.
 
-    A file that holds this graph already is left as it is. With --check the exit code is 1 when OUT
+    A file that holds this graph already is left as it is, any other is replaced only with --force.
+    Where MODEL keeps data in files beside it, or 2 GiB do not hold OUT, OUT has its data in
+    OUT.HASH.data. With --check the exit code is 1 when OUT
     finds less than 0.8 of what MODEL finds on the images (same label, IoU at least 0.5).
     """
     from engine.data.preprocessed import load_preprocessed
@@ -138,25 +148,19 @@ def quantize(
     from engine.quantization.cache import Calibration
     from engine.quantization.quantize import quantize as quantize_model
     from engine.report import agreement_lines, warn
-    from engine.support.files import write_atomically
+    from engine.support.files import check_output
+    from graph_surgery.files import data_files, save
 
-    _check_folder(output)
+    check_output(output, [model, cache])
     calibration = Calibration.load(cache)
     detector = load_detector(model)
+    check_output(output, data_files(detector.model))
     images = None if check is None else load_preprocessed(check, _image_spec(detector))
     warn(calibration)
     quantized = quantize_model(
         detector.model, calibration, float_type=float_type, keep_float=keep_float or ()
     )
-    content = quantized.SerializeToString(deterministic=True)
-    try:
-        if output.exists() and output.read_bytes() == content:
-            typer.echo(f"{output} is up to date")
-        else:
-            write_atomically(output, content)
-            typer.echo(f"wrote {output}")
-    except OSError as error:
-        raise EngineError(f"{output}: cannot write it: {error.strerror}") from error
+    _say(output, written=save(quantized, output, overwrite=force))
     if images is not None:
         from rich.console import Console
 
@@ -223,8 +227,14 @@ def build(
     device: Annotated[
         int | None, typer.Option(min=0, help="GPU to build on.", show_default="0; none for rtx")
     ] = None,
+    force: _Force = False,
 ) -> None:
-    """Build an engine file of MODEL, and its manifest beside it."""
+    """Build an engine file of MODEL, and its manifest beside it.
+
+    An engine whose manifest says that it was built from the same model, by the same version, for
+    the same GPU and with the same options is left; any other file is replaced only with --force,
+    and without it refused before the build.
+    """
     from engine.backends.tensorrt.build import BuildOptions
     from engine.backends.tensorrt.build import build as build_engine
     from engine.model import load_detector
@@ -249,8 +259,12 @@ def build(
         compute_capabilities=tuple(compute_capability or ()),
         device=device,
     )
-    manifest = build_engine(load_detector(model), backend, output, options)
-    typer.echo(f"wrote {output}: {manifest.engine_bytes} bytes in {manifest.seconds:.1f} s")
+    existed = output.exists() and not force
+    manifest = build_engine(load_detector(model), backend, output, options, overwrite=force)
+    if existed:
+        _say(output, written=False)
+    else:
+        typer.echo(f"wrote {output}: {manifest.engine_bytes} bytes in {manifest.seconds:.1f} s")
 
 
 @app.command()
@@ -276,9 +290,25 @@ def compare(
         Path | None,
         typer.Option(help="COCO annotations of the images, for the mAP.", show_default="none"),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="ONNX file that a plan among A and B was built from.",
+            show_default="looked for beside it",
+        ),
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="Also every tensor between layers; names the first that is off."
+        ),
+    ] = False,
     snr: Annotated[
         float | None,
-        typer.Option(help="Least SNR of a head tensor in dB.", show_default="60; INT8: 15"),
+        typer.Option(
+            help="Least SNR of a head tensor in dB.",
+            show_default="60; INT8: 15; one INT8 graph: 20",
+        ),
     ] = None,
     matched: Annotated[
         float | None,
@@ -289,6 +319,7 @@ def compare(
         typer.Option(help="Largest difference in score.", show_default="0.01; INT8: 0.3"),
     ] = None,
     output: _Json = None,
+    force: _Force = False,
 ) -> None:
     """Compare the head tensors and the detections of A and B on the same images.
 
@@ -296,8 +327,19 @@ def compare(
     head tensor's SNR, the share of detections of both sides that have a partner (same label, IoU
     at least 0.9), their scores, and, with annotations, the mAP of B, which may be 0.1 % below that
     of A, or 1 % where one of them is INT8.
+
+    To show the head tensors of a plan, its ONNX file is built once more with them as outputs, with
+    the plan's options and timing cache. Where B is INT8 and not run by ONNX Runtime, the heads are
+    also held against ONNX Runtime on B's own graph: that is the engine's share of the difference.
+
+    A JSON file with the same figures of the same files is left. One of other files, images or
+    tolerances is refused before the work, one with other figures after it, but for --force.
     """
-    from engine.comparison.files import compare_files
+    from engine.comparison.files import compare_files, save_comparison
+    from engine.support.files import check_output
+
+    if output is not None:
+        check_output(output, [first, second, *([annotations] if annotations else [])])
 
     found, document = compare_files(
         first,
@@ -307,16 +349,18 @@ def compare(
         limit=images,
         annotations=annotations,
         backend=backend,
+        source=model,
+        layers=layers,
         overrides={"snr": snr, "matched": matched, "score": score},
+        kept=None if force else output,
     )
     from rich.console import Console
 
     from engine.report import comparison_tables
-    from engine.support.files import write_json
 
     Console().print(comparison_tables(found))
     if output is not None:
-        write_json(output, document)
+        _say(output, written=save_comparison(output, document, overwrite=force))
     if not found.passed:
         sys.exit(1)
 
@@ -330,8 +374,12 @@ def sensitivity(
     images: Annotated[int, typer.Option(min=1, help="Take the first N images.")] = 8,
     batch: _Batch = 1,
     output: _Json = None,
+    force: _Force = False,
 ) -> None:
-    """Rank the layers of MODEL by what their quantisation does to the heads."""
+    """Rank the layers of MODEL by what their quantisation does to the heads.
+
+    A JSON file with the same figures is left, any other is replaced only with --force.
+    """
     from dataclasses import asdict
 
     from rich.console import Console
@@ -341,8 +389,10 @@ def sensitivity(
     from engine.quantization.cache import Calibration
     from engine.quantization.sensitivity import sensitivity as find_sensitivity
     from engine.report import sensitivity_table
-    from engine.support.files import write_json
+    from engine.support.files import check_output, json_text, write_output
 
+    if output is not None:
+        check_output(output, [model, cache])
     detector = load_detector(model)
     source = load_preprocessed(data, _image_spec(detector))
     with progress_bar("sensitivity") as progress:
@@ -351,20 +401,67 @@ def sensitivity(
         )
     Console().print(sensitivity_table(found))
     if output is not None:
-        write_json(output, asdict(found))
+        _say(output, written=write_output(output, json_text(asdict(found)), overwrite=force))
+
+
+@app.command()
+def refit(
+    plan: Annotated[Path, typer.Argument(help="Plan built with --refit or --strip-plan.")],
+    model: Annotated[Path, typer.Argument(help="The same network with other weights, .onnx.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Plan to write.", show_default=False)
+    ],
+    *,
+    device: Annotated[int, typer.Option(min=0, help="GPU that the plan is for.")] = 0,
+    force: _Force = False,
+) -> None:
+    """Put MODEL's weights into PLAN in seconds, and write it with its manifest.
+
+    PLAN stays as it is. Hold the new one against MODEL with 'engine compare', as after a build. An
+    engine that holds these weights already is left, any other file is replaced only with --force.
+    """
+    from engine.backends.tensorrt.refit import refit as refit_plan
+    from engine.model import load_detector
+
+    existed = output.exists() and not force
+    manifest = refit_plan(plan, load_detector(model), output, device, overwrite=force)
+    if existed:
+        _say(output, written=False)
+    else:
+        typer.echo(f"wrote {output}: {manifest.engine_bytes} bytes in {manifest.seconds:.1f} s")
 
 
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help=".onnx, engine or calibration cache.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second plan, beside the first.", show_default="none")
+    ] = None,
+    *,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images of the timed batch.", show_default="the plan's best"),
+    ] = None,
 ) -> None:
-    """Show what FILE is: inputs, heads, quantisation, hashes, manifest, scales."""
+    """Show what FILE is: inputs, heads, quantisation, hashes, manifest, scales.
+
+    Of a plan, on the GPU that it was built for, also its memory and its layers: tactic, format,
+    type, and time on noise.
+    """
     from rich.console import Console
 
-    from engine.inspect import inspect_file
-    from engine.report import facts_table
+    from engine.inspect import inspect_file, inspect_layers
+    from engine.report import facts_table, plan_table
 
-    Console().print(facts_table(file.name, inspect_file(file)))
+    console = Console()
+    files = [file] if other is None else [file, other]
+    for path in files:
+        console.print(facts_table(path.name, inspect_file(path)))
+    found = inspect_layers(files, batch)
+    if isinstance(found, str):
+        console.print(found, markup=False)
+    elif found is not None:
+        console.print(plan_table(*found))
 
 
 def main() -> None:
@@ -380,9 +477,8 @@ def _image_spec(detector: Detector) -> InputSpec:
     return InputSpec(placement.image, placement.shape, "float32")
 
 
-def _check_folder(output: Path) -> None:
-    if not output.parent.is_dir():
-        raise EngineError(f"{output.parent}: no such folder to write {output.name} to")
+def _say(output: Path, *, written: bool) -> None:
+    typer.echo(f"wrote {output}" if written else f"{output} is up to date")
 
 
 def _memory_pool(text: str) -> tuple[str, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 
+from engine.backends.tensorrt.engine import load as load_plan
 from engine.errors import EngineError
 from engine.manifest import check_engine, load_manifest, manifest_path
 from engine.model import load_detector
@@ -15,6 +17,9 @@ from engine.quantization.cache import Calibration, parse_trt
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
 from graph_surgery.nms_function import OP_TYPE
+
+if TYPE_CHECKING:
+    from engine.backends.tensorrt.layers import PlanDescription
 
 
 def inspect_file(path: Path) -> Mapping[str, object]:
@@ -40,6 +45,49 @@ def inspect_file(path: Path) -> Mapping[str, object]:
         check_engine(path, manifest)
         return {"kind": "engine", **manifest.to_dict()}
     return _calibration(path)
+
+
+def inspect_layers(
+    paths: Sequence[Path], batch: int | None
+) -> tuple[dict[str, PlanDescription], int] | str | None:
+    """Describe and time the layers of plans.
+
+    Parameters
+    ----------
+    paths
+        Files of `inspect_file`.
+    batch
+        Images of the timed batch; None: the largest that is best for one of them and fits all.
+
+    Returns
+    -------
+    layers
+        By the name of the file, and the batch; a line where they cannot be seen here; None where
+        no file is a plan.
+
+    Raises
+    ------
+    EngineError
+        When one is a plan and another is not, or they cannot run that batch.
+    """
+    plans = [path for path in paths if manifest_path(path).exists()]
+    if not plans:
+        return None
+    if len(plans) < len(paths):
+        raise EngineError("two files side by side: both must be plans")
+    manifests = [load_manifest(path) for path in plans]
+    most = min(one.max_batch for one in manifests)
+    size = batch or min(most, max(one.opt_batch for one in manifests))
+    try:
+        engines = [load_plan(m.backend, p, "cuda") for m, p in zip(manifests, plans, strict=True)]
+    except EngineError as error:
+        return f"Layers are not shown: {error}"
+    from engine.backends.tensorrt.layers import describe_plan
+
+    names = [path.name for path in plans]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in plans]
+    return {n: describe_plan(e, size) for n, e in zip(names, engines, strict=True)}, size
 
 
 def _detector(path: Path) -> dict[str, object]:

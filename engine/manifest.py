@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from engine.errors import EngineError
 from engine.protocol import InputSpec, output_shapes
 from engine.support.documents import read_as
-from engine.support.files import file_sha256, write_atomically
+from engine.support.files import another, file_sha256, write_atomically
 
 AMPERE = (8, 0)
 """Oldest compute capability that a hardware-compatible plan runs on (TensorRT's AMPERE_PLUS)."""
@@ -133,6 +133,38 @@ def save_engine(engine: Path, plan: bytes | memoryview, manifest: Manifest) -> N
         write_atomically(manifest_path(engine), text.encode())
     except OSError as error:
         raise EngineError(f"{error.filename}: cannot write it: {error.strerror}") from error
+
+
+def same_engine(engine: Path, manifest: Manifest) -> Manifest | None:
+    """Look for an engine that was built from the same, by the same, for the same.
+
+    Parameters
+    ----------
+    manifest
+        What would be written, but for what only building tells: the plan's hash and size, the time.
+
+    Returns
+    -------
+    Manifest or None
+        That of the engine which is there; None when there is nothing.
+
+    Raises
+    ------
+    EngineError
+        When another one is there, or a manifest without its engine.
+    """
+    present = [path for path in (engine, manifest_path(engine)) if path.exists()]
+    if not present:
+        return None
+    try:
+        found = load_manifest(engine)
+        check_engine(engine, found)
+    except EngineError as error:
+        raise another(present[0]) from error
+    built = {name: getattr(found, name) for name in ("engine_sha256", "engine_bytes", "seconds")}
+    if json.dumps(found.to_dict()) != json.dumps(replace(manifest, **built).to_dict()):
+        raise another(engine)
+    return found
 
 
 def load_manifest(engine: Path) -> Manifest:

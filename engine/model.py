@@ -18,7 +18,7 @@ from engine.protocol import (
     InputSpec,
     input_scale,
 )
-from engine.support.files import file_sha256
+from engine.support.external import model_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 
@@ -35,9 +35,9 @@ class Detector:
     Attributes
     ----------
     path
-        The file; ONNX Runtime and external data beyond 2 GiB need it.
+        The file.
     model
-        Its content, external data included. Nobody changes it.
+        Its content, as `graph_surgery.files.load` reads it. Nobody changes it.
     """
 
     path: Path
@@ -45,8 +45,8 @@ class Detector:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the file."""
-        return file_sha256(self.path)
+        """SHA-256 of the file, and of the files with its data."""
+        return model_sha256(self.path)
 
     @cached_property
     def metadata(self) -> Mapping[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -11,10 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine.comparison.agreement import MIN_SHARE, Agreement
-from engine.comparison.compare import Comparison
+from engine.comparison.compare import Comparison, HeadDifference
 from engine.quantization.cache import Calibration
 from engine.quantization.sensitivity import Sensitivity
 from engine.quantization.thresholds import METHODS
+
+if TYPE_CHECKING:
+    from engine.backends.tensorrt.layers import PlanDescription
 
 _WORST = 8
 """Rows of the table of the worst tensors."""
@@ -22,19 +26,7 @@ _WORST = 8
 
 def comparison_tables(found: Comparison) -> Group:
     """Format a comparison for a terminal."""
-    heads = _table(
-        f"Head tensors on {found.images} images",
-        *("tensor", "SNR dB, median", "least", "abs. diff., mean", "largest", "rel., median"),
-    )
-    for head in found.heads:
-        heads.add_row(
-            head.name,
-            f"{head.snr_median:.1f}",
-            f"{head.snr_least:.1f}",
-            f"{head.absolute_mean:.3g}",
-            f"{head.absolute_largest:.3g}",
-            f"{head.relative_median:.3g}",
-        )
+    heads = _differences(f"Head tensors on {found.images} images", found.heads, found.alone)
     pairs = found.detections
     detections = _table(
         "Detections",
@@ -49,7 +41,17 @@ def comparison_tables(found: Comparison) -> Group:
         checks.add_row(check.what, f"{check.value:.4g}", bound, verdict)
     parts: list[Table | str] = [heads]
     if not found.heads:
-        parts = ["Head tensors were not compared: only ONNX files show them."]
+        parts = [
+            "Head tensors were not compared: one side has none that are known. A built engine "
+            "shows them when its ONNX file is beside it, or named with --model."
+        ]
+    if found.alone:
+        parts.append(
+            "Engine alone: B against ONNX Runtime on B's own graph, which it computes as written. "
+            "What is left of the difference is the quantiser's."
+        )
+    if found.layers:
+        parts.append(_differences("Other tensors, in the order of the graph", found.layers))
     parts.append(detections)
     if found.precision is not None:
         first, second = found.precision
@@ -58,6 +60,62 @@ def comparison_tables(found: Comparison) -> Group:
         else:
             parts.append(f"mAP {first:.4f} and {second:.4f}, difference {second - first:+.4f}")
     return Group(*parts, checks)
+
+
+def _differences(
+    title: str, tensors: Sequence[HeadDifference], alone: Sequence[HeadDifference] = ()
+) -> Table:
+    extra = ("engine alone",) if alone else ()
+    table = _table(
+        title,
+        *("tensor", "SNR dB, median", *extra, "least", "abs. diff., mean", "largest"),
+        "rel., median",
+    )
+    by_name = {one.name: f"{one.snr_median:.1f}" for one in alone}
+    for one in tensors:
+        table.add_row(
+            escape(one.name),
+            f"{one.snr_median:.1f}",
+            *([by_name.get(one.name, "")] if alone else []),
+            f"{one.snr_least:.1f}",
+            f"{one.absolute_mean:.3g}",
+            f"{one.absolute_largest:.3g}",
+            f"{one.relative_median:.3g}",
+        )
+    return table
+
+
+def plan_table(plans: Mapping[str, PlanDescription], batch: int) -> Table:
+    """Layers of one plan with all that is known of them, or of two side by side."""
+    names = list(dict.fromkeys(layer.name for plan in plans.values() for layer in plan.layers))
+    by_name = [{layer.name: layer for layer in plan.layers} for plan in plans.values()]
+    one = len(plans) == 1
+    columns = ("ms", "kind", "reads", "writes", "tactic") if one else ("ms", "writes", "tactic")
+    table = Table(title=f"Layers, {batch} images", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("layer", overflow="fold")
+    for plan in plans:
+        for column in columns:
+            title = column if one else f"{escape(plan)}: {column}"
+            table.add_column(title, overflow="fold")
+    for name in names:
+        cells = []
+        for layers in by_name:
+            layer = layers.get(name)
+            values = (
+                [""] * len(columns) if layer is None else [getattr(layer, c) for c in columns[1:]]
+            )
+            if layer is not None:
+                values.insert(0, f"{layer.ms:.4f}")
+            cells += values
+        table.add_row(escape(name), *map(escape, cells))
+    sums = [f"{sum(layer.ms for layer in plan.layers):.3f}" for plan in plans.values()]
+    table.add_row("sum", *(cell for total in sums for cell in (total, *[""] * (len(columns) - 1))))
+    table.caption = "\n".join(
+        f"{escape(name)}: a session takes {plan.session_bytes / 2**20:.0f} MiB of GPU memory for "
+        "what lies between layers"
+        for name, plan in plans.items()
+    )
+    return table
 
 
 def calibration_report(cache: Calibration) -> Group:

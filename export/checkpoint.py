@@ -14,8 +14,9 @@ from torch import Tensor
 from export.config import BOXES_PER_CELL, SSDConfig
 from export.errors import ExportError
 from export.model import SSDResNet34
-from export.names import NAMES_KEY, names_from_json
+from export.names import names_from_json
 from export.unpickle import LEGACY_MAGIC, load_pickle
+from graph_surgery.names import NAMES_KEY
 
 CONFIG_KEY = "ssd_config"
 """Metadata key of the configuration, in .safetensors checkpoints and in the ONNX file."""

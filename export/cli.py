@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,18 +10,9 @@ from typing import Annotated
 import typer
 
 from export.errors import ExportError
+from graph_surgery.errors import SurgeryError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def _check_output(output: Path, force: bool) -> None:
-    """Fail before the work, not after it."""
-    if output.exists() and not force:
-        raise ExportError(f"{output}: exists already; remove it or pass --force")
-    if not output.parent.is_dir():
-        raise ExportError(f"{output.parent}: no such folder to write {output.name} to")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise ExportError(f"{output}: not writable")
 
 
 @app.command()
@@ -41,22 +31,31 @@ def export_onnx(
             help="Class names, one a line [default: the checkpoint's own, COCO's for 81 classes]"
         ),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace an existing output")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output where it is another file")
+    ] = False,
 ) -> None:
     """Export SSD-ResNet34 weights to one ONNX file: image in, detections out.
 
     The file has a dynamic batch, folded batch norms and standard operators only. Before it is
     written, PyTorch and ONNX Runtime run it on the same images and must agree.
+
+    An output that is the same already is left. Another file is replaced only with --force: without
+    it, one whose metadata names other weights, sizes or names is refused before the export, any
+    other after it.
     """
-    _check_output(output, force)
     try:
+        import onnx
+
         from export import checkpoint, onnx_export
         from export.names import choose_names
+        from graph_surgery.files import check_output, save
     except ModuleNotFoundError as error:
         raise ExportError(
             f"{error.name} is missing; exporting needs it: pip install 'ssd-resnet34-trt[export]'"
         ) from error
 
+    check_output(output, [weights, *([names] if names else [])])
     start = time.monotonic()
 
     def say(text: str) -> None:
@@ -68,6 +67,9 @@ def export_onnx(
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
     say(f"read {weights}: {config}, {config.num_priors} default boxes")
     say(f"class names: {len(class_names)}, {source}" if class_names else f"class names: {source}")
+    facts = onnx_export.metadata(loaded, config.to_json(), class_names)
+    if output.exists() and not force:
+        onnx_export.check_record(output, facts)
     model = onnx_export.export_detector(detector)
     say(f"exported {len(model.graph.node)} nodes, opset {onnx_export.OPSET}; onnx.checker passed")
     agreement = onnx_export.compare_with_onnxruntime(detector, model)
@@ -77,15 +79,16 @@ def export_onnx(
         f"scores within {agreement.score:.1e}"
     )
     model = onnx_export.without_heads(model)
-    onnx_export.add_metadata(model, loaded, config.to_json(), class_names)
-    onnx_export.save(model, output)
-    say(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
+    onnx.helper.set_model_props(model, facts)
+    written = save(model, output, overwrite=force)
+    size = f"{output.stat().st_size / 2**20:.1f} MiB"
+    say(f"wrote {output} ({size})" if written else f"{output} is up to date")
 
 
 def main() -> None:
     """Entry point: a user error is one message and exit code 2, without a traceback."""
     try:
         app(prog_name="export-onnx")
-    except ExportError as error:
+    except (ExportError, SurgeryError) as error:
         print(f"export-onnx: error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

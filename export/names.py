@@ -7,24 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export.errors import ExportError
-
-NAMES_KEY = "class_names"
-"""ONNX metadata key: a JSON list, of which the L-th name is that of label L; 0, the background, has
-none."""
-
-_COCO = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
-    "fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, "
-    "elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, "
-    "skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
-    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, "
-    "apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, "
-    "potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell "
-    "phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
-    "teddy bear, hair drier, toothbrush"
-)
-COCO = tuple(_COCO.split(", "))
-"""COCO's 80 categories, in the order of its annotation files: label L is the L-th."""
+from graph_surgery.names import COCO, read_names
 
 
 def choose_names(
@@ -50,8 +33,10 @@ def choose_names(
 
     Raises
     ------
+    SurgeryError
+        When the file is unusable.
     ExportError
-        When the file is unusable, or there are more or fewer names than classes.
+        When there are more or fewer names than classes.
     """
     if file is not None:
         names, source = read_names(file), str(file)
@@ -71,23 +56,6 @@ def choose_names(
             f"background: give {num_classes - 1} names, one a line, as --names FILE"
         )
     return tuple(names), source
-
-
-def read_names(path: Path) -> list[str]:
-    """Read a file of class names, one a line; empty lines do not count.
-
-    Raises
-    ------
-    ExportError
-        When it cannot be read or is no text.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ExportError(f"{path}: cannot read the names: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ExportError(f"{path}: no UTF-8 text with a class name a line") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def names_from_json(text: str) -> tuple[str, ...]:

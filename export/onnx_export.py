@@ -8,9 +8,8 @@ import io
 import itertools
 import json
 import logging
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -27,7 +27,6 @@ from export.checkpoint import CONFIG_KEY, Checkpoint
 from export.config import SSDConfig
 from export.errors import ExportError
 from export.model import SSDResNet34
-from export.names import NAMES_KEY
 from export.postprocess import (
     IOU_THRESHOLD,
     SCORE_THRESHOLD,
@@ -35,7 +34,8 @@ from export.postprocess import (
     PostProcess,
     join_levels,
 )
-from export.rounding import Rules, compare, undecided
+from graph_surgery.names import NAMES_KEY
+from graph_surgery.rounding import Rules, compare, undecided
 
 Floats = NDArray[np.float32]
 
@@ -168,25 +168,36 @@ def without_heads(model: onnx.ModelProto) -> onnx.ModelProto:
     return slim
 
 
-def add_metadata(
-    model: onnx.ModelProto, checkpoint: Checkpoint, config_json: str, names: Sequence[str]
-) -> None:
-    """Write what the file was made from, and its class names if it has any, into its metadata."""
+def metadata(checkpoint: Checkpoint, config_json: str, names: Sequence[str]) -> dict[str, str]:
+    """Metadata of a file: what it is made from, and its class names if it has any."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         ours = version("ssd-resnet34-trt")
     except PackageNotFoundError:  # run from a checkout
         ours = "not installed"
-    onnx.helper.set_model_props(
-        model,
-        {
-            CONFIG_KEY: config_json,
-            "weights_sha256": checkpoint.sha256,
-            "ssd_resnet34_trt_version": ours,
-            **({NAMES_KEY: json.dumps(names)} if names else {}),
-        },
-    )
+    return {
+        CONFIG_KEY: config_json,
+        "weights_sha256": checkpoint.sha256,
+        "ssd_resnet34_trt_version": ours,
+        **({NAMES_KEY: json.dumps(names)} if names else {}),
+    }
+
+
+def check_record(path: Path, facts: Mapping[str, str]) -> None:
+    """Refuse a file whose metadata tells that it was made from something else.
+
+    Raises
+    ------
+    ExportError
+        When it has other metadata, or is no ONNX file.
+    """
+    found = None
+    with contextlib.suppress(DecodeError, OSError):
+        model = onnx.load(path, load_external_data=False)
+        found = {entry.key: entry.value for entry in model.metadata_props}
+    if found != facts:
+        raise ExportError(f"{path}: exists already, and is another: remove it or pass --force")
 
 
 @dataclass(frozen=True)
@@ -345,22 +356,3 @@ def compare_detections(
         differences.append(outcome.differences)
     largest = np.concatenate(differences).max(axis=0, initial=0.0)
     return float(largest[:4].max()), float(largest[4]), int(wanted[1].sum())
-
-
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write the model under a temporary name, then rename.
-
-    Raises
-    ------
-    ExportError
-        When the file cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of no other process
-    try:
-        temporary.write_bytes(model.SerializeToString())
-        temporary.replace(path)
-    except OSError as error:
-        raise ExportError(f"{path}: cannot write ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

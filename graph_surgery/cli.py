@@ -35,30 +35,38 @@ def nms(
             "trtexec, polygraphy and other programs that give the file to TensorRT.",
         ),
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT.onnx where it is another file.")
+    ] = False,
 ) -> None:
     """Make everything behind the head convolutions one NMS_OPT_TRT node.
 
     The old postprocessing and the new node run on the same random head tensors first; nothing is
     written unless they agree. A model that has the node already, as one of 'engine quantize', is
     copied as it is, but for class names and --plugin-only.
+
+    Where IN.onnx keeps data in files beside it, or 2 GiB do not hold it, OUT.onnx has its data in
+    OUT.onnx.HASH.data. An OUT.onnx that is the same already is left; any other is replaced only
+    with --force.
     """
-    if output.exists() and model.exists() and output.samefile(model):
-        raise SurgeryError(f"{output}: is the input; give the output another name")
-    if not output.parent.is_dir():
-        raise SurgeryError(f"{output.parent}: no such folder to write {output.name} to")
-    from graph_surgery.files import load, save
+    from graph_surgery.files import check_output, data_files, load, save
     from graph_surgery.names import add_names
     from graph_surgery.nms_function import plugin_only
     from graph_surgery.replace import insert_nms
 
-    result = insert_nms(load(model))
+    check_output(output, [model, *([names] if names else [])])
+    given = load(model)
+    check_output(output, data_files(given))
+    result = insert_nms(given)
     named = add_names(result.model, names)
-    save(plugin_only(result.model) if plugin_alone else result.model, output)
+    new = plugin_only(result.model) if plugin_alone else result.model
+    written = save(new, output, overwrite=force)
     for change in (*result.changes, named):
         typer.echo(change)
     if plugin_alone:
         typer.echo("the definition of NMS_OPT_TRT was left out: only its plugin can run the file")
-    typer.echo(f"{'wrote' if result.modified or plugin_alone else 'copied to'} {output}")
+    verb = "wrote" if result.modified or plugin_alone else "copied to"
+    typer.echo(f"{verb} {output}" if written else f"{output} is up to date")
 
 
 @app.command()

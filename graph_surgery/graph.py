@@ -15,11 +15,12 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
+from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from graph_surgery import protobuf
 from graph_surgery.errors import SurgeryError
-from graph_surgery.protobuf import Runner, copy_fields, one_line
+from graph_surgery.protobuf import Runner, copy_fields, is_outside, one_line, values_of
 
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # it prints to stdout; what is critical is raised, too
 
@@ -203,6 +204,8 @@ def value(graph: gs.Graph, tensor: gs.Tensor) -> NDArray[Any] | None:
     """Value of a tensor that depends on constants alone; None for any other."""
     if isinstance(tensor, gs.Constant):
         held = tensor._values  # .values would replace what the file holds
+        if type(held) is LazyValues and is_outside(held.tensor):
+            return values_of(held.tensor)
         return held if isinstance(held, np.ndarray) else np.asarray(held.load())
     nodes = upstream(graph, [tensor])
     made = {name for node in nodes for name in output_names(node)}
@@ -227,6 +230,7 @@ def fix(tensor: gs.Tensor, values: NDArray[Any]) -> None:
         tensor.to_constant(values)
     else:
         tensor.values = values
+        tensor.data_location = None  # no longer outside, if it was
 
 
 def namer(graph: gs.Graph) -> Callable[[str], str]:

@@ -6,9 +6,15 @@ that might lose is then lost on one side only.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 import onnx
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 from numpy.typing import NDArray
@@ -19,7 +25,20 @@ from graph_surgery.errors import SurgeryError
 Arrays = dict[str, NDArray[Any]]
 
 SMALL = 4096
-"""Bytes of an initialiser up to which shape inference is given its value: shapes are that small."""
+"""Bytes of an initialiser up to which shape inference is given its value: shapes are that small.
+Only larger ones are kept outside of a model."""
+
+LARGEST = 2**31 - 2**26
+"""Bytes of initialisers that a model holds itself: a protobuf ends at 2 GiB, nodes need room."""
+
+_ALIGNMENT = 4096
+"""Of values in a data file: a page, so that ONNX Runtime maps them."""
+
+_VALUES = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+"""Fields of a tensor that hold its values."""
+
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's session option for models that are not given as files."""
 
 
 def one_line(error: Exception) -> str:
@@ -69,7 +88,7 @@ def types(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     copy_fields(model, bare, ("graph",))
     copy_fields(model.graph, bare.graph, ("initializer",))
     for tensor in model.graph.initializer:
-        if tensor.ByteSize() <= SMALL:
+        if size(tensor) <= SMALL:
             bare.graph.initializer.append(tensor)
         else:
             kind, where = tensor.data_type, TensorProto.EXTERNAL
@@ -141,6 +160,178 @@ def convert(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     return new
 
 
+def size(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's values, as numpy holds them."""
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    found: int = math.prod(tensor.dims) * kind.itemsize
+    return found
+
+
+def is_outside(tensor: onnx.TensorProto) -> bool:
+    """Whether the values of a tensor lie in a file, where `graph_surgery.files.load` left them.
+
+    Its ``location`` is an absolute path, so that they are found whatever the tensor is part of.
+    """
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def data_file(tensor: onnx.TensorProto) -> tuple[Path, int]:
+    """Where the values of a tensor outside begin: the file and the offset in it."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    return Path(entries["location"]), int(entries.get("offset", 0))
+
+
+def values_of(tensor: onnx.TensorProto) -> NDArray[Any]:
+    """Values of a tensor; those outside are mapped, not read.
+
+    Raises
+    ------
+    SurgeryError
+        When the file that holds them cannot be read.
+    """
+    if not is_outside(tensor):
+        return onnx.numpy_helper.to_array(tensor)
+    path, offset = data_file(tensor)
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    try:
+        return np.memmap(path, kind, "r", offset, tuple(tensor.dims)).view(np.ndarray)
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"{path}: cannot read {tensor.name!r}: {one_line(error)}") from error
+
+
+def content(values: NDArray[Any]) -> memoryview:
+    """Bytes of an array."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+
+def fits(model: onnx.ModelProto) -> bool:
+    """Whether a model can be one protobuf, with its initialisers but those outside."""
+    inside = (tensor for tensor in model.graph.initializer if not is_outside(tensor))
+    return sum(map(size, inside)) <= LARGEST
+
+
+def move_out(model: onnx.ModelProto, file: BinaryIO) -> onnx.ModelProto:
+    """Copy a model, its large initialisers into a data file.
+
+    Returns
+    -------
+    The copy. The ``location`` of what was moved is left out; see `set_location`.
+    """
+    new = onnx.ModelProto()
+    copy_fields(model, new, ("graph",))
+    copy_fields(model.graph, new.graph, ("initializer",))
+    for tensor in model.graph.initializer:
+        if size(tensor) <= SMALL or tensor.data_type == TensorProto.STRING or is_packed(tensor):
+            new.graph.initializer.append(tensor)
+            continue
+        values = content(values_of(tensor))
+        offset = file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
+        file.write(values)
+        moved = new.graph.initializer.add(data_location=TensorProto.EXTERNAL)
+        copy_fields(tensor, moved, (*_VALUES, "external_data", "data_location"))
+        for key, value in (("offset", offset), ("length", len(values))):
+            moved.external_data.add(key=key, value=str(value))
+    return new
+
+
+def is_packed(tensor: onnx.TensorProto) -> bool:
+    """Whether several values of a tensor share a byte, which numpy's do not."""
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+    return kind.startswith(("int4", "uint4", "float4", "int2", "uint2"))
+
+
+def set_location(model: onnx.ModelProto, location: str) -> None:
+    """Name the data file of a model that `move_out` made."""
+    for tensor in filter(is_outside, model.graph.initializer):
+        tensor.external_data.add(key="location", value=location)
+
+
+def without_large(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make a model that tools take which know neither files nor 2 GiB: for types, not for running.
+
+    Returns
+    -------
+    A copy in which initialisers outside, and large ones where not all have room, are inputs; the
+    model itself where there are none.
+    """
+    least = math.inf if fits(model) else SMALL
+    large = [t for t in model.graph.initializer if is_outside(t) or size(t) > least]
+    if not large:
+        return model
+    new, names = onnx.ModelProto(), {tensor.name for tensor in large}
+    copy_fields(model, new, ("graph",))
+    copy_fields(model.graph, new.graph, ("initializer",))
+    new.graph.initializer.extend(t for t in model.graph.initializer if t.name not in names)
+    listed = {value.name for value in model.graph.input}
+    new.graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in large
+        if tensor.name not in listed
+    )
+    return new
+
+
+def check(model: onnx.ModelProto) -> None:
+    """Check a model with onnx.checker, types and shapes as well.
+
+    Raises
+    ------
+    SurgeryError
+        When it is invalid.
+    """
+    try:
+        onnx.checker.check_model(without_large(model), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise SurgeryError(one_line(error)) from error
+
+
+def with_types(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with the types and shapes of all its tensors, strictly inferred.
+
+    Raises
+    ------
+    SurgeryError
+        When it is inconsistent.
+    """
+    bare = without_large(model)
+    try:
+        new = onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise SurgeryError(one_line(error)) from error
+    if bare is not model:
+        for field in ("initializer", "input"):
+            new.graph.ClearField(field)
+            getattr(new.graph, field).extend(getattr(model.graph, field))
+    return new
+
+
+@contextlib.contextmanager
+def serialized(model: onnx.ModelProto) -> Iterator[tuple[bytes, dict[str, str]]]:
+    """Serialise a model for ONNX Runtime, whatever its size: its content, and session options.
+
+    What lies outside is read from where it lies; what is too large lies in a temporary file, as
+    long as the context lasts.
+    """
+    outside = [data_file(tensor)[0] for tensor in filter(is_outside, model.graph.initializer)]
+    if not fits(model):
+        with tempfile.TemporaryDirectory() as folder:
+            with Path(folder, "data").open("w+b") as file:
+                small = move_out(model, file)
+            set_location(small, "data")
+            yield small.SerializeToString(), {_DATA_FOLDER: folder}
+    elif outside:
+        folder = os.path.commonpath([path.parent for path in outside])
+        new = onnx.ModelProto()
+        new.CopyFrom(model)
+        for tensor in filter(is_outside, new.graph.initializer):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = os.path.relpath(entry.value, folder)
+        yield new.SerializeToString(), {_DATA_FOLDER: folder}
+    else:
+        yield model.SerializeToString(), {}
+
+
 def opset_of(model: onnx.ModelProto) -> int:
     """Version of the standard operators."""
     versions: list[int] = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
@@ -163,9 +354,12 @@ class Runner:
         options.log_severity_level = 4
         self.outputs = [output.name for output in model.graph.output]
         try:
-            self.session = ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            with serialized(model) as (content, settings):
+                for key, value in settings.items():
+                    options.add_session_config_entry(key, value)
+                self.session = ort.InferenceSession(
+                    content, options, providers=["CPUExecutionProvider"]
+                )
         except Exception as error:  # the binding derives a dozen classes from Exception alone
             raise SurgeryError(f"ONNX Runtime rejects the model: {one_line(error)}") from error
 

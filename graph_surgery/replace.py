@@ -21,7 +21,7 @@ from graph_surgery.nms_function import (
     nms_function,
 )
 from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
-from graph_surgery.protobuf import convert, inputs, one_line, opset_of
+from graph_surgery.protobuf import check, convert, inputs, opset_of
 from graph_surgery.unfuse import unfuse
 from graph_surgery.verify import same_network, verify_network, verify_tail
 
@@ -86,9 +86,9 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     tail = find_tail(graph, model)
     new_model, network_changes = _adapt_network(given, _replace(graph, model, tail), tail)
     try:
-        onnx.checker.check_model(new_model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise SurgeryError(f"the new graph is invalid: {one_line(error)}") from error
+        check(new_model)
+    except SurgeryError as error:
+        raise SurgeryError(f"the new graph is invalid: {error}") from error
     agreement = verify_tail(model, new_model, tail)
 
     folded = _batch_norms(model) - _batch_norms(new_model)

@@ -1,8 +1,4 @@
-"""Which differences of two lists of detections hang on rounding, and on nothing else.
-
-The module stands in `export` and in `graph_surgery`, which import nothing of each other: word for
-word the same.
-"""
+"""Which differences of two lists of detections hang on rounding, and on nothing else."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from engine.data.preprocessed import MANIFEST
 from engine.errors import EngineError
 from engine.support.documents import read_as
 from engine.support.environment import distribution
+from engine.support.external import model_sha256
 from engine.support.files import file_sha256, write_atomically
 from harness.errors import HarnessError
 
@@ -69,7 +70,11 @@ def stale(artefact: Artefact) -> str | None:
     changed = [name for name in names if artefact.inputs.get(name) != made_from.get(name)]
     if changed:
         return f"{', '.join(changed)} changed"
-    return None if record.sha256 == file_sha256(content) else "it was changed after it was made"
+    try:
+        same = record.sha256 == model_sha256(content)
+    except FileNotFoundError:  # a file with its data
+        same = False
+    return None if same else "it was changed after it was made"
 
 
 def make(artefact: Artefact, build: Callable[[], object], say: Say) -> Path:
@@ -97,7 +102,7 @@ def remake(artefact: Artefact, build: Callable[[], object], say: Say, reason: st
         artefact.path.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)  # what is interrupted counts as never made
         build()
-        made = _Record(dict(artefact.inputs), file_sha256(_content(artefact.path)))
+        made = _Record(dict(artefact.inputs), model_sha256(_content(artefact.path)))
         write_atomically(record, (json.dumps(asdict(made), indent=1) + "\n").encode())
     except OSError as error:
         raise HarnessError(

@@ -2,7 +2,7 @@
 
 import typer
 
-from engine.bench import calibration, cudnn, cudnn_plot, int8, onnxruntime
+from engine.bench import calibration, cudnn, cudnn_plot, int8, onnxruntime, plans
 from engine.support.command import run_command
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app.command("int8")(int8.bench)
 app.command("calibration")(calibration.bench)
 app.command("onnxruntime")(onnxruntime.bench)
 app.command("cudnn")(cudnn.bench)
+app.command("tensorrt")(plans.bench)
 app.command("cudnn-plot")(cudnn_plot.plot)
 
 if __name__ == "__main__":

@@ -11,48 +11,25 @@ torchvision's NMS for each image.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream, check, runtime, use_gpu
 from engine.backends.cudnn.engine import CudnnEngine, batch_sizes, load
 from engine.backends.cudnn.graph import Convolution, Int8Graph, Layer
 from engine.backends.cudnn.measure import measure
 from engine.backends.pipeline import Slot
-from engine.data.preprocessed import load_preprocessed
+from engine.bench.speed import PEAKS, Peak, image_pool, parse_batches
 from engine.errors import EngineError
 from engine.protocol import DETECTION_FIELDS
+from engine.speed import latency, throughput
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
-
-
-@dataclass(frozen=True)
-class Peak:
-    """What a GPU can do: dense INT8 TOPS and memory bandwidth in TB/s (NVIDIA's data sheets)."""
-
-    tops: float
-    terabytes: float
-
-
-PEAKS: Mapping[str, Peak] = {
-    "NVIDIA H100 80GB HBM3": Peak(1979, 3.35),
-    "NVIDIA H100 PCIe": Peak(1513, 2.0),
-    "NVIDIA H200": Peak(1979, 4.8),
-    "NVIDIA A100-SXM4-80GB": Peak(624, 2.039),
-    "NVIDIA A100-SXM4-40GB": Peak(624, 1.555),
-    "NVIDIA A100 80GB PCIe": Peak(624, 1.935),
-    "NVIDIA L4": Peak(242.5, 0.3),
-}
-"""By the driver's name of the GPU. INT8 without sparsity."""
-
-_POOL = 64
-"""Images in page-locked memory; batches go round them."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +72,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
 ) -> None:
     """Measure the engine, and write the figures to a JSON file."""
-    try:
-        sizes = sorted({int(size) for size in batches.split(",")})
-    except ValueError as error:
-        raise EngineError(f"--batches {batches}: numbers with commas between expected") from error
-    if sizes[0] < 1:
-        raise EngineError(f"--batches {batches}: a batch has one image at least")
+    sizes = parse_batches(batches)
     prepared = batch_sizes(sizes[-1])
     if other := sorted(set(sizes) - set(prepared)):
         raise EngineError(
@@ -124,16 +96,11 @@ def bench(
     free, _ = _free_and_total_bytes()
     document["session_bytes"] = before - free
     document["gpu_bytes_in_use"] = total - free  # everything on the GPU: weights, CUDA's own
-    images = engine.host_array((_POOL, *engine.input_spec.shape), np.int8)
-    if data is None:
-        images[:] = np.random.default_rng(0).integers(-60, 61, images.shape, np.int8)
-    else:
-        source = load_preprocessed(data, engine.input_spec)
-        source.read_into(images, [index % len(source.files) for index in range(_POOL)])
+    images = image_pool(engine, data)
     for size in sizes:
         found: dict[str, float | None] = {}
-        found |= _throughput(session, images, size, seconds)
-        found |= _latency(session, images, size, seconds)
+        found |= throughput(session, images, size, seconds)
+        found |= latency(session, images, size, seconds)
         tops = (found["images_per_s"] or 0.0) * document["operations_per_image"] / 1e12
         found |= {"tops": tops, "share_of_peak": tops / peak.tops if peak else None}
         document["batches"][str(size)] = found
@@ -225,51 +192,6 @@ def layer_times(engine: CudnnEngine, batch: int) -> list[LayerTime]:
 
 def _layer_time(name: str, kernel: str, ms: float, work: int, floor: float | None) -> LayerTime:
     return LayerTime(name, kernel, ms, work / ms / 1e9, floor, floor and ms / floor)
-
-
-def _throughput(
-    session: Any, images: NDArray[np.int8], size: int, seconds: float
-) -> dict[str, float]:
-    """Images a second with as many batches in flight as the session takes."""
-    batches = _batches(images, size)
-    for _ in range(3):
-        session.submit(batches[0])
-        session.result()
-    flying = done = 0
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        session.submit(batches[done % len(batches)])
-        flying += 1
-        if flying == session.depth:
-            session.result()
-            flying -= 1
-            done += 1
-    for _ in range(flying):
-        session.result()
-        done += 1
-    return {"images_per_s": done * size / (time.perf_counter() - start)}
-
-
-def _latency(session: Any, images: NDArray[np.int8], size: int, seconds: float) -> dict[str, float]:
-    """Milliseconds from before a batch is submitted until its detections are there."""
-    batches = _batches(images, size)
-    turns: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(turns) < 10 or time.perf_counter() < end:
-        start = time.perf_counter()
-        session.submit(batches[len(turns) % len(batches)])
-        session.result()
-        turns.append(1e3 * (time.perf_counter() - start))
-    p50, p99 = np.percentile(turns, [50, 99])
-    return {"p50_ms": float(p50), "p99_ms": float(p99), "turns": len(turns)}
-
-
-def _batches(images: NDArray[np.int8], size: int) -> list[list[NDArray[np.int8]]]:
-    """Batches that go round the images, as runs of neighbours."""
-    if size > len(images):
-        whole, rest = divmod(size, len(images))
-        return [[images] * whole + ([images[:rest]] if rest else [])]
-    return [[images[at : at + size]] for at in range(0, len(images) - size + 1, size)]
 
 
 def _peak(engine: CudnnEngine) -> Peak | None:

@@ -21,6 +21,7 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
 from engine.comparison.runners import IMAGES, ROWS
+from engine.comparison.tensors import is_head
 from engine.data.coco import coco_stats, load_annotations, positions_by_name
 from engine.data.matching import Matches, match_detections
 from engine.errors import EngineError, one_line
@@ -47,6 +48,9 @@ class Tolerance:
     score: float
     precision: float
 
+
+SAME_INT8_TOLERANCE = Tolerance(snr=20.0, matched=0.8, score=0.3, precision=0.99)
+"""One INT8 graph, computed as it is written and by an engine that rounds in its own way."""
 
 FLOAT_TOLERANCE = Tolerance(snr=60.0, matched=0.99, score=0.01, precision=0.999)
 """Float32 in another order of summation, or by another library."""
@@ -151,6 +155,11 @@ class Comparison:
         Head tensors that both sides have; empty when one has none.
     detections
         The detections.
+    layers
+        The other tensors that were compared, in the order of the graph.
+    alone
+        Head tensors of the second side against ONNX Runtime on its own graph; empty where that was
+        not asked.
     precision
         mAP of the first and of the second side; NaN where the images have no ground truth, None
         without annotations.
@@ -163,6 +172,8 @@ class Comparison:
     detections: DetectionDifference
     precision: tuple[float, float] | None
     checks: tuple[Check, ...]
+    layers: tuple[HeadDifference, ...] = ()
+    alone: tuple[HeadDifference, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -266,7 +277,9 @@ def compare(
             raise EngineError(f"Polygraphy: {one_line(error)}") from error
     if not detections.matches:
         raise EngineError("no images to compare on")
-    head_differences, detection_difference = heads.summary(), detections.summary()
+    tensors, detection_difference = heads.summary(), detections.summary()
+    head_differences = tuple(one for one in tensors if is_head(one.name))
+    between = tuple(one for one in tensors if not is_head(one.name))
     if not head_differences and not detection_difference.first + detection_difference.second:
         raise EngineError(
             "nothing to compare: no common head tensors, nothing detected; take real images"
@@ -277,7 +290,8 @@ def compare(
         head_differences,
         detection_difference,
         precision,
-        tuple(_checks(head_differences, detection_difference, precision, tolerance)),
+        tuple(_checks(head_differences, detection_difference, precision, tolerance, between)),
+        between,
     )
 
 
@@ -390,7 +404,12 @@ def _checks(
     detections: DetectionDifference,
     precision: tuple[float, float] | None,
     tolerance: Tolerance,
+    layers: Sequence[HeadDifference],
 ) -> Iterator[Check]:
+    # `not >=`: a NaN must be found
+    if left := next((one for one in layers if not one.snr_median >= tolerance.snr), None):
+        what = f"first tensor out of tolerance, {left.name}: median SNR in dB"
+        yield Check(what, left.snr_median, tolerance.snr, True)
     if heads:
         # not min(): a NaN must come through
         worst = float(np.min([head.snr_median for head in heads]))

@@ -19,6 +19,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from engine.backends.onnxruntime.session import describe
+from engine.comparison.tensors import find_source
 from engine.data.preprocessed import quantize_images
 from engine.errors import EngineError, one_line
 from engine.load import load_engine
@@ -26,11 +27,11 @@ from engine.manifest import load_manifest
 from engine.model import Detector, load_detector
 from engine.protocol import DETECTIONS, NUM_DETECTIONS, Engine, InputSpec
 from engine.quantization.network import open_session
-from graph_surgery.errors import SurgeryError
-from graph_surgery.inspect import read_tail
 
 if TYPE_CHECKING:
     from engine.backends.cudnn.engine import CudnnEngine, CudnnSession
+    from engine.backends.tensorrt.engine import Engine as TensorrtEngine
+    from engine.backends.tensorrt.marked import MarkedPlan
 
 IMAGES = "images"
 """Input of every runner: float32 [N, 3, H, W], normalised."""
@@ -95,9 +96,9 @@ class EngineRunner(DetectorRunner):
 
 
 class OnnxRunner(DetectorRunner):
-    """An ONNX detector in ONNX Runtime on the CPU, with its head tensors.
+    """An ONNX detector in ONNX Runtime on the CPU, with some of its tensors.
 
-    Outputs are ``loc_0``…, ``conf_0``…, then `ROWS`; float16 heads are returned as float32.
+    Outputs are these, by role, then `ROWS`; float16 is returned as float32.
 
     Parameters
     ----------
@@ -105,22 +106,27 @@ class OnnxRunner(DetectorRunner):
         Name in Polygraphy's results.
     detector
         The detector.
-    heads
-        Its head tensors by role, see `head_tensors`.
+    tensors
+        Role to the tensor's name, as `engine.comparison.tensors.head_tensors`.
+    literally
+        Without ONNX Runtime's graph optimisations, which round INT8 elsewhere than the file says.
     """
 
-    def __init__(self, name: str, detector: Detector, heads: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, detector: Detector, tensors: Mapping[str, str], *, literally: bool = False
+    ) -> None:
         super().__init__(name, detector.input)
-        self._model = _with_outputs(detector.model, list(heads.values()))
-        self._outputs = [*heads.values(), *ROWS]
-        self._roles = [*heads, *ROWS]
+        self._model = _with_outputs(detector.model, list(tensors.values()))
+        self._outputs = [*tensors.values(), *ROWS]
+        self._roles = [*tensors, *ROWS]
+        self._literally = literally
         self._batch = detector.batch
         self._path = detector.path
 
     def activate_impl(self) -> None:
         """Load the model."""
         try:
-            self._session = open_session(self._model)
+            self._session = open_session(self._model, optimise=not self._literally)
         except EngineError as error:
             raise EngineError(f"{self._path}: {error}") from error
 
@@ -145,23 +151,24 @@ class OnnxRunner(DetectorRunner):
         del self._session
 
 
-@dataclass(frozen=True)
-class Side:
-    """One side of a comparison.
+class PlanRunner(EngineRunner):
+    """A plan of TensorRT, with some tensors of its network; outputs as those of `OnnxRunner`.
 
-    Attributes
-    ----------
-    runner
-        Runs it.
-    manifest
-        What it is, as `engine.protocol.Engine.manifest`.
-    quantized
-        Whether any of it is INT8.
+    Rows are the plan's own; the tensors come from `engine.backends.tensorrt.marked.MarkedPlan`.
     """
 
-    runner: DetectorRunner
-    manifest: Mapping[str, object]
-    quantized: bool
+    def __init__(
+        self, name: str, engine: TensorrtEngine, marked: MarkedPlan, tensors: Mapping[str, str]
+    ) -> None:
+        super().__init__(name, engine)
+        self._marked = marked
+        self._tensors = tensors
+
+    def detect(self, images: NDArray[np.generic]) -> Arrays:
+        """Run on images of the input's dtype."""
+        values = self._marked.run(images)
+        shown = {role: values[name] for role, name in self._tensors.items()}
+        return shown | super().detect(images)
 
 
 class CudnnRunner(EngineRunner):
@@ -179,8 +186,50 @@ class CudnnRunner(EngineRunner):
         return {role: values[head] for role, head in self._heads.items()} | rows
 
 
-def open_side(path: Path, name: str, backend: str = "onnxruntime") -> Side:
-    """Open an ONNX file, or a built engine with the backend of its manifest.
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison, before it is loaded.
+
+    Attributes
+    ----------
+    path
+        The file.
+    name
+        Name in Polygraphy's results.
+    backend
+        What runs it, one of `engine.load.BACKENDS`.
+    detector
+        The ONNX file: itself, or what an engine was built from; None: not found.
+    """
+
+    path: Path
+    name: str
+    backend: str
+    detector: Detector | None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the ONNX file."""
+        return None if self.detector is None else self.detector.sha256
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any of it is known to be INT8."""
+        return self.detector is not None and self.detector.quantized
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A side that runs: its runner, and what it is, as `engine.protocol.Engine.manifest`."""
+
+    runner: DetectorRunner
+    manifest: Mapping[str, object]
+
+
+def find_side(
+    path: Path, name: str, backend: str = "onnxruntime", source: Path | None = None
+) -> Side:
+    """Say what is to run a file.
 
     Parameters
     ----------
@@ -190,28 +239,54 @@ def open_side(path: Path, name: str, backend: str = "onnxruntime") -> Side:
         Name in Polygraphy's results.
     backend
         What runs an ONNX file: ``onnxruntime`` on the CPU, or ``cudnn``.
+    source
+        The ONNX file that an engine was built from; see `engine.comparison.tensors.find_source`.
 
     Raises
     ------
     EngineError
-        When the file is no detector or its backend is missing.
+        When the file is no detector.
     """
-    if path.suffix != ".onnx":
-        engine = load_engine(load_manifest(path).backend, path, device="cuda")
-        runner: DetectorRunner = EngineRunner(name, engine)
-        return Side(runner, engine.manifest, engine.input_spec.dtype == "int8")
-    if backend == "cudnn":
+    if path.suffix == ".onnx":
+        return Side(path, name, backend, load_detector(path))
+    manifest = load_manifest(path)
+    return Side(path, name, manifest.backend, find_source(path, manifest, source))
+
+
+def open_side(side: Side, tensors: Mapping[str, str], *, literally: bool = False) -> Opened:
+    """Load a side.
+
+    Parameters
+    ----------
+    side
+        Of `find_side`.
+    tensors
+        What it shows beside its detections, of its detector, by role.
+    literally
+        See `OnnxRunner`.
+
+    Raises
+    ------
+    EngineError
+        When its backend is missing or refuses it.
+    """
+    path, name, detector = side.path, side.name, side.detector
+    if side.backend == "cudnn":
         from engine.backends.cudnn.engine import load
 
         cudnn = load(path, max_batch=1)
-        heads = head_tensors(load_detector(path).model)
-        return Side(CudnnRunner(name, cudnn, heads), cudnn.manifest, quantized=True)
-    detector = load_detector(path)
-    try:
-        heads = head_tensors(detector.model)
-    except SurgeryError:  # a detector whose tail the surgery does not understand
-        engine = load_engine("onnxruntime", path)
-        return Side(EngineRunner(name, engine), engine.manifest, detector.quantized)
+        return Opened(CudnnRunner(name, cudnn, tensors), cudnn.manifest)
+    if side.backend != "onnxruntime" or detector is None or not tensors:
+        engine = load_engine(side.backend, path)
+        if not tensors or detector is None:
+            return Opened(EngineRunner(name, engine), engine.manifest)
+        from engine.backends.tensorrt.engine import Engine
+        from engine.backends.tensorrt.marked import MarkedPlan
+
+        if not isinstance(engine, Engine):
+            raise TypeError(engine)
+        marked = MarkedPlan(path, engine, detector, tuple(tensors.values()))
+        return Opened(PlanRunner(name, engine, marked, tensors), engine.manifest)
     manifest = describe(
         path,
         "cpu",
@@ -220,25 +295,7 @@ def open_side(path: Path, name: str, backend: str = "onnxruntime") -> Side:
         max_batch=detector.batch,
         keep_top_k=detector.keep_top_k,
     )
-    return Side(OnnxRunner(name, detector, heads), manifest, detector.quantized)
-
-
-def head_tensors(model: onnx.ModelProto) -> dict[str, str]:
-    """Find the outputs of the head convolutions of a detector, before or after the surgery.
-
-    Returns
-    -------
-    dict
-        ``loc_0``…, ``conf_0``…, levels in the order of the priors, to the tensor's name.
-
-    Raises
-    ------
-    SurgeryError
-        When there is no detection tail that the surgery understands.
-    """
-    levels = read_tail(model)[0].heads.levels
-    loc = {f"loc_{index}": level.loc for index, level in enumerate(levels)}
-    return loc | {f"conf_{index}": level.conf for index, level in enumerate(levels)}
+    return Opened(OnnxRunner(name, detector, tensors, literally=literally), manifest)
 
 
 def _with_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.backends.onnxruntime.session import refusal
 from engine.errors import EngineError, one_line
 from engine.quantization.placement import Placement
-from graph_surgery.protobuf import inputs, part
+from graph_surgery.protobuf import content, inputs, part, serialized, values_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,9 +31,9 @@ def network_sha256(model: onnx.ModelProto, placement: Placement) -> str:
         attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
         digest.update(repr((node.op_type, node.input, node.output, attributes)).encode())
     for tensor in sorted(network.graph.initializer, key=lambda tensor: tensor.name):
-        value = onnx.numpy_helper.to_array(tensor)
+        value = values_of(tensor)
         digest.update(repr((tensor.name, value.dtype.str, value.shape)).encode())
-        digest.update(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
+        digest.update(content(value))
     return digest.hexdigest()
 
 
@@ -52,7 +52,7 @@ def heads_model(
 
 
 def open_session(
-    model: onnx.ModelProto, threads: int | None = None
+    model: onnx.ModelProto, threads: int | None = None, *, optimise: bool = True
 ) -> onnxruntime.InferenceSession:
     """Run a model in ONNX Runtime.
 
@@ -60,6 +60,8 @@ def open_session(
     ----------
     threads
         Threads of one run; None: one for each CPU of this process.
+    optimise
+        Whether ONNX Runtime may change the graph.
 
     Raises
     ------
@@ -71,13 +73,16 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # large outputs that live longer than a run fragment an arena, which never gives back
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     try:
-        return ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        with serialized(model) as (given, entries):
+            for key, value in entries.items():
+                options.add_session_config_entry(key, value)
+            return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's exceptions share no base class but Exception
         raise EngineError(refusal(error)) from error
 

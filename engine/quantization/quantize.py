@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from engine.errors import EngineError, one_line
+from engine.errors import EngineError
 from engine.protocol import INPUT_SCALE_KEY
 from engine.quantization.cache import Calibration
 from engine.quantization.placement import Placement, find_placement
@@ -24,7 +24,7 @@ from engine.quantization.thresholds import STEPS
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import export_graph, fix, import_graph, namer, value
 from graph_surgery.nms_function import DOMAIN, add_definition
-from graph_surgery.protobuf import convert
+from graph_surgery.protobuf import check, convert, with_types
 
 FloatType = Literal["fp32", "fp16"]
 """Type of everything that is not INT8."""
@@ -112,11 +112,10 @@ def quantize(
     helper.set_model_props(new, known | facts)
     new.graph.ClearField("value_info")
     try:
-        onnx.checker.check_model(new, full_check=True)
-        new = onnx.shape_inference.infer_shapes(new, check_type=True, strict_mode=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise EngineError(f"the INT8 graph is invalid: {one_line(error)}") from error
-    return new
+        check(new)
+        return with_types(new)
+    except SurgeryError as error:
+        raise EngineError(f"the INT8 graph is invalid: {error}") from error
 
 
 def insert_qdq(
@@ -298,12 +297,12 @@ def _to_fp16(graph: gs.Graph, placement: Placement) -> None:
     kept = {tensor.name for tensor in (*nms.inputs, *nms.outputs)}
     for name, tensor in graph.tensors().items():
         if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and name not in kept:
+            values = np.asarray(value(graph, tensor))
             with np.errstate(over="ignore"):
-                values = tensor.values
                 half = _round_up(values) if name in scales else values.astype(np.float16)
             if not np.isfinite(half).all():
                 raise EngineError(f"{name!r} has values out of the range of float16")
-            tensor.values = half
+            fix(tensor, half)
     for output in graph.outputs:
         if output.name not in kept and output.dtype == np.float32:
             output.dtype = np.dtype(np.float16)

@@ -47,18 +47,25 @@ def gpu_name() -> str | None:
         for line in path.read_text().splitlines():
             if line.startswith("Model:"):
                 return line.partition(":")[2].strip()
+    names = (output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").split("\n")
+    return names[0].strip() or None
+
+
+def output_of(*command: str, folder: Path | None = None) -> str | None:
+    """What a command prints; None where it fails or does not end within 20 seconds."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            command,
+            cwd=folder,
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
             timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    names = done.stdout.splitlines() if done.returncode == 0 else []
-    return names[0].strip() if names else None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def commit() -> str | None:
@@ -66,18 +73,7 @@ def commit() -> str | None:
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments],
-                cwd=here.parent,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=10,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return output_of("git", *arguments, folder=here.parent)
 
     # an installed copy may lie below the checkout of something else
     if git("ls-files", "--error-unmatch", here.name) is None:

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from engine.errors import EngineError
+from graph_surgery.errors import SurgeryError
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
@@ -43,6 +44,56 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_output(path: Path, content: bytes, *, overwrite: bool) -> bool:
+    """Write a file that a user named.
+
+    Parameters
+    ----------
+    overwrite
+        Whether another file may be replaced.
+
+    Returns
+    -------
+    Whether it was written: a file that holds the very same is left.
+
+    Raises
+    ------
+    EngineError
+        When it cannot be written, or another file is there.
+    """
+    try:
+        if path.exists():
+            if path.read_bytes() == content:
+                return False
+            if not overwrite:
+                raise another(path)
+        write_atomically(path, content)
+    except OSError as error:
+        raise EngineError(f"{path}: cannot write it: {error.strerror}") from error
+    return True
+
+
+def check_output(output: Path, read: Iterable[Path]) -> None:
+    """Refuse to write what is read, or where nothing can be written; `graph_surgery.files`'s.
+
+    Raises
+    ------
+    EngineError
+        Says which.
+    """
+    from graph_surgery.files import check_output as check  # it needs onnx, which servers lack
+
+    try:
+        check(output, read)
+    except SurgeryError as error:
+        raise EngineError(str(error)) from error
+
+
+def another(path: Path) -> EngineError:
+    """Say that a file that a user named exists, and is not what would be written."""
+    return EngineError(f"{path}: exists already, and is another: remove it or pass --force")
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
@@ -50,19 +101,23 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, document: Mapping[str, object]) -> None:
-    """Write a JSON file, whole or not at all; null stands for a number that is not finite.
+    """Write a JSON file, whole or not at all; see `json_text`.
 
     Raises
     ------
     EngineError
         When it cannot be written.
     """
-    text = json.dumps(_finite(document), indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
+        write_atomically(path, json_text(document))
     except OSError as error:
         raise EngineError(f"{path}: cannot write it: {error.strerror}") from error
+
+
+def json_text(document: Mapping[str, object]) -> bytes:
+    """Content of a JSON file; null stands for a number that is not finite."""
+    return (json.dumps(_finite(document), indent=2) + "\n").encode()
 
 
 def _finite(value: object) -> object:

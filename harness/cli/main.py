@@ -12,7 +12,18 @@ from engine.support.leaving import leave_in_order
 from harness.cli.doctor import doctor
 from harness.cli.download import download_app
 from harness.cli.make import register as register_route
-from harness.cli.options import Backend, BuildDir, DatasetName, Device, Devices, Url
+from harness.cli.options import (
+    BuildDir,
+    DatasetName,
+    Device,
+    Devices,
+    Preprocessed,
+    RunBackend,
+    Scenarios,
+    TestModes,
+    Threads,
+    Url,
+)
 from harness.cli.preprocess import preprocess
 from harness.cli.submission import compliance, submission
 from harness.cli.triton import triton_repository
@@ -21,7 +32,7 @@ from harness.data.dataset import known_dataset, load_map, preprocessed_dir
 from harness.errors import HarnessError
 from harness.loadgen.settings import MODEL, MODES, SCENARIOS, largest_batch, load_settings
 from harness.make.arguments import choices
-from harness.results.devices import load_engines, parse_devices, parse_urls
+from harness.results.devices import AUTO, fastest, load_engines, parse_devices, parse_urls
 
 if TYPE_CHECKING:
     from harness.results.report import Runs
@@ -33,34 +44,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_Model = Annotated[Path, typer.Argument(help="Model file, e.g. an .onnx.", show_default=False)]
-_Split = Annotated[str, typer.Option(help="val or cal (calibration).")]
-_Preprocessed = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of the preprocessed images.",
-        show_default="preprocessed_data/<dataset>-<split>/<dtype>_<size> in the build folder",
-    ),
-]
-
 app.add_typer(download_app, name="download")
 app.command()(preprocess)
 
 
 @app.command()
 def run(
-    model: _Model,
+    model: Annotated[Path, typer.Argument(help="Model file, e.g. an .onnx.", show_default=False)],
     *,
-    engine: Backend = "onnxruntime",
+    engine: RunBackend = "onnxruntime",
     dataset: DatasetName = "coco",
-    split: _Split = "val",
-    preprocessed: _Preprocessed = None,
-    scenarios: Annotated[
-        str, typer.Option(help=f"Comma-separated, of: {', '.join(SCENARIOS)}.")
-    ] = "Offline",
-    test_mode: Annotated[
-        str, typer.Option("--test_mode", help=f"Comma-separated, of: {', '.join(MODES)}.")
-    ] = "PerformanceOnly",
+    split: Annotated[str, typer.Option(help="val or cal (calibration).")] = "val",
+    preprocessed: Preprocessed = None,
+    scenarios: Scenarios = "Offline",
+    test_mode: TestModes = "PerformanceOnly",
     config: Annotated[
         Path | None, typer.Option(help="TOML file of settings; see harness/loadgen/settings.py.")
     ] = None,
@@ -105,9 +102,7 @@ def run(
         int | None,
         typer.Option(help="Sessions side by side on each device.", show_default="1"),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="one per CPU")
-    ] = None,
+    threads: Threads = None,
     pictures: Annotated[
         int, typer.Option(min=0, help="Draw the detections of an accuracy run on N images.")
     ] = 0,
@@ -125,6 +120,10 @@ def run(
     Each test leaves LoadGen's logs, its user.conf and a result.json in
     LOG_DIR/SYSTEM/ssd-resnet34/SCENARIO/MODE. An INVALID result is a result (exit code 0); a run
     that fails has exit code 1.
+
+    With --engine auto, what can run the .onnx file here is measured for a second each at the
+    largest batch of the run, plans of it that are beside it or in engines of the build folder
+    among them, and the fastest is taken. The build folder remembers.
     """
     chosen = choices(scenarios, tuple(SCENARIOS), "scenario")
     modes = choices(test_mode, MODES, "test mode")
@@ -148,6 +147,11 @@ def run(
     leave_in_order()
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
+    if engine == AUTO:
+        first = f"cuda:{numbers[0]}" if numbers else device
+        way = fastest(model, first, threads, largest_batch(settings), build_dir)
+        engine, model = way.backend, Path(way.file)
+        device = None if numbers else way.device
     engines = load_engines(
         engine,
         model,

@@ -11,10 +11,10 @@ import typer
 
 from engine.load import BACKENDS
 from engine.support.leaving import leave_in_order
-from harness.cli.options import Backend, BuildDir
+from harness.cli.options import Backend, BuildDir, Scenarios, TestModes
 from harness.command import leave
 from harness.errors import HarnessError, RunFailedError
-from harness.loadgen.settings import MODEL, MODES, SCENARIOS
+from harness.loadgen.settings import MODEL
 from harness.make.system_config import VERSIONS
 
 _Weights = Annotated[
@@ -25,7 +25,6 @@ _Weights = Annotated[
         show_default="models/ssd-resnet34/resnet34-ssd1200.pytorch in the build folder",
     ),
 ]
-_Batches = Annotated[int, typer.Option("--max-batch", min=1, help="Largest batch to try.")]
 
 
 def make_command(
@@ -40,12 +39,8 @@ def make_command(
     benchmarks: Annotated[
         str, typer.Option(help="Comma-separated, of: ssd-resnet34 (COCO), ssd-resnet34-demo.")
     ] = MODEL,
-    scenarios: Annotated[
-        str, typer.Option(help=f"Comma-separated, of: {', '.join(SCENARIOS)}.")
-    ] = "Offline",
-    test_mode: Annotated[
-        str, typer.Option("--test_mode", help=f"Comma-separated, of: {', '.join(MODES)}.")
-    ] = "PerformanceOnly",
+    scenarios: Scenarios = "Offline",
+    test_mode: TestModes = "PerformanceOnly",
     config_ver: Annotated[
         str, typer.Option("--config_ver", help=f"One of: {', '.join(VERSIONS)}.")
     ] = VERSIONS[0],
@@ -120,7 +115,7 @@ def tune_command(
     benchmark: Annotated[str, typer.Option(help="ssd-resnet34 or ssd-resnet34-demo.")] = MODEL,
     engine: Backend = BACKENDS[0],
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    max_batch: _Batches = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch to try.")] = 64,
     seconds: Annotated[
         float,
         typer.Option(
@@ -135,21 +130,26 @@ def tune_command(
             "-o", "--output", help="File to write into.", show_default="configs/<machine>.toml"
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Put the figures into -o FILE where it exists.")
+    ] = False,
     weights: _Weights = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
     """Measure the best settings of this machine, and put them into its system configuration.
 
-    The rest of that file, such as other versions and scenarios, stays as it is.
+    The rest of that file, such as other versions and scenarios, stays as it is. A file named by -o
+    that exists is refused before the trials, but for --force: no two trials find the same figures.
 
     Offline: the batch, the threads (on a CPU) and the streams of the highest throughput. Server:
     the highest arrival rate that LoadGen calls VALID, by bisection.
     """
     from engine.backends.cuda import gpu_index
+    from engine.support.files import check_output, write_output
     from harness.lock import locked
     from harness.make.arguments import choice
     from harness.make.route import DATASETS, route_of
-    from harness.make.tune import Tuning, config_path, put, read_config, tune, write_config
+    from harness.make.tune import Tuning, config_path, put, read_config, tune
 
     benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
     engine = choice(engine, BACKENDS, "engine")
@@ -159,10 +159,11 @@ def tune_command(
         raise HarnessError(f"unknown device {device!r}; choose of: cpu, cuda, cuda:N")
     tuning = Tuning(engine, device, max_batch, seconds)
     path = output or config_path(benchmark, device)
-    if not path.parent.is_dir():
-        raise HarnessError(f"{path.parent}: no such folder to write {path.name} to")
+    check_output(path, [weights] if weights else [])
     with _one_line():
         read_config(path, benchmark, device)  # what is wrong with it shows before the trials
+    if output is not None and output.exists() and not force:
+        raise HarnessError(f"{output}: exists already: name another, or pass --force to change it")
     leave_in_order()
     with locked(build_dir), _one_line():
         try:
@@ -171,7 +172,7 @@ def tune_command(
             leave(error)
         document = read_config(path, benchmark, device)  # as it is now
     put(document, tuning, found)
-    write_config(path, document.as_string())
+    write_output(path, document.as_string().encode(), overwrite=True)
     typer.echo(f"wrote {path}")
 
 

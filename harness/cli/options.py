@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 
 from engine.load import BACKENDS
+from harness.loadgen.settings import MODES, SCENARIOS
 
 Backend = Annotated[str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}.")]
+RunBackend = Annotated[
+    str, typer.Option("--engine", help=f"One of: {', '.join(BACKENDS)}; or auto.")
+]
 BuildDir = Annotated[
     Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
 ]
@@ -30,4 +34,18 @@ Url = Annotated[
 Devices = Annotated[
     str | None,
     typer.Option(help="Numbers of the GPUs to use together, as 0,1.", show_default="the first"),
+]
+Preprocessed = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the preprocessed images.",
+        show_default="preprocessed_data/<dataset>-<split>/<dtype>_<size> in the build folder",
+    ),
+]
+Scenarios = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(SCENARIOS)}.")]
+TestModes = Annotated[
+    str, typer.Option("--test_mode", help=f"Comma-separated, of: {', '.join(MODES)}.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads.", show_default="one per CPU")
 ]

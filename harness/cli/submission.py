@@ -10,7 +10,7 @@ import typer
 
 from engine.support.documents import checked
 from engine.support.progress import progress_bar
-from harness.cli.options import Backend, BuildDir, Device, Devices, Url
+from harness.cli.options import Backend, BuildDir, Device, Devices, Preprocessed, Threads, Url
 from harness.command import leave
 from harness.data.dataset import known_dataset, preprocessed_dir
 from harness.errors import HarnessError, RunFailedError, as_harness_error
@@ -35,13 +35,7 @@ def compliance(
         ),
     ],
     engine: Backend = "onnxruntime",
-    preprocessed: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the preprocessed images.",
-            show_default="preprocessed_data/<dataset>-<split>/<dtype>_<size> in the build folder",
-        ),
-    ] = None,
+    preprocessed: Preprocessed = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -53,9 +47,7 @@ def compliance(
     device: Device = None,
     devices: Devices = None,
     url: Url = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="one per CPU")
-    ] = None,
+    threads: Threads = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
     """Run a compliance test of MLPerf Inference v2.0 on every scenario that LOG_DIR holds.

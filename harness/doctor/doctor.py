@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.support.environment import commit, cpu_count, cpu_name, distribution
+from engine.support.environment import commit, cpu_count, cpu_name, distribution, output_of
 from harness.doctor.packages import PROJECT, Package, declared_packages
 from harness.doctor.probes import Gpu
 from harness.doctor.resources import Resources, find_resources
@@ -284,18 +284,8 @@ def _gpus(answer: dict[str, Any]) -> Gpus:
 
 def _smi() -> tuple[str | None, tuple[Gpu, ...]]:
     """Version of the driver and the GPUs, as nvidia-smi lists them; none when it fails."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={_SMI_QUERY}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=_TIMEOUT_S,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None, ()
-    return (None, ()) if done.returncode else parse_smi(done.stdout)
+    query = (f"--query-gpu={_SMI_QUERY}", "--format=csv,noheader,nounits")
+    return parse_smi(output_of("nvidia-smi", *query) or "")
 
 
 def parse_smi(text: str) -> tuple[str | None, tuple[Gpu, ...]]:

@@ -223,18 +223,13 @@ def _import(*modules: str) -> Found:
 def _relu_model(folder: str) -> Path:
     """Write an ONNX file of one ReLU, float32 [N, 3, 8, 8], with the input ``image``."""
     import onnx
-    from onnx import TensorProto, helper
+    import onnx.parser
 
-    shape: tuple[str | int, ...] = ("batch", 3, 8, 8)
-    graph = helper.make_graph(
-        [helper.make_node("Relu", ["image"], ["positive"])],
-        "relu",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("positive", TensorProto.FLOAT, shape)],
-    )
-    opset = helper.make_opsetid("", 18)  # the export's
     path = Path(folder, "relu.onnx")
-    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    shape = "float[batch,3,8,8]"
+    head = '<ir_version: 10, opset_import: ["": 18]>'  # the export's
+    body = f"relu ({shape} image) => ({shape} positive) {{ positive = Relu (image) }}"
+    onnx.save(onnx.parser.parse_model(f"{head} {body}"), path)
     return path
 
 

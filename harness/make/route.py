@@ -18,7 +18,8 @@ from engine.data.preprocessed import PreprocessedSet, load_preprocessed, transfo
 from engine.errors import EngineError
 from engine.protocol import InputSpec
 from engine.quantization.thresholds import METHODS
-from engine.support.files import file_sha256, write_atomically
+from engine.support.external import model_sha256
+from engine.support.files import file_sha256
 from harness.artefacts import (
     TRANSFORM_CODE,
     Artefact,
@@ -120,14 +121,16 @@ def build_onnx(route: Route) -> Path:
         "graph-surgery",
         folder / f"{route.benchmark}.nms.onnx",
         {
-            "ONNX": file_sha256(detector),
+            "ONNX": model_sha256(detector),
             "code": code_sha256("graph_surgery/*.py"),
             "onnx": version("onnx"),
             "onnx-graphsurgeon": version("onnx-graphsurgeon"),
         },
     )
     return make(
-        surgered, lambda: _command("graph_surgery", "nms", detector, surgered.path), route.say
+        surgered,
+        lambda: _command("graph_surgery", "nms", detector, surgered.path, "--force"),
+        route.say,
     )
 
 
@@ -177,6 +180,7 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     from engine.quantization.placement import find_placement
     from engine.quantization.quantize import quantize
     from engine.report import warn
+    from graph_surgery.files import save
 
     detector = load_detector(build_onnx(route))
     placement = find_placement(detector.model)
@@ -196,8 +200,7 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     )
 
     def build() -> None:
-        graph = quantize(detector.model, calibration, float_type=between)
-        write_atomically(quantized.path, graph.SerializeToString(deterministic=True))
+        save(quantize(detector.model, calibration, float_type=between), quantized.path)
 
     return Quantized(make(quantized, build, route.say), detector.path, images, calibration)
 
@@ -312,7 +315,7 @@ def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> 
         f"engine batch {batch}",
         folder / f"{route.benchmark}.{backend}.b{batch}.engine",
         {
-            "ONNX": file_sha256(model),
+            "ONNX": model_sha256(model),
             "backend": f"{backend} {import_tensorrt(backend).__version__}",
             "GPU": gpu_name() or "none",
             "plugin": file_sha256(plugin) if plugin.exists() else "none",

@@ -17,7 +17,6 @@ from engine.data.preprocessed import PreprocessedSet
 from engine.load import ONNX_BACKENDS, load_engine
 from engine.protocol import Engine
 from engine.support.environment import cpu_count, cpu_name, gpu_name, now
-from engine.support.files import write_atomically
 from engine.support.progress import progress_bar
 from harness.errors import HarnessError
 from harness.loadgen.settings import MODEL, Offline, Server, Settings
@@ -351,20 +350,6 @@ def _set(table: MutableMapping[str, Any], key: str, value: object, note: str) ->
     table[key] = value
     if not isinstance(table, InlineTable):  # which has no room for it
         table[key].comment(note)
-
-
-def write_config(path: Path, text: str) -> None:
-    """Write the configuration file.
-
-    Raises
-    ------
-    HarnessError
-        When it cannot be written.
-    """
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise HarnessError(f"{path}: cannot write it: {error.strerror}") from error
 
 
 def _trial(engine: Engine, images: PreprocessedSet, settings: Settings) -> Outcome:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
+from engine.auto import Way, choose
 from engine.load import load_engine
 from engine.protocol import Engine
 from harness.errors import HarnessError
@@ -46,6 +49,44 @@ def parse_urls(text: str) -> tuple[str, ...]:
     if len(set(urls)) < len(urls):
         raise HarnessError(f"--url {text!r} names a server twice; see --streams")
     return urls
+
+
+AUTO = "auto"
+"""Name that stands for the fastest engine; see `fastest`."""
+
+
+def fastest(
+    model: Path, device: str | None, threads: int | None, batch: int, build_dir: Path
+) -> Way:
+    """Find the fastest engine for an ONNX file, and say what was measured.
+
+    Parameters
+    ----------
+    model
+        The ONNX file.
+    device, threads
+        See `engine.load.load_engine`.
+    batch
+        Images of a batch.
+    build_dir
+        Its folder ``engines`` has plans, and remembers.
+
+    Raises
+    ------
+    EngineError
+        When the file is no detector, or nothing runs it.
+    """
+    from engine.model import load_detector
+
+    choice, remembered = choose(load_detector(model), batch, device, build_dir / "engines", threads)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    for one in choice.measured:
+        speed = one.images_per_s
+        found = f"cannot: {one.refusal}" if speed is None else f"{speed:.1f} images/s"
+        console.print(f"engine auto: {one.way}: {found}")
+    how = "as measured before" if remembered else "measured now, and remembered"
+    console.print(f"engine auto: takes {choice.fastest}, batches of {batch}, {how}")
+    return choice.fastest
 
 
 def load_engines(

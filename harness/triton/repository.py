@@ -23,7 +23,8 @@ from engine.errors import EngineError
 from engine.load import ONNX_BACKENDS, load_engine
 from engine.manifest import check_engine, check_plugins, save_engine
 from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS
-from engine.support.files import file_sha256, write_atomically
+from engine.support.external import data_files, model_sha256
+from engine.support.files import write_atomically
 from engine.support.progress import progress_bar
 from harness.errors import HarnessError
 from harness.loadgen.settings import DEFAULT_BATCH, SCENARIOS, MultiStream
@@ -236,7 +237,7 @@ def _known_answers(served: ServedModel, reference: Path | None) -> KnownAnswers:
     try:
         if reference is None:
             engine = load_engine(served.backend, served.path, max_batch=1)
-        elif file_sha256(reference) == served.onnx_sha256:
+        elif model_sha256(reference) == served.onnx_sha256:
             engine = load_engine("onnxruntime", reference)
         else:
             raise EngineError(f"{served.path} does not come from {reference}")
@@ -312,6 +313,10 @@ def _copy_model(served: ServedModel, backend: str, version: Path) -> None:
             if _registering(library).is_file():
                 shutil.copyfile(_registering(library), version / _registering(library).name)
             libraries.append(dataclasses.replace(listed, path=library.name))
+    if manifest is None:
+        for name in data_files(source):
+            (version / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.parent / name, version / name)
     if backend != "python":
         shutil.copyfile(source, version / _FILES[backend])
         return

@@ -7,9 +7,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +17,12 @@ from typer.testing import CliRunner
 
 from engine.cli import app
 from engine.errors import EngineError
+from engine.manifest import save_engine
 from engine.quantization.cache import Calibration
 from engine.quantization.sensitivity import LayerSensitivity, Noise, Sensitivity
 from engine.report import calibration_report
-from tests.support import ROOT
+from tests.support import ROOT, command
+from tests.support.manifests import PLAN, manifest
 
 ANNOTATIONS = ROOT / "demo" / "data" / "annotations" / "instances_val.json"
 IMAGES = 12
@@ -54,11 +53,11 @@ def demo(demo_int8, demo_build, tmp_path_factory):
 def test_unchanged_files_are_left_alone(demo):
     surgered, cache, int8 = demo / "demo.nms.onnx", demo / "cache.json", demo / "int8.onnx"
     before = [path.stat().st_mtime_ns for path in (cache, int8)]
-    for command in (
+    for words in (
         ["calibrate", surgered, "--data", demo / "cal", "-o", cache],
         ["quantize", surgered, cache, int8],
     ):
-        code, out = engine(*command)
+        code, out = engine(*words)
         assert code == 0 and "up to date" in out
     assert [path.stat().st_mtime_ns for path in (cache, int8)] == before
 
@@ -69,8 +68,12 @@ def test_a_change_of_method_images_or_weights_calibrates_again(demo, tmp_path):
     few = ["calibrate", surgered, "--data", demo / "cal", "-o", cache, "--images"]
     assert "from 2 images" in engine(*few, 2)[1]
     assert "up to date" in engine(*few, 2)[1]
-    assert "from 3 images" in engine(*few, 3)[1]
-    assert "from 3 images" in engine(*few, 3, "--method", "minmax")[1]
+    before = cache.read_bytes()
+    with pytest.raises(EngineError, match=r"cache\.json: exists already, and is another: "):
+        engine(*few, 3)
+    assert cache.read_bytes() == before
+    assert "from 3 images" in engine(*few, 3, "--force")[1]
+    assert "from 3 images" in engine(*few, 3, "--method", "minmax", "--force")[1]
     assert "up to date" in engine(*few, 3, "--method", "minmax")[1]
     model = onnx.load(surgered)
     bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bias"))
@@ -79,7 +82,7 @@ def test_a_change_of_method_images_or_weights_calibrates_again(demo, tmp_path):
     onnx.save(model, surgered)
     with pytest.raises(EngineError, match="belongs to another model"):
         engine("quantize", surgered, cache, tmp_path / "int8.onnx")
-    assert "from 3 images" in engine(*few, 3, "--method", "minmax")[1]
+    assert "from 3 images" in engine(*few, 3, "--method", "minmax", "--force")[1]
     assert engine("quantize", surgered, cache, tmp_path / "int8.onnx")[0] == 0
 
 
@@ -108,19 +111,19 @@ def test_calibration_shows_the_worst_tensors(demo):
 
 def test_int8_is_held_against_fp32(demo, tmp_path):
     surgered, cache, int8 = demo / "demo.nms.onnx", tmp_path / "cache.json", tmp_path / "int8.onnx"
-    command = ["quantize", surgered, cache, int8, "--check", demo / "cal"]
+    check = ["quantize", surgered, cache, int8, "--force", "--check", demo / "cal"]
     good = Calibration.load(demo / "cache.json")
     good.save(cache)
-    code, out = engine(*command)
+    code, out = engine(*check)
     found = re.search(r"INT8 finds (\d+) of (\d+) FP32 detections on 16 images", out)
     assert code == 0
     assert 0.8 <= int(found[1]) / int(found[2]) <= 1
-    assert engine(*command)[1].startswith(f"{int8} is up to date INT8 finds {found[1]} of")
+    assert engine(*check)[1].startswith(f"{int8} is up to date INT8 finds {found[1]} of")
     # one tensor with a hundredth of its range ruins all that is behind it
     worst = "relu_16"
     broken = {**good.scales, worst: good.scales[worst] / 100}
     dataclasses.replace(good, scales=broken).save(cache)
-    code, out = engine(*command)
+    code, out = engine(*check)
     assert code == 1
     assert "FAILED: INT8 finds" in out and "look at these tensors" in out and "relu" in out
     # and what cannot be checked is said, not failed
@@ -128,19 +131,12 @@ def test_int8_is_held_against_fp32(demo, tmp_path):
     shutil.copytree(demo / "cal", blank)
     for path in blank.glob("*.npy"):
         np.save(path, np.zeros((3, 400, 400), np.float32))
-    code, out = engine(*command[:-1], blank)
+    code, out = engine(*check[:-1], blank)
     assert code == 0 and "FP32 detects nothing on 16 images" in out
-    done = subprocess.run(
-        [sys.executable, "-m", "engine", "calibrate", surgered, "--data", blank, "-o", cache,
-         "--images", "3"],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0
+    words = ("--data", blank, "-o", cache, "--images", 3, "--force")
+    done = command("engine", "calibrate", surgered, *words)
     assert "WARNING: 3 of 3 calibration images show nothing" in " ".join(done.stderr.split())
-    done = subprocess.run(
-        [sys.executable, "-m", "engine", "quantize", surgered, cache, int8],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+    done = command("engine", "quantize", surgered, cache, int8, "--force")
     assert "WARNING: 3 of 3 calibration" in " ".join(done.stderr.split())
     facts = {entry.key: entry.value for entry in onnx.load(int8).metadata_props}
     assert (facts["calibration_images"], facts["calibration_empty_images"]) == ("3", "3")
@@ -238,32 +234,10 @@ def test_inspect(demo, tmp_path):
 
 
 def test_inspect_engine(tmp_path):
-    from engine.manifest import Manifest, save_engine
-    from engine.protocol import InputSpec
-
-    plan = b"plan"
-    manifest = Manifest(
-        backend="tensorrt-rtx",
-        version="1.7.1.116",
-        gpu=None,
-        compute_capabilities=("8.9",),
-        model="m.onnx",
-        onnx_sha256="a" * 64,
-        plugins=(),
-        metadata={"input_scale": "0.02"},
-        engine_sha256=sha256(plan).hexdigest(),
-        engine_bytes=len(plan),
-        input=InputSpec("image", (3, 400, 400), "int8", 0.02),
-        min_batch=1,
-        opt_batch=8,
-        max_batch=8,
-        options={},
-        seconds=1.5,
-    )
-    save_engine(tmp_path / "m.engine", plan, manifest)
+    save_engine(tmp_path / "m.engine", PLAN, manifest(compute_capabilities=("8.9",)))
     _, out = engine("inspect", tmp_path / "m.engine")
-    assert "tensorrt-rtx" in out and "8.9" in out
-    (tmp_path / "m.engine").write_bytes(b"plaN")
+    assert "10.16.1.11" in out and "8.9" in out
+    (tmp_path / "m.engine").write_bytes(PLAN.upper())
     with pytest.raises(EngineError, match="engine_sha256"):
         engine("inspect", tmp_path / "m.engine")
 
@@ -305,7 +279,7 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(
-        "engine.backends.tensorrt.build.build", lambda *call: calls.append(call) or Built
+        "engine.backends.tensorrt.build.build", lambda *call, **_: calls.append(call) or Built
     )
     monkeypatch.setattr("engine.model.load_detector", lambda path: path)
     command = ["build", "m.onnx", "--backend", "tensorrt-rtx", "-o", tmp_path / "m.engine"]

@@ -85,7 +85,7 @@ def test_a_manifest_comes_back(tmp_path_factory, manifest):
 
 
 @given(damages(SAMPLE))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_damage_is_named_by_its_path(tmp_path_factory, damage):
     engine = written(tmp_path_factory.getbasetemp(), damage.document)
     with pytest.raises(EngineError) as caught:
@@ -96,7 +96,12 @@ def test_damage_is_named_by_its_path(tmp_path_factory, damage):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"backend": "a", "backend": "b"}', "stands twice"), ("[" * 100_000, "in each other")],
+    [
+        ('{"backend": "a", "backend": "b"}', "stands twice"),
+        ("[" * 100_000, "in each other"),
+        ("[]", "an object expected"),
+        ("{", "not JSON"),
+    ],
 )
 def test_what_is_no_document(tmp_path, text, message):
     engine = written(tmp_path, {})

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from export.checkpoint import check_tensors, infer_config, load_model, read_checkpoint
 from export.errors import ExportError
 from export.unpickle import UnsafePickleError
-from tests.support import ROOT
+from tests.support import ROOT, attempt
 
 FOREIGN_MODULE = """
     import sys, types, torch
@@ -127,6 +127,7 @@ def test_malicious_pickle_is_refused_by_name(tmp_path, container, function, args
     assert not victim.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("padding", [0, 70_000])
 def test_torchscript_archive_is_refused(tmp_path, padding):
@@ -333,23 +334,18 @@ def test_foreign_configuration_in_the_metadata(tmp_path):
             read_checkpoint(tmp_path / "w.safetensors")
 
 
-def run_cli(*args) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "export", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-
-
 def test_command_errors_are_short_and_without_traceback(small_checkpoint, tmp_path):
     (tmp_path / "there.onnx").touch()
     for output, message in [
         (tmp_path / "there.onnx", "exists already"),
         (tmp_path / "no" / "a.onnx", "no such folder"),
     ]:
-        done = run_cli("--weights", small_checkpoint, "-o", output)
+        done = attempt("-m", "export", "--weights", small_checkpoint, "-o", output)
         assert done.returncode == 2
         assert done.stderr.startswith("export-onnx: error: ")
         assert message in done.stderr
         assert "Traceback" not in done.stderr
-    done = run_cli("--weights", tmp_path / "none", "-o", tmp_path / "a.onnx")
+    done = attempt("-m", "export", "--weights", tmp_path / "none", "-o", tmp_path / "a.onnx")
     assert done.returncode == 2
     assert "cannot read the weights" in done.stderr
     assert (tmp_path / "there.onnx").stat().st_size == 0

@@ -18,7 +18,6 @@ from export.onnx_export import (
     compare_with_onnxruntime,
     export_detector,
     fold_batch_norms,
-    save,
 )
 from export.postprocess import PostProcess, greedy_nms, stable_topk
 
@@ -218,13 +217,6 @@ def test_check_notices_a_wrong_graph(detector_and_onnx, op_type, position, value
     detector, model = detector_and_onnx
     with pytest.raises(ExportError, match=message):
         compare_with_onnxruntime(detector, _tamper(model, op_type, position, value))
-
-
-def test_save_leaves_nothing_half_written(exported, tmp_path):
-    with pytest.raises(ExportError, match="cannot write"):
-        save(onnx.load(exported), tmp_path / "missing" / "a.onnx")
-    save(onnx.load(exported), tmp_path / "a.onnx")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
 
 
 def test_checkpoint_round_trip(small_checkpoint, small_model):

@@ -129,6 +129,7 @@ def assert_int8(model: onnx.ModelProto, quantized: onnx.ModelProto, calibration)
     assert assert_same_rows(detections[0, : count[0], 1:], rows_of_numpy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_exporters(name, tmp_path):
     habits = EXPORTERS[name]
@@ -190,6 +191,7 @@ def optimised(model: onnx.ModelProto, level: str, folder) -> onnx.ModelProto:
     return onnx.load(folder / "optimised.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("active", ["Relu", "Clip", "LeakyRelu"])
 def test_what_onnx_runtime_fused_is_taken_apart(active, tmp_path):
     habits = Habits(norm="plain", block="residual", active=active)

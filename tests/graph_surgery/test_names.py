@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import onnx
 import pytest
 import torch
 
-import export.names
-import graph_surgery.names
 from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
@@ -22,7 +18,7 @@ from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 from graph_surgery.names import add_names
 from graph_surgery.replace import insert_nms
-from tests.support import ROOT
+from tests.support import ROOT, command
 from tests.support.calibrated import write_images
 
 OWN = [f"thing {number}" for number in range(80)]
@@ -37,11 +33,6 @@ def coco():
     return [entry["name"] for entry in content["categories"]]
 
 
-@pytest.mark.parametrize("room", [export.names, graph_surgery.names])
-def test_the_names_of_coco_are_those_of_its_annotations(room) -> None:
-    assert list(room.COCO) == coco()
-
-
 def test_export_writes_the_names_of_coco_for_81_classes(exported) -> None:
     assert names_of(onnx.load(exported)) == coco()
 
@@ -49,9 +40,7 @@ def test_export_writes_the_names_of_coco_for_81_classes(exported) -> None:
 def test_names_go_through_surgery_and_quantisation(exported, small_images, tmp_path) -> None:
     path, file = tmp_path / "model.nms.onnx", tmp_path / "names.txt"
     file.write_text("background\n" + "\n".join(OWN) + "\n\n")
-    command = [sys.executable, "-m", "graph_surgery", "nms", exported, path, "--names", file]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    done = command("graph_surgery", "nms", exported, path, "--names", file)
     assert f"class names: 80, {file}" in done.stdout
     assert names_of(onnx.load(path)) == OWN
     images = write_images(tmp_path, small_images[:1])
@@ -118,5 +107,3 @@ def test_a_users_file_comes_first_and_must_fit(tmp_path) -> None:
     with pytest.raises(ExportError, match=r"80 class names .*--names FILE"):
         choose_names(None, OWN, 91)
     assert choose_names(None, (), 91)[0] == ()
-    with pytest.raises(ExportError, match="cannot read the names"):
-        choose_names(tmp_path / "none", (), 3)

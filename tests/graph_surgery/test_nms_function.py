@@ -24,7 +24,7 @@ from tests.support.nms_cases import (
     run,
     with_attributes,
 )
-from tests.support.nms_oracle import nms_opt, sigmoid, softmax
+from tests.support.nms_oracle import nms_opt
 
 
 @pytest.mark.parametrize("opset", [18, 20, onnx.defs.onnx_opset_version()])
@@ -58,18 +58,7 @@ def test_float16_heads_are_read_as_they_are(golden):
 
 def check_against_oracle(attributes, levels, priors, loc, conf):
     actual = run(make_model(attributes, levels, priors, conf.dtype), levels, loc, conf)
-    expected = nms_opt(
-        loc.astype(np.float32),
-        conf.astype(np.float32),
-        priors,
-        top_k=attributes.topK,
-        keep_top_k=attributes.keepTopK,
-        confidence_threshold=attributes.confidenceThreshold,
-        nms_threshold=attributes.nmsThreshold,
-        background=attributes.backgroundLabelId,
-        activation=sigmoid if attributes.confSigmoid else softmax,
-    )
-    check_rows(*actual, *expected)
+    check_rows(*actual, *nms_opt(attributes, priors, loc, conf))
     return actual
 
 

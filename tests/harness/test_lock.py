@@ -13,7 +13,7 @@ from harness.errors import HarnessError
 from harness.loadgen.settings import load_settings
 from harness.lock import locked
 from harness.results.run import Benchmark, run
-from tests.support import ROOT
+from tests.support import ROOT, attempt
 from tests.support.harness_fakes import FakeEngine, Memory
 
 HOLD = """
@@ -38,13 +38,7 @@ def holder(tmp_path):
 
 
 def test_the_second_is_told_who_holds_it(holder, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", "make", "run", "--build-dir", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = attempt("-m", "harness", "make", "run", "--build-dir", tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"harness: error: {tmp_path} is in use by process {holder.pid} on ")
@@ -123,13 +117,7 @@ def test_read_only_folder(tmp_path):
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     file = tmp_path / "build"
     file.touch()
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", "make", "calibrate", "--build-dir", file],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = attempt("-m", "harness", "make", "calibrate", "--build-dir", file)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"harness: error: {file}: cannot write to it")

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 from plugin_cuda import toolchain
 from plugin_cuda.build import CONVOLUTIONS, build, plan
 from plugin_cuda.cli import app
-from tests.support import ROOT
+from tests.support import ROOT, attempt
 
 STUB = """
 #include "nms_opt.h"
@@ -36,14 +35,7 @@ int32_t nms_opt_run(const nms_opt_config*, int32_t, const void* const*, const vo
 
 
 def run_command(*arguments, root=ROOT, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "plugin_cuda", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=root,
-        env={**os.environ, **environment},
-    )
+    return attempt("-m", "plugin_cuda", *arguments, cwd=root, PYTHONPATH=str(root), **environment)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +63,7 @@ def test_help_is_quick_to_import():
         "import sys, plugin_cuda.cli\n"
         "print(*({'numpy', 'torch', 'plugin_cuda.build'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    done = attempt("-c", script)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
     assert "--arch" in run_command("--help").stdout
 

@@ -21,8 +21,8 @@ from tests.support.nms_cases import (
     run,
     with_attributes,
 )
-from tests.support.nms_oracle import nms_opt, sigmoid, softmax
-from tests.support.nms_tolerance import check_same, undecided_rows
+from tests.support.nms_oracle import nms_opt
+from tests.support.nms_tolerance import check_same, undecided
 
 torch = pytest.importorskip("torch")
 from tests.support.nms_device import FORMS, HALF, NCHW, Form, Heads, in_form, run_kernel  # noqa: E402
@@ -41,7 +41,7 @@ def check_against_definition(attributes, case, form=NCHW):
     heads, (levels, priors, loc, conf) = in_form(form, case)
     actual = run_kernel(attributes, heads)
     expected = run(make_model(attributes, levels, priors), levels, loc, conf)
-    check_same(actual, expected, lambda n: undecided_rows(loc[n], conf[n], priors, attributes))
+    check_same(actual, expected, lambda n: undecided(loc[n], conf[n], priors, attributes))
     return actual
 
 
@@ -93,21 +93,7 @@ def test_equals_the_definition_and_brute_force(case, layout):
     actual = run_kernel(attributes, Heads((levels, priors, loc, conf), form))
     expected = run(make_model(attributes, levels, priors, conf.dtype), levels, loc, conf)
     check_rows(*actual, *expected)
-    check_rows(*actual, *brute_force(attributes, priors, loc, conf))
-
-
-def brute_force(attributes, priors, loc, conf):
-    return nms_opt(
-        np.float32(loc),
-        np.float32(conf),
-        priors,
-        top_k=attributes.topK,
-        keep_top_k=attributes.keepTopK,
-        confidence_threshold=attributes.confidenceThreshold,
-        nms_threshold=attributes.nmsThreshold,
-        background=attributes.backgroundLabelId,
-        activation=sigmoid if attributes.confSigmoid else softmax,
-    )
+    check_rows(*actual, *nms_opt(attributes, priors, loc, conf))
 
 
 @pytest.mark.parametrize("top_k", [1009, 1010, 1024])
@@ -271,9 +257,9 @@ def test_iou_at_the_threshold_and_boxes_without_area():
     conf[0, 1] = np.arange(10, 0, -1) / 2
     attributes = with_attributes(level, topK=10, keepTopK=12)
     actual = run_kernel(attributes, Heads((level, plane(corners), loc, conf)))
-    check_rows(*actual, *brute_force(attributes, plane(corners), loc, conf))
+    check_rows(*actual, *nms_opt(attributes, plane(corners), loc, conf))
     assert actual[1].tolist() == [9]
     shrunk = loc.copy()
     shrunk[0, 2:, ::2] = -np.inf  # exp(-inf) is 0: boxes without size
     actual = run_kernel(attributes, Heads((level, plane(corners), shrunk, conf)))
-    check_rows(*actual, *brute_force(attributes, plane(corners), shrunk, conf))
+    check_rows(*actual, *nms_opt(attributes, plane(corners), shrunk, conf))

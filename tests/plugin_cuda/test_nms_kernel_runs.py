@@ -16,7 +16,7 @@ from tests.support.nms_cases import (
     run,
     with_attributes,
 )
-from tests.support.nms_tolerance import check_same, undecided_rows
+from tests.support.nms_tolerance import check_same, undecided
 
 torch = pytest.importorskip("torch")
 from plugin_cuda.binding import prepare  # noqa: E402
@@ -222,4 +222,4 @@ def test_every_path(form, path):
     assert first[1].tolist() == again[1].tolist()
     assert (first[1] > 0).all() == (path != "nothing")
     expected = run(make_model(attributes, levels, priors), levels, loc, conf)
-    check_same(first, expected, lambda n: undecided_rows(loc[n], conf[n], priors, attributes))
+    check_same(first, expected, lambda n: undecided(loc[n], conf[n], priors, attributes))

@@ -9,8 +9,8 @@ import pytest
 
 from graph_surgery.nms_function import NmsAttributes
 from tests.support.nms_cases import LEVELS, SIGMOID, SSD, plane, with_attributes
-from tests.support.nms_oracle import nms_opt, sigmoid, softmax
-from tests.support.nms_tolerance import check_same, undecided_rows
+from tests.support.nms_oracle import nms_opt
+from tests.support.nms_tolerance import check_same, undecided
 from tests.support.plugin_cases import (
     heads,
     make,
@@ -316,22 +316,12 @@ def test_enqueue_equals_the_oracle(driver, loc, conf, activation):
         runs.append((detections.cpu().numpy(), numbers.cpu().numpy()))
     assert all(a.tobytes() == b.tobytes() for a, b in zip(*runs, strict=True))
     all_loc, all_conf = problem.joined()
-    expected = nms_opt(
-        all_loc,
-        all_conf,
-        problem.priors,
-        top_k=attributes.topK,
-        keep_top_k=attributes.keepTopK,
-        confidence_threshold=attributes.confidenceThreshold,
-        nms_threshold=attributes.nmsThreshold,
-        background=attributes.backgroundLabelId,
-        activation=sigmoid if activation else softmax,
-    )
+    expected = nms_opt(attributes, problem.priors, all_loc, all_conf)
     assert expected[1].min() > 10  # there is something to compare
     check_same(
         runs[0],
         expected,
-        lambda n: undecided_rows(all_loc[n], all_conf[n], problem.priors, attributes),
+        lambda n: undecided(all_loc[n], all_conf[n], problem.priors, attributes),
     )
     assert driver.messages() == ""
 

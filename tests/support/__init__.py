@@ -9,15 +9,22 @@ ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
 
 
-def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m ARGUMENTS`` in the checkout; it must end well."""
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
+def attempt(
+    *words: object, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python WORDS`` with the checkout's packages; it may end in any way."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=ROOT,
-        env={**os.environ, **environment},
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
+
+
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m ARGUMENTS`` in the checkout; it must end well."""
+    done = attempt("-m", *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import sys
 import threading
@@ -20,9 +21,13 @@ import numpy as np
 from engine.backends.blocking import BlockingSession
 from engine.errors import EngineError, SessionLostError
 from engine.protocol import InputSpec
+from harness.loadgen.log import ACCURACY
+from harness.loadgen.settings import load_settings
+from harness.results.run import Benchmark
 
 SHAPE = (3, 4, 4)
 KEEP = 5
+TOTAL = 75  # no multiple of a batch, nor of the 20 samples in memory
 BATCHES_BEFORE_FAULT = 12  # more than any warm-up takes
 
 
@@ -76,6 +81,30 @@ WRONG = {
     "corners": lambda d, c: (_with(d, [1, 3], d[..., [3, 1]]), c),
 }
 """Kinds of wrong answers, each from the right one."""
+
+
+def short(scenario, **more):
+    """Settings of a run that LoadGen ends after a twentieth of a second."""
+    values = {"min_duration_ms": 50, "min_query_count": 10, "performance_sample_count": 20}
+    targets = {"target_qps": 2000.0} if scenario == "Server" else {}
+    return load_settings([scenario], None, {**values, **targets, **more})[0]
+
+
+def benchmark(*engines, timeout_s=30):
+    """The engines on `TOTAL` samples."""
+    return Benchmark(engines, Memory(TOTAL), None, timeout_s)
+
+
+def assert_complete(directory):
+    """The log holds, for every sample, what the engine says to it when asked alone."""
+    log = json.loads((directory / ACCURACY).read_text())
+    assert {entry["qsl_idx"] for entry in log} == set(range(TOTAL))
+    for entry in log:
+        index = entry["qsl_idx"]
+        detections, counts = detect(np.full((1, *SHAPE), index, np.float32))
+        rows = detections[0, : counts[0]]
+        rows[:, 0] = index
+        assert entry["data"] == rows.astype("<f4").tobytes().hex().upper()
 
 
 @dataclass
@@ -228,8 +257,7 @@ class BrokenMemory(Memory):
 def main(fault, directory, *rest):
     from harness.errors import HarnessError, RunFailedError
     from harness.loadgen import test
-    from harness.loadgen.settings import load_settings
-    from harness.results.run import Benchmark, run
+    from harness.results.run import run
 
     test._GRACE_SECONDS = 0.2  # what blocks here blocks for good
     test._IDLE_SECONDS = 5.0
@@ -251,11 +279,11 @@ def main(fault, directory, *rest):
         engine = PipelinedEngine(fault=fault)
     else:
         engine = FakeEngine(fault=fault, seconds=0.02 if fault == "slow" else 0.0005)
-    benchmark = Benchmark((engine,), source, None, float(timeout))
+    under_test = Benchmark((engine,), source, None, float(timeout))
     sys.stdout.write("start\n")
     sys.stdout.flush()
     try:
-        run(benchmark, settings, mode, Path(directory))
+        run(under_test, settings, mode, Path(directory))
     except RunFailedError as error:
         sys.stderr.write(f"{error}\n")
         os._exit(error.exit_code)

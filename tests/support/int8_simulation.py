@@ -7,6 +7,7 @@ points of a placement) and how coarse (the scales of a calibration).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -101,14 +102,6 @@ def rows(model: onnx.ModelProto, tensors: list[np.ndarray]) -> list[np.ndarray]:
         np.concatenate([x.reshape(images, size, -1) for x in part], axis=2)
         for part, size in ((tensors[:levels], 4), (tensors[levels:], own["numClasses"]))
     )
-    detections, counts = nms_oracle.nms_opt(
-        loc,
-        conf,
-        known[node.input[-1]],
-        top_k=own["topK"],
-        keep_top_k=own["keepTopK"],
-        confidence_threshold=own["confidenceThreshold"],
-        nms_threshold=own["nmsThreshold"],
-        background=own["backgroundLabelId"],
-    )
+    priors = known[node.input[-1]]
+    detections, counts = nms_oracle.nms_opt(SimpleNamespace(**own), priors, loc, conf)
     return [found[:count, 1:] for found, count in zip(detections, counts, strict=True)]

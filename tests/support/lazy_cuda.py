@@ -86,9 +86,13 @@ class LazyStream:
     def __init__(self, cuda):
         self.cuda, self.handle = cuda, id(self)
         self.last, self.waits, self.memory = None, [], []
+        self.recorded = None
         cuda.open += 1
 
     def enqueue(self, action):
+        if self.recorded is not None:
+            self.recorded.append(action)
+            return
         after = [work for work in (self.last, *self.waits) if work is not None]
         self.last, self.waits = Work(action, after), []
 
@@ -115,6 +119,19 @@ class LazyStream:
     def download(self, array, address):
         assert array.flags.c_contiguous
         self.enqueue(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes))
+
+    def capture(self, work):
+        self.recorded = []
+        try:
+            work()
+        finally:
+            actions, self.recorded = self.recorded, None
+
+        def replay():
+            for action in actions:
+                self.enqueue(action)
+
+        return replay
 
     def synchronize(self):
         if self.last is not None:

@@ -158,7 +158,7 @@ def is_decided(attributes, priors, loc, conf) -> bool:
     used = np.isfinite(conf).all(axis=1, keepdims=True)
     activation = sigmoid if attributes.confSigmoid else softmax
     scores = activation(conf)[np.broadcast_to(used, conf.shape)]
-    if (np.abs(scores[scores > 0] - attributes.confidenceThreshold) < 1e-6).any():
+    if (np.abs(scores[scores > 0] - attributes.confidenceThreshold) < 1e-5).any():
         return False
     if (np.diff(np.unique(np.round(scores, 7))) < 2e-6).any():
         return False
@@ -166,7 +166,7 @@ def is_decided(attributes, priors, loc, conf) -> bool:
         return True
     boxes = decode(loc, priors)
     return not any(
-        abs(iou(a, b) - attributes.nmsThreshold) < 1e-5
+        abs(iou(a, b) - attributes.nmsThreshold) < 1e-4
         for image in boxes
         for i, a in enumerate(image)
         for b in image[:i]

@@ -1,7 +1,5 @@
 """NMS_OPT_TRT by brute force: the rules of the operator, one loop each, float32."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 
@@ -61,41 +59,22 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.float32:
         return w * h / (area_a + area_b - w * h)
 
 
-def iou_matrix(boxes: np.ndarray) -> np.ndarray:
-    """`iou` of each of the boxes [n, 4] with each; they are finite. Returns float64 [n, n]."""
-    near, far = np.float64(boxes[:, :2]), np.float64(boxes[:, 2:])
-    area = (far - near).clip(0, None).prod(axis=1)
-    common = np.minimum(far[:, None], far) - np.maximum(near[:, None], near)
-    common = common.clip(0, None).prod(axis=2)
-    common[(area == 0)[:, None] | (area == 0)] = 0
-    union = area[:, None] + area - common
-    return np.divide(common, union, out=np.zeros_like(common), where=common > 0)
-
-
-def nms_opt(
-    loc: np.ndarray,
-    conf: np.ndarray,
-    priors: np.ndarray,
-    *,
-    top_k: int,
-    keep_top_k: int,
-    confidence_threshold: float,
-    nms_threshold: float,
-    background: int,
-    activation: Callable[[np.ndarray], np.ndarray] = softmax,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Joined head tensors to detections [N, keep_top_k, 7] and num_detections [N]."""
+def nms_opt(attributes, priors, loc, conf) -> tuple[np.ndarray, np.ndarray]:
+    """Joined head tensors [N, 4, P] and [N, C, P] to detections and num_detections [N]."""
+    activation = sigmoid if attributes.confSigmoid else softmax
+    loc, conf = np.float32(loc), np.float32(conf)
     batch, classes, count = conf.shape
     boxes, scores = decode(loc, priors), activation(conf)
-    detections = np.zeros((batch, keep_top_k, 7), np.float32)
+    detections = np.zeros((batch, attributes.keepTopK, 7), np.float32)
     detections[..., 6] = -1
     numbers = np.zeros(batch, np.int32)
-    score_threshold, iou_threshold = np.float32(confidence_threshold), np.float32(nms_threshold)
+    score_threshold = np.float32(attributes.confidenceThreshold)
+    iou_threshold = np.float32(attributes.nmsThreshold)
     for n in range(batch):
         detections[n, :, 0] = n
         survivors = []
         for c in range(classes):
-            if c == background:
+            if c == attributes.backgroundLabelId:
                 continue
             candidates = [
                 p
@@ -106,11 +85,11 @@ def nms_opt(
             ]
             candidates.sort(key=lambda p: (-scores[n, c, p], p))
             kept = []
-            for p in candidates[:top_k]:
+            for p in candidates[: attributes.topK]:
                 if not any(iou(boxes[n, p], boxes[n, q]) > iou_threshold for q in kept):
                     kept.append(p)
             survivors += [(-scores[n, c, p], c, p) for p in kept]
-        for row, (score, c, p) in enumerate(sorted(survivors)[:keep_top_k]):
+        for row, (score, c, p) in enumerate(sorted(survivors)[: attributes.keepTopK]):
             x0, y0, x1, y1 = boxes[n, p].clip(0, 1)
             detections[n, row] = n, y0, x0, y1, x1, -score, c
             numbers[n] += 1

@@ -43,6 +43,7 @@ from engine.backends.split import Split, UnsplitError, split
 from engine.errors import EngineError
 from engine.model import load_detector
 from engine.protocol import DETECTION_FIELDS, InputSpec, output_shapes
+from engine.support.external import model_sha256
 from engine.support.files import file_sha256
 from engine.support.progress import progress_bar
 from plugin_cuda.binding import Plan
@@ -147,7 +148,7 @@ def load(
             "compute_capability": gpu.compute_capability,
             "device": f"cuda:{index}",
             "model": model.name,
-            "onnx_sha256": file_sha256(model),
+            "onnx_sha256": model_sha256(model),
             "input": spec.to_dict(),
             "keep_top_k": parts.config.keep_top_k,
             "outputs": output_shapes(parts.config.keep_top_k),

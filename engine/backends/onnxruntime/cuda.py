@@ -30,6 +30,7 @@ from engine.errors import EngineError, one_line
 from engine.model import load_detector
 from engine.protocol import DETECTION_FIELDS, InputSpec, Session
 from engine.support.files import file_sha256
+from graph_surgery.protobuf import serialized
 from plugin_cuda.binding import Plan, Run
 from plugin_cuda.device_array import DeviceArray
 from plugin_cuda.errors import PluginError
@@ -88,11 +89,11 @@ def load_split(
         raise UnsplitError(str(error)) from error
     index = gpu_index(device) or 0
     gpu = use_gpu(index)
-    network = parts.network.SerializeToString()
 
     def open_network(**more: str) -> onnxruntime.InferenceSession:
         given = {**options, "device_id": str(index), **more}
-        return open_session(network, model, provider, given, threads)
+        with serialized(parts.network) as (network, entries):
+            return open_session(network, model, provider, given, threads, entries=entries)
 
     # opened once for its errors alone: what can be refused is refused here
     spec, max_batch = input_spec(open_network(), model)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from engine.backends.cuda import gpu_index
 from engine.errors import EngineError, one_line
 from engine.protocol import InputSpec, check_batch, input_scale, output_shapes
-from engine.support.files import file_sha256
+from engine.support.external import model_sha256
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -71,6 +72,8 @@ def open_session(
     provider: str,
     options: Mapping[str, str],
     threads: int | None,
+    *,
+    entries: Mapping[str, str] = MappingProxyType({}),
 ) -> onnxruntime.InferenceSession:
     """Open a model in ONNX Runtime.
 
@@ -84,6 +87,8 @@ def open_session(
         Execution provider and what to tell it.
     threads
         As `engine.backends.onnxruntime.engine.load`.
+    entries
+        Session options that content needs, see `graph_surgery.protobuf.serialized`.
 
     Raises
     ------
@@ -95,6 +100,8 @@ def open_session(
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = thread_count(threads)
     settings.log_severity_level = 3
+    for key, value in entries.items():
+        settings.add_session_config_entry(key, value)
     content = source if isinstance(source, bytes) else str(source)
     try:
         session = ort.InferenceSession(
@@ -146,7 +153,7 @@ def describe(
         "device": device if gpu is None else f"cuda:{gpu}",
         "threads": thread_count(threads),
         "model": model.name,
-        "onnx_sha256": file_sha256(model),
+        "onnx_sha256": model_sha256(model),
         "input": spec.to_dict(),
         "keep_top_k": keep_top_k,
         "outputs": output_shapes(keep_top_k),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.backends.tensorrt.log import Verbosity
 from engine.backends.tensorrt.module import (
@@ -19,13 +19,26 @@ from engine.backends.tensorrt.module import (
 from engine.backends.tensorrt.plan import PlanRequest, build_plan
 from engine.backends.tensorrt.plugins import headers_version, is_registered, load_plugins
 from engine.errors import EngineError
-from engine.manifest import KEEP_TOP_K, Manifest, plugin_library, save_engine
+from engine.manifest import (
+    KEEP_TOP_K,
+    Manifest,
+    check_plugins,
+    manifest_path,
+    plugin_library,
+    same_engine,
+    save_engine,
+)
 from engine.model import Detector
 from engine.protocol import InputSpec, output_shapes
+from engine.support.files import check_output
 from graph_surgery.errors import SurgeryError
+from graph_surgery.files import data_files
 from graph_surgery.graph import import_graph, output_names
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
+
+if TYPE_CHECKING:
+    from engine.backends.cuda import Gpu
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,14 @@ _IN_OTHER_LINES = {
 """Options that have a line of their own in the manifest, or leave the engine as it is."""
 
 
-def build(detector: Detector, backend: str, output: Path, options: BuildOptions) -> Manifest:
+def build(
+    detector: Detector,
+    backend: str,
+    output: Path,
+    options: BuildOptions,
+    *,
+    overwrite: bool = True,
+) -> Manifest:
     """Build an engine file and the manifest beside it.
 
     Parameters
@@ -136,23 +156,138 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
         Engine file to write.
     options
         How to build.
+    overwrite
+        Whether an engine or a manifest that is there may be replaced. If not, it is left where the
+        manifest says what this one would.
 
     Raises
     ------
     EngineError
         When the backend is not installed or lacks an option, the model is no such detector, a
-        plugin library is unusable, or the build fails.
+        plugin library is unusable, another file is there that may not be replaced, or the build
+        fails.
     """
     if backend not in BACKENDS:
         raise EngineError(
             f"no engine can be built for {backend!r}; choose one of: {', '.join(BACKENDS)}"
         )
     _check_options(backend, options)
-    for file in (output, options.layer_info):
-        if file is not None and not file.parent.is_dir():
-            raise EngineError(f"{file.parent}: no such folder to write {file.name} to")
-    image, plugin = detector.input, wanted_plugin(detector)
-    rows = plugin.keep_top_k
+    read = [detector.path, *data_files(detector.model), *options.plugins]
+    read += [options.timing_cache] if options.timing_cache else []
+    for file in (output, manifest_path(output), options.layer_info):
+        if file is not None:
+            check_output(file, read)
+    image, rows = detector.input, wanted_plugin(detector).keep_top_k
+    trt, gpu = _builder_of(backend, options)
+    manifest = Manifest(
+        backend=backend,
+        version=str(trt.__version__),
+        gpu=gpu.name if gpu else None,
+        compute_capabilities=(gpu.compute_capability,) if gpu else options.compute_capabilities,
+        model=detector.path.name,
+        onnx_sha256=detector.sha256,
+        plugins=tuple(
+            plugin_library(output, library, headers_version(library)) for library in options.plugins
+        ),
+        metadata=detector.metadata,
+        engine_sha256="",
+        engine_bytes=0,
+        input=image,
+        min_batch=options.min_batch,
+        opt_batch=options.best_batch,
+        max_batch=options.max_batch,
+        options=_set_options(options),
+        seconds=0.0,
+        keep_top_k=rows,
+        outputs=output_shapes(rows),
+    )
+    if not overwrite and (found := same_engine(output, manifest)) is not None:
+        return found
+    start = time.monotonic()
+    plan = plan_of(trt, detector, backend, options)
+    seconds = time.monotonic() - start
+    if options.layer_info is not None:
+        from engine.backends.tensorrt.engine import write_layer_info
+
+        write_layer_info(trt, plan, options.layer_info)
+    manifest = replace(
+        manifest,
+        engine_sha256=hashlib.sha256(plan).hexdigest(),
+        engine_bytes=len(plan),
+        seconds=round(seconds, 3),
+    )
+    save_engine(output, plan, manifest)
+    return manifest
+
+
+def plan_of(
+    trt: Any,
+    detector: Detector,
+    backend: str,
+    options: BuildOptions,
+    outputs: tuple[str, ...] = (),
+) -> bytes:
+    """Build a plan.
+
+    Parameters
+    ----------
+    trt
+        The module that `engine.backends.tensorrt.module.import_tensorrt` returned.
+    detector, backend, options
+        As for `build`.
+    outputs
+        Tensors that it returns in place of the detections.
+
+    Raises
+    ------
+    EngineError
+        As `build`.
+    """
+    load_plugins(trt, options.plugins)
+    _require_plugin(trt, detector, wanted_plugin(detector))
+    request = PlanRequest(
+        model=detector.path,
+        input_name=detector.input.name,
+        shapes=_shapes(detector.input, options),
+        config=_config(trt, backend, options),
+        memory_pools=options.memory_pools,
+        tf32=options.tf32,
+        timing_cache=options.timing_cache,
+        verbosity=options.verbosity,
+        outputs=outputs,
+    )
+    return build_plan(trt, backend, request)
+
+
+def options_of(engine: Path, manifest: Manifest) -> BuildOptions:
+    """Return the options with which an engine was built, to build the like.
+
+    Raises
+    ------
+    EngineError
+        When a plugin library is missing or another one, or an option is not known.
+    """
+    known = dict(manifest.options)
+    for name in ("strip_plan", "refit"):  # of the file, not of how it computes
+        known.pop(name, None)
+    if cache := known.get("timing_cache"):
+        known["timing_cache"] = Path(str(cache))
+    try:
+        return BuildOptions(
+            min_batch=manifest.min_batch,
+            opt_batch=manifest.opt_batch,
+            max_batch=manifest.max_batch,
+            plugins=check_plugins(engine, manifest),
+            **known,  # type: ignore[arg-type]
+        )
+    except TypeError as error:
+        raise EngineError(
+            f"{manifest_path(engine)}: options of another release: {error}"
+        ) from error
+
+
+def _builder_of(backend: str, options: BuildOptions) -> tuple[Any, Gpu | None]:
+    """Import what builds, and choose its GPU."""
     trt = import_tensorrt(backend)
     gpu = None
     if backend != RTX or options.device is not None:
@@ -168,49 +303,7 @@ def build(detector: Detector, backend: str, output: Path, options: BuildOptions)
             ) from error
     if options.version_compatible:
         require_lean_runtime(trt)
-    load_plugins(trt, options.plugins)
-    _require_plugin(trt, detector, plugin)
-    request = PlanRequest(
-        model=detector.path,
-        input_name=image.name,
-        shapes=_shapes(image, options),
-        config=_config(trt, backend, options),
-        memory_pools=options.memory_pools,
-        tf32=options.tf32,
-        timing_cache=options.timing_cache,
-        verbosity=options.verbosity,
-    )
-    start = time.monotonic()
-    plan = build_plan(trt, backend, request)
-    seconds = time.monotonic() - start
-    if options.layer_info is not None:
-        from engine.backends.tensorrt.engine import write_layer_info
-
-        write_layer_info(trt, plan, options.layer_info)
-    manifest = Manifest(
-        backend=backend,
-        version=str(trt.__version__),
-        gpu=gpu.name if gpu else None,
-        compute_capabilities=(gpu.compute_capability,) if gpu else options.compute_capabilities,
-        model=detector.path.name,
-        onnx_sha256=detector.sha256,
-        plugins=tuple(
-            plugin_library(output, library, headers_version(library)) for library in options.plugins
-        ),
-        metadata=detector.metadata,
-        engine_sha256=hashlib.sha256(plan).hexdigest(),
-        engine_bytes=len(plan),
-        input=image,
-        min_batch=options.min_batch,
-        opt_batch=options.best_batch,
-        max_batch=options.max_batch,
-        options=_set_options(options),
-        seconds=round(seconds, 3),
-        keep_top_k=rows,
-        outputs=output_shapes(rows),
-    )
-    save_engine(output, plan, manifest)
-    return manifest
+    return trt, gpu
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ TensorRT 10.6 was run on an H200; TensorRT-RTX only builds here, for it knows no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +68,7 @@ def load(backend: str, model: Path, device: str) -> Engine:
     libraries = check_plugins(model, manifest)
     if manifest.options.get("strip_plan"):
         raise EngineError(
-            f"{model}: its weights were stripped, and no command here puts weights into a plan; "
-            "build it without --strip-plan"
+            f"{model}: its weights were stripped; put weights into it with 'engine refit'"
         )
     if manifest.options.get("weight_streaming"):  # an option until 0.1
         raise EngineError(
@@ -84,35 +83,37 @@ def load(backend: str, model: Path, device: str) -> Engine:
     here = Machine(backend, str(trt.__version__), gpu.name, gpu.compute_capability)
     check_machine(model, manifest, here)
     load_plugins(trt, libraries)
-    engine = _deserialize(trt, plan, model, manifest)
+    engine = deserialize(trt, plan, model, manifest)
     described = {**manifest.to_dict(), "device": f"cuda:{index}"}
-    return Engine(manifest.input, manifest.max_batch, described, engine, index)
+    return Engine(manifest.input, manifest.max_batch, described, trt, engine, index)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine on a GPU; see `engine.protocol.Engine`. Made by `load`."""
+    """An engine on a GPU; see `engine.protocol.Engine`. Made by `load`.
+
+    Attributes
+    ----------
+    trt, plan, device
+        TensorRT's module, its engine, and the number of the GPU.
+    """
 
     input_spec: InputSpec
     max_batch: int
     manifest: Mapping[str, object]
-    _engine: tensorrt.ICudaEngine = field(repr=False)
-    _device: int = 0
+    trt: Any = field(repr=False)
+    plan: tensorrt.ICudaEngine = field(repr=False)
+    device: int = 0
 
     def session(self) -> PipelinedSession:
-        """Open a session: streams, a context and buffers of its own.
-
-        One batch is under way at a time, and a second session overlaps its copies with the work of
-        the first.
-        """
-        _, rows, _ = self._engine.get_tensor_shape(DETECTIONS)
+        """Open a session: streams, contexts and buffers of its own."""
+        _, rows, _ = self.plan.get_tensor_shape(DETECTIONS)
         return PipelinedSession(
-            self._device,
+            self.device,
             self.input_spec,
             self.max_batch,
             rows,
             self._prepare,
-            depth=1,
             too_large=(
                 f"but the engine's profile ends at {self.max_batch}; build it with a larger max "
                 "batch"
@@ -121,30 +122,36 @@ class Engine:
 
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Allocate page-locked memory."""
-        use_gpu(self._device)
+        use_gpu(self.device)
         return pinned(shape, dtype)
 
     def _prepare(self, stream: Stream, slots: Sequence[Slot]) -> Enqueue:
-        """Make a context whose inputs and outputs lie in the only slot."""
-        context: tensorrt.IExecutionContext = _make_context(self._engine)
-        (slot,) = slots
-        image = self.input_spec.name
-        addresses = {image: slot.images, DETECTIONS: slot.detections, NUM_DETECTIONS: slot.counts}
-        for name, address in addresses.items():
-            if not context.set_tensor_address(name, address):
-                raise EngineError(f"TensorRT refuses the buffer of {name}")
-        least = int(str(self.manifest["min_batch"]))
-        shaped = 0
+        """Make a context for each batch size as it comes; they share the memory of one.
 
-        def enqueue(count: int, _: int) -> None:
-            nonlocal shaped
+        A CUDA graph holds for the shapes that its context had, so each size has its own context.
+        The first batch of a size in a slot is started kernel by kernel, which also does what must
+        not happen while recording; the later ones replay what was recorded behind it.
+        """
+        least = int(str(self.manifest["min_batch"]))
+        memory = stream.device(self.plan.device_memory_size_v2)
+        # TensorRT-RTX compiles kernels for a shape as it goes: not while recording
+        recordable = self.manifest["backend"] != RTX
+        contexts: dict[int, tensorrt.IExecutionContext] = {}
+        replays: dict[tuple[int, int], Callable[[], None]] = {}
+
+        def enqueue(count: int, number: int) -> None:
             batch = max(count, least)
-            if batch != shaped:
-                if not context.set_input_shape(image, (batch, *self.input_spec.shape)):
-                    raise EngineError(f"TensorRT refuses a batch of {batch}")
-                shaped = batch
-            if not context.execute_async_v3(stream.handle):
-                raise EngineError("TensorRT could not start the batch; see its messages above")
+            if replay := replays.get((batch, number)):
+                replay()
+                return
+            if batch not in contexts:
+                contexts[batch] = make_context(self.trt, self.plan, memory, self.input_spec, batch)
+            context, slot = contexts[batch], slots[number]
+            addresses = {DETECTIONS: slot.detections, NUM_DETECTIONS: slot.counts}
+            set_addresses(context, {self.input_spec.name: slot.images, **addresses})
+            start(context, stream)
+            if recordable:
+                replays[batch, number] = stream.capture(lambda: start(context, stream))
 
         return enqueue
 
@@ -175,7 +182,14 @@ def _runtime(trt: Any) -> tensorrt.Runtime:
     return trt.Runtime(get_trt_logger())
 
 
-def _deserialize(trt: Any, plan: bytes, path: Path, manifest: Manifest) -> tensorrt.ICudaEngine:
+def deserialize(trt: Any, plan: bytes, path: Path, manifest: Manifest) -> tensorrt.ICudaEngine:
+    """Load a plan of a file, or one like it.
+
+    Raises
+    ------
+    EngineError
+        When TensorRT refuses it.
+    """
     with polygraphy_log("warning") as errors:
         runtime: tensorrt.Runtime = _runtime(trt)
         if manifest.options.get("version_compatible"):
@@ -186,10 +200,54 @@ def _deserialize(trt: Any, plan: bytes, path: Path, manifest: Manifest) -> tenso
     return engine
 
 
-def _make_context(engine: tensorrt.ICudaEngine) -> tensorrt.IExecutionContext:
+def make_context(
+    trt: Any, plan: tensorrt.ICudaEngine, memory: int, spec: InputSpec, batch: int
+) -> tensorrt.IExecutionContext:
+    """Make a context for batches of one size.
+
+    Parameters
+    ----------
+    memory
+        Address of ``plan.device_memory_size_v2`` bytes on the GPU.
+
+    Raises
+    ------
+    EngineError
+        When TensorRT cannot.
+    """
     with polygraphy_log("warning") as errors:
-        context: tensorrt.IExecutionContext | None = engine.create_execution_context()
+        context: tensorrt.IExecutionContext | None = plan.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
     if context is None:
         cause = errors.first("too little GPU memory?")
         raise EngineError(f"TensorRT could not make a context: {cause}")
+    context.set_device_memory(memory, plan.device_memory_size_v2)
+    if not context.set_input_shape(spec.name, (batch, *spec.shape)):
+        raise EngineError(f"TensorRT refuses a batch of {batch}")
     return context
+
+
+def set_addresses(context: tensorrt.IExecutionContext, addresses: Mapping[str, int]) -> None:
+    """Let a context read and write there.
+
+    Raises
+    ------
+    EngineError
+        When TensorRT refuses one.
+    """
+    for name, address in addresses.items():
+        if not context.set_tensor_address(name, address):
+            raise EngineError(f"TensorRT refuses the buffer of {name}")
+
+
+def start(context: tensorrt.IExecutionContext, stream: Stream) -> None:
+    """Start a batch.
+
+    Raises
+    ------
+    EngineError
+        When TensorRT cannot.
+    """
+    if not context.execute_async_v3(stream.handle):
+        raise EngineError("TensorRT could not start the batch; see its messages above")

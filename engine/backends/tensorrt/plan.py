@@ -42,6 +42,8 @@ class PlanRequest:
         File that is read, when it exists, and extended.
     verbosity
         Least severe messages to show.
+    outputs
+        Tensors that the plan returns in place of the model's outputs.
     """
 
     model: Path
@@ -52,6 +54,7 @@ class PlanRequest:
     tf32: bool
     timing_cache: Path | None
     verbosity: Verbosity
+    outputs: tuple[str, ...] = ()
 
 
 def build_plan(trt: Any, backend: str, request: PlanRequest) -> bytes:
@@ -71,7 +74,7 @@ def build_plan(trt: Any, backend: str, request: PlanRequest) -> bytes:
     EngineError
         When the parser or the builder refuses the model.
     """
-    from polygraphy.backend.trt import EngineBytesFromNetwork
+    from polygraphy.backend.trt import EngineBytesFromNetwork, ModifyNetworkOutputs
     from polygraphy.exception import PolygraphyException
 
     arguments = dict(request.config)
@@ -82,6 +85,8 @@ def build_plan(trt: Any, backend: str, request: PlanRequest) -> bytes:
         builder, network, _ = parsed
         arguments["profiles"] = [_profile(request)]
         try:
+            if request.outputs:
+                parsed = ModifyNetworkOutputs(parsed, outputs=list(request.outputs))()
             config = _create_config(backend, arguments)(builder, network)
             _set_tf32(trt, config, request.tf32)
             plan = EngineBytesFromNetwork(

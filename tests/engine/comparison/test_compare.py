@@ -18,7 +18,8 @@ from polygraphy.common import TensorMetadata
 from rich.console import Console
 
 from engine.comparison.compare import FLOAT_TOLERANCE, Tolerance, compare, load_truth
-from engine.comparison.runners import IMAGES, open_side
+from engine.comparison.runners import IMAGES, find_side, open_side
+from engine.comparison.tensors import shown
 from engine.data.preprocessed import quantize_images
 from engine.errors import EngineError
 from engine.protocol import InputSpec
@@ -45,6 +46,11 @@ class Fixed(BaseRunner):
     def infer_impl(self, feed_dict):  # noqa: ARG002
         self.inference_time = 0.0
         return OrderedDict(next(self.turn))
+
+
+def open_one(path, name):
+    side = find_side(path, name)
+    return open_side(side, shown(side.detector))
 
 
 def outputs(rows, **heads):
@@ -195,7 +201,7 @@ def test_quantized_images_are_the_nearest_steps(scale, seed):
 
 
 def test_surgered_against_unsurgered(exported, surgered, small_images):
-    first, second = open_side(exported, "a"), open_side(surgered, "b")
+    first, second = open_one(exported, "a"), open_one(surgered, "b")
     found = compare(first.runner, second.runner, small_images, FLOAT_TOLERANCE)
     assert found.passed
     assert [head.name for head in found.heads] == [
@@ -231,7 +237,7 @@ class TorchRunner(BaseRunner):
 
 def test_onnx_runtime_against_pytorch(small_model, surgered, small_images):
     found = compare(
-        TorchRunner(small_model), open_side(surgered, "b").runner, small_images, FLOAT_TOLERANCE
+        TorchRunner(small_model), open_one(surgered, "b").runner, small_images, FLOAT_TOLERANCE
     )
     assert found.passed, found.checks
     assert len(found.heads) == 12
@@ -249,7 +255,7 @@ def test_another_network_fails(small_model, surgered, small_images):
     with torch.no_grad():
         other.conf[2].weight[7] *= 2
     found = compare(
-        TorchRunner(other), open_side(surgered, "b").runner, small_images, FLOAT_TOLERANCE
+        TorchRunner(other), open_one(surgered, "b").runner, small_images, FLOAT_TOLERANCE
     )
     assert not found.passed
     assert [head.name for head in found.heads if head.snr_least < 60] == ["conf_2"]
@@ -262,8 +268,8 @@ def test_a_fixed_batch_is_filled(surgered, small_images, tmp_path):
     del model.graph.value_info[:]
     onnx.save(model, tmp_path / "fixed.onnx")
     found = compare(
-        open_side(surgered, "a").runner,
-        open_side(tmp_path / "fixed.onnx", "b").runner,
+        open_one(surgered, "a").runner,
+        open_one(tmp_path / "fixed.onnx", "b").runner,
         small_images[:1],
         FLOAT_TOLERANCE,
     )
@@ -275,7 +281,7 @@ def test_precision_is_that_of_pycocotools(surgered, small_images, tmp_path):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    runner = open_side(surgered, "a").runner
+    runner = open_one(surgered, "a").runner
     height, width = 300, 500
     truth = {
         "images": [
@@ -312,7 +318,7 @@ def test_precision_is_that_of_pycocotools(surgered, small_images, tmp_path):
     assert 0.05 < expected < 0.95
     loaded = load_truth(path, [f"{i}.jpg" for i in range(len(small_images))])
     found = compare(
-        runner, open_side(surgered, "b").runner, small_images, FLOAT_TOLERANCE, truth=loaded
+        runner, open_one(surgered, "b").runner, small_images, FLOAT_TOLERANCE, truth=loaded
     )
     assert found.precision == (pytest.approx(expected, abs=1e-6), found.precision[0])
     with pytest.raises(EngineError, match=r"lacks 1 of 2 images, the first is x\.jpg"):

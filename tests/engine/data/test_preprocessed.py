@@ -48,7 +48,7 @@ def test_a_manifest_comes_back():
 
 
 @given(damages(SAMPLE))
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_damage_is_named_by_its_path(tmp_path_factory, damage):
     folder = tmp_path_factory.getbasetemp()
     write(folder, damage.document)

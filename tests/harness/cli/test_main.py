@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, attempt
 from tests.support.grey import BOX, CATEGORY_IDS, GREYS, grey_detector, harness
 
 pytestmark = pytest.mark.slow  # commands in processes of their own
@@ -252,18 +252,10 @@ def test_user_errors_are_one_line(arguments, message, preprocessed, tmp_path):
 
 
 def test_bench_writes_its_figures(preprocessed):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "harness.bench", "harness", "grey.onnx"),
-            *("-o", "docs/bench.json"),
-            *("--dataset", "coco", "--image-size", "32", "--rounds", "1", "--seconds", "0.1"),
-        ],
+    done = attempt(
+        *("-m", "harness.bench", "harness", "grey.onnx", "-o", "docs/bench.json"),
+        *("--dataset", "coco", "--image-size", "32", "--rounds", "1", "--seconds", "0.1"),
         cwd=preprocessed,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     document = json.loads((preprocessed / "docs" / "bench.json").read_text())
@@ -290,8 +282,6 @@ def test_help_needs_no_heavy_module(preprocessed):
         "heavy = {'torch', 'onnxruntime', 'cv2', 'mlperf_loadgen', 'pycocotools', 'rich.table'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = attempt("-c", code)
     assert done.stderr.strip() == ""
     assert "preprocess" in harness(preprocessed, "--help").stdout

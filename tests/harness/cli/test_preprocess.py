@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from hashlib import sha256
 from pathlib import Path
 
 import cv2
@@ -11,10 +10,11 @@ import numpy as np
 import pytest
 
 from engine.data.preprocessed import load_preprocessed, preprocessing_sha256
-from engine.manifest import Manifest, save_engine
+from engine.manifest import save_engine
 from engine.protocol import InputSpec
 from engine.quantization.cache import Calibration
 from tests.support.grey import BOX, GREYS, grey_detector, harness
+from tests.support.manifests import PLAN, manifest
 from tests.support.photos import photo, reference
 
 pytestmark = pytest.mark.slow  # commands in processes of their own
@@ -234,26 +234,7 @@ def test_annotations_are_checked_before_anything_is_preprocessed(place: Path) ->
 def test_a_built_engine_is_what_images_are_made_for(place: Path) -> None:
     """Its manifest says what it takes; nothing of it runs here."""
     spec = InputSpec("image", (3, 30, 20), "int8", SCALE)
-    plan = b"a plan that no TensorRT made"
-    manifest = Manifest(
-        backend="tensorrt",
-        version="10.6.0",
-        gpu="NVIDIA H200",
-        compute_capabilities=("9.0",),
-        model="m.onnx",
-        onnx_sha256="0" * 64,
-        plugins=(),
-        metadata={},
-        engine_sha256=sha256(plan).hexdigest(),
-        engine_bytes=len(plan),
-        input=spec,
-        min_batch=1,
-        opt_batch=8,
-        max_batch=8,
-        options={},
-        seconds=1.0,
-    )
-    save_engine(place / "model.engine", plan, manifest)
+    save_engine(place / "model.engine", PLAN, manifest(input=spec))
     assert "2 images in" not in preprocess(place, "model.engine", "--cal_only")
     preprocess(place, "model.engine", "--val_only")
     made = load_preprocessed(place / "build/preprocessed_data/coco-val/int8_30x20", spec)

@@ -46,7 +46,8 @@ def target(tmp_path):
 def get(site, target, **options):
     notes = []
     digest = fetch(site.url + PATH, target, **{"notify": notes.append, **options})
-    assert digest == sha256(target.read_bytes()).hexdigest()
+    assert target.read_bytes() == site.files[PATH]
+    assert digest == sha256(site.files[PATH]).hexdigest()
     assert [path.name for path in target.parent.iterdir()] == [target.name]  # no part is left
     return notes
 
@@ -70,7 +71,6 @@ class Clock(threading.Event):
 def test_whole_file(site, target):
     steps = []
     assert get(site, target, progress=lambda *step: steps.append(step)) == []
-    assert target.read_bytes() == CONTENT
     assert steps[-1] == (len(CONTENT), len(CONTENT))
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
 
@@ -82,7 +82,6 @@ def test_known_hash_and_size(site, target):
 def test_broken_connection_is_resumed(site, target):
     site.faults[PATH] = [broken(300_000), broken(250_000)]
     notes = get(site, target)
-    assert target.read_bytes() == CONTENT
     assert asked_ranges(site) == [None, "bytes=300000-", "bytes=550000-"]
     etag = site.validators(PATH)["ETag"]
     assert [headers.get("If-Range") for _, headers in site.requests] == [None, etag, etag]
@@ -101,7 +100,6 @@ def test_stopped_transfer_is_resumed_by_the_next(site, target):
         get(site, target, stop=stop, progress=after_some)
     assert not target.exists()
     get(site, target)
-    assert target.read_bytes() == CONTENT
     assert asked_ranges(site) == [None, "bytes=400000-"]
 
 
@@ -112,7 +110,6 @@ def test_last_modified_serves_where_the_etag_is_weak_or_missing(site, target):
     ]
     get(site, target)
     assert site.requests[1][1]["If-Range"] == site.validators(PATH)["Last-Modified"]
-    assert target.read_bytes() == CONTENT
 
 
 def test_without_validator_the_rest_is_not_asked_for(site, target):
@@ -120,7 +117,6 @@ def test_without_validator_the_rest_is_not_asked_for(site, target):
     site.faults[PATH] = [broken(1000)]
     get(site, target)
     assert asked_ranges(site) == [None, None]
-    assert target.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("if_range", [True, False], ids=["if-range", "no-if-range"])
@@ -136,7 +132,6 @@ def test_file_that_changed_on_the_server(site, target, if_range, etag, length):
 
     site.faults[PATH] = [change]
     get(site, target)
-    assert target.read_bytes() == changed
 
 
 def test_changed_length_is_noticed_by_itself(site, target):
@@ -148,21 +143,18 @@ def test_changed_length_is_noticed_by_itself(site, target):
 
     site.faults[PATH] = [change]
     get(site, target)
-    assert target.read_bytes() == CONTENT[::-1] + b"more"
 
 
 def test_server_without_ranges(site, target):
     site.ranges = False
     site.faults[PATH] = [broken(1000), broken(500_000)]
     get(site, target)
-    assert target.read_bytes() == CONTENT
 
 
 def test_server_that_sends_another_range(site, target):
     site.faults[PATH] = [broken(1000), lambda handler: serve(handler, shift=1)]
     get(site, target)
     assert asked_ranges(site) == [None, "bytes=1000-", None]
-    assert target.read_bytes() == CONTENT
 
 
 def test_range_without_content_range(site, target):
@@ -170,7 +162,6 @@ def test_range_without_content_range(site, target):
     site.if_range = True
     site.ranges = False
     get(site, target)
-    assert target.read_bytes() == CONTENT
 
 
 def test_complete_part_is_taken_as_it_is(site, target):
@@ -186,14 +177,12 @@ def test_complete_part_is_taken_as_it_is(site, target):
     asked = len(site.requests)
     get(site, target)
     assert len(site.requests) == asked
-    assert target.read_bytes() == CONTENT
 
 
 def test_part_with_a_damaged_note_is_not_used(site, target):
     target.with_name("model.bin.part").write_bytes(b"x" * 1000)
     target.with_name("model.bin.part.json").write_bytes(b'{"url": ')
     get(site, target)
-    assert target.read_bytes() == CONTENT
 
 
 def test_part_of_another_address_is_not_used(site, target, tmp_path):
@@ -204,7 +193,6 @@ def test_part_of_another_address_is_not_used(site, target, tmp_path):
         fetch(site.url + "/other", target, notify=print)
     assert target.with_name("model.bin.part").stat().st_size == 1000
     get(site, target)
-    assert target.read_bytes() == CONTENT
 
 
 def test_announced_length_that_never_comes(site, target):
@@ -234,7 +222,6 @@ def test_chunked_transfer(site, target):
     site.faults[PATH] = [chunked(cut=5000), chunked()]
     get(site, target)
     assert asked_ranges(site) == [None, None]
-    assert target.read_bytes() == CONTENT
 
 
 def test_waits_grow_and_begin_anew_after_progress(site, target, monkeypatch):
@@ -246,7 +233,6 @@ def test_waits_grow_and_begin_anew_after_progress(site, target, monkeypatch):
     before, after = clock.waits[:3], clock.waits[3:]
     assert before == sorted(set(before))
     assert after == before[: len(after)]
-    assert target.read_bytes() == CONTENT
 
 
 def test_retry_after_is_kept_within_reason(site, target):
@@ -318,7 +304,6 @@ def test_what_cannot_be_the_file_does_not_cost_the_part(site, target, headers, p
         get(site, target, size=None if headers else 5)
     get(site, target)
     assert asked_ranges(site)[-1] == "bytes=1000-"
-    assert target.read_bytes() == CONTENT
 
 
 def test_empty_file_is_refused(site, target):
@@ -346,7 +331,6 @@ def test_redirects_keep_the_range(site, target):
     site.faults["/moved"] = [broken(5000)]
     get(site, target)
     assert asked_ranges(site) == [None, None, "bytes=5000-", "bytes=5000-"]
-    assert target.read_bytes() == CONTENT
 
 
 def test_proxy_of_the_environment(site, target, monkeypatch):

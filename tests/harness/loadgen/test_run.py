@@ -13,71 +13,34 @@ from engine.support.progress import progress_bar
 from harness.data.dataset import known_dataset
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.log import ACCURACY, DETAIL, SUMMARY, read_complete
-from harness.loadgen.settings import SCENARIOS, load_settings
+from harness.loadgen.settings import SCENARIOS
 from harness.loadgen.test import run_test
 from harness.results.report import find_results, print_table
 from harness.results.result import read_result
-from harness.results.run import Benchmark, run
+from harness.results.run import run
 from harness.results.run_all import new_log_dir
 from tests.support import ROOT
-from tests.support.harness_fakes import SHAPE, FakeEngine, Memory, detect
-
-TOTAL = 75  # no multiple of a batch, nor of the 20 samples in memory
-SHORT = {"min_duration_ms": 300, "min_query_count": 10, "performance_sample_count": 20}
-
-
-def short(scenario, **more):
-    targets = {"target_qps": 2000.0} if scenario == "Server" else {}
-    return load_settings([scenario], None, {**SHORT, **targets, **more})[0]
+from tests.support.harness_fakes import (
+    TOTAL,
+    FakeEngine,
+    Memory,
+    assert_complete,
+    benchmark,
+    short,
+)
 
 
 @pytest.mark.parametrize("max_batch", [None, 3], ids=["any batch", "batch 3"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_accuracy_run(scenario, max_batch, tmp_path):
-    """The log holds, for every sample, what the engine says to it when asked alone."""
     engine = FakeEngine(max_batch)
-    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
-    result = run(benchmark, short(scenario), "AccuracyOnly", tmp_path / "run")
-    log = json.loads((tmp_path / "run" / ACCURACY).read_text())
-    assert {entry["qsl_idx"] for entry in log} == set(range(TOTAL))
-    for entry in log:
-        index = entry["qsl_idx"]
-        detections, counts = detect(np.full((1, *SHAPE), index, np.float32))
-        rows = detections[0, : counts[0]]
-        rows[:, 0] = index
-        assert entry["data"] == rows.astype("<f4").tobytes().hex().upper()
+    result = run(benchmark(engine), short(scenario), "AccuracyOnly", tmp_path / "run")
+    assert_complete(tmp_path / "run")
     assert result.metric == "mAP"
     assert result.value is None and result.valid is None
     assert result.errors == ()
     assert engine.closed
     assert not (tmp_path / "run.partial").exists()
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_performance_run(scenario, tmp_path):
-    engine = FakeEngine(seconds=0.001)
-    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
-    qps = {"target_qps": 200.0} if scenario == "Server" else {}
-    settings = short(scenario, min_query_count=None, min_duration_ms=1000, **qps)
-    if scenario == "Offline":
-        settings = short(scenario)
-    result = run(benchmark, settings, "PerformanceOnly", tmp_path / "run")
-    summary = (tmp_path / "run" / SUMMARY).read_text()
-    assert f"Scenario : {scenario}" in summary
-    # few queries in little time: LoadGen's own verdict, which the report must repeat
-    assert ("Result is : VALID" in summary) == result.valid
-    assert result.valid == (result.errors == ())
-    if scenario != "Server":  # which needs 459 queries in time to be sure of its 99 %
-        assert result.valid, result.errors
-    latency = result.latency_ms
-    assert 0 < latency["min"] <= latency["p50"] <= latency["p99"] <= latency["max"]
-    assert latency["min"] >= 1
-    assert result.batch_latency_ms["min"] >= 1
-    assert result.settings["loadgen"]["performance_sample_count"] == 20
-    assert result.versions["loadgen"].startswith("6.")
-    expected = {"Offline": 8, "Server": 8, "SingleStream": 1, "MultiStream": 8}[scenario]
-    assert max(engine.batches) == expected
-    assert read_result(tmp_path / "run" / "result.json") == result
 
 
 def parse(summary, label):
@@ -86,22 +49,36 @@ def parse(summary, label):
 
 
 @pytest.mark.parametrize(
-    ("scenario", "label", "factor"),
+    ("scenario", "more", "label", "factor"),
     [
-        ("Offline", "Samples per second", 1),
-        ("Server", "Completed samples per second", 1),
-        ("SingleStream", "90.0th percentile latency (ns)", 1e-6),
-        ("MultiStream", "99.0th percentile latency (ns)", 1e-6),
+        ("Offline", {}, "Samples per second", 1),
+        ("Server", {"target_qps": 200.0}, "Completed samples per second", 1),
+        ("SingleStream", {}, "90.0th percentile latency (ns)", 1e-6),
+        # whose 99th percentile takes 662 queries
+        ("MultiStream", {"min_duration_ms": 1000}, "99.0th percentile latency (ns)", 1e-6),
     ],
 )
-def test_value_is_the_one_of_the_summary(scenario, label, factor, tmp_path):
-    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
-    result = run(benchmark, short(scenario), "PerformanceOnly", tmp_path / "run")
+def test_performance_run(scenario, more, label, factor, tmp_path):
+    engine = FakeEngine(seconds=0.001)
+    settings = short(scenario, **{"min_duration_ms": 200, **more})
+    result = run(benchmark(engine), settings, "PerformanceOnly", tmp_path / "run")
     summary = (tmp_path / "run" / SUMMARY).read_text()
+    assert f"Scenario : {scenario}" in summary
+    # few queries in little time: LoadGen's own verdict, which the report must repeat
+    assert ("Result is : VALID" in summary) == result.valid
+    assert result.valid == (result.errors == ())
+    if scenario != "Server":  # which needs 459 queries in time to be sure of its 99 %
+        assert result.valid, result.errors
     assert result.value == pytest.approx(parse(summary, label) * factor, rel=1e-4)
-    assert result.latency_ms["p99"] == pytest.approx(
-        parse(summary, "99.00 percentile latency (ns)") * 1e-6, rel=1e-4
-    )
+    latency = result.latency_ms
+    p99 = parse(summary, "99.00 percentile latency (ns)") * 1e-6
+    assert latency["p99"] == pytest.approx(p99, rel=1e-4)
+    assert 1 <= latency["min"] <= latency["p50"] <= latency["p99"] <= latency["max"]
+    assert result.batch_latency_ms["min"] >= 1
+    assert result.settings["loadgen"]["performance_sample_count"] == 20
+    assert result.versions["loadgen"].startswith("6.")
+    assert max(engine.batches) == (1 if scenario == "SingleStream" else 8)
+    assert read_result(tmp_path / "run" / "result.json") == result
 
 
 def test_offline_batches_are_full_but_the_last(tmp_path):
@@ -120,7 +97,9 @@ def test_offline_batches_are_full_but_the_last(tmp_path):
 def test_server_waits_for_company(tmp_path, delay, grown):
     """A sample a millisecond and an instant engine: only waiting makes batches of several."""
     engine = FakeEngine()
-    settings = short("Server", target_qps=1000.0, batch_size=64, batch_delay_ms=delay)
+    settings = short(
+        "Server", target_qps=1000.0, batch_size=64, batch_delay_ms=delay, min_duration_ms=200
+    )
     outcome = run_test(
         (engine,), Memory(TOTAL), settings, "PerformanceOnly", tmp_path, timeout_s=30
     )
@@ -131,19 +110,17 @@ def test_server_waits_for_company(tmp_path, delay, grown):
 def test_a_stale_audit_config_has_no_effect(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "audit.config").write_text("*.*.mode = 1\n")
-    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
-    run(benchmark, short("Offline"), "PerformanceOnly", tmp_path / "run")
+    run(benchmark(FakeEngine()), short("Offline"), "PerformanceOnly", tmp_path / "run")
     assert "Mode     : PerformanceOnly" in (tmp_path / "run" / SUMMARY).read_text()
 
 
-def test_progress_is_told(tmp_path):
+def test_progress_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.loadgen.test._POLLS_PER_REPORT", 1)
     told = []
-    engine = FakeEngine(seconds=0.02)
-    settings = short("SingleStream")
     run_test(
-        (engine,),
+        (FakeEngine(seconds=0.005),),
         Memory(TOTAL),
-        settings,
+        short("SingleStream"),
         "AccuracyOnly",
         tmp_path,
         timeout_s=30,
@@ -155,11 +132,19 @@ def test_progress_is_told(tmp_path):
     assert {total for _, total in told} == {TOTAL}
 
 
-def test_the_table_shows_paths_and_messages_as_they_are(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folders of a complete run in each mode."""
+    folder = tmp_path_factory.mktemp("runs")
+    for mode in ("PerformanceOnly", "AccuracyOnly"):
+        run(benchmark(FakeEngine()), short("Offline"), mode, folder / mode)
+    return folder
+
+
+def test_the_table_shows_paths_and_messages_as_they_are(finished, tmp_path, capsys):
     """Rich would read [nightly] as a style and [/v1] as the end of one."""
     folder = tmp_path / "[nightly]" / "[/v1]" / "[bold]"
-    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
-    result = run(benchmark, short("Offline"), "PerformanceOnly", folder)
+    result = read_result(finished / "PerformanceOnly" / "result.json")
     print_table([(folder, replace(result, pictures="[red]", warnings=("an [unfit] [/word]",)))])
     shown = capsys.readouterr().out
     assert f"logs in {folder}\n" in shown
@@ -178,9 +163,8 @@ def test_a_progress_bar_shows_its_title_as_it_is(monkeypatch):
 
 def test_an_existing_run_is_kept(tmp_path):
     (tmp_path / "run").mkdir()
-    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
     with pytest.raises(HarnessError, match="exists"):
-        run(benchmark, short("Offline"), "PerformanceOnly", tmp_path / "run")
+        run(benchmark(FakeEngine()), short("Offline"), "PerformanceOnly", tmp_path / "run")
 
 
 def test_a_run_takes_the_place_of_an_unfinished_one(tmp_path):
@@ -189,41 +173,31 @@ def test_a_run_takes_the_place_of_an_unfinished_one(tmp_path):
     (partial / "result.json").write_text("{")
     with pytest.raises(HarnessError, match="no result"):
         find_results([tmp_path])
-    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
-    result = run(benchmark, short("Offline"), "PerformanceOnly", tmp_path / "run")
+    result = run(benchmark(FakeEngine()), short("Offline"), "PerformanceOnly", tmp_path / "run")
     assert find_results([tmp_path]) == [(tmp_path / "run", result)]
 
 
 def test_after_a_failed_run_the_next_one_works(tmp_path):
-    bad = Benchmark((FakeEngine(fault="raise"),), Memory(TOTAL), None, 30)
+    bad = benchmark(FakeEngine(fault="raise"))
     with pytest.raises(RunFailedError, match="Offline AccuracyOnly: RuntimeError: no more memory"):
         run(bad, short("Offline", batch_size=2), "AccuracyOnly", tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
     assert not (tmp_path / "bad.partial" / ACCURACY).exists()
     assert "in infer" in (tmp_path / "bad.partial" / "error.txt").read_text()
-    good = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
-    assert run(good, short("Offline"), "AccuracyOnly", tmp_path / "good").errors == ()
+    good = run(benchmark(FakeEngine()), short("Offline"), "AccuracyOnly", tmp_path / "good")
+    assert good.errors == ()
 
 
 def test_labels_are_held_against_the_categories(tmp_path, monkeypatch):
     """The demo's annotations have 80."""
     monkeypatch.chdir(ROOT)
     demo = known_dataset("demo", "val", tmp_path)
-    wrong = Benchmark((FakeEngine(fault="label", seconds=0.002),), Memory(TOTAL), demo, 30)
+    wrong = replace(benchmark(FakeEngine(fault="label", seconds=0.002)), dataset=demo)
+    settings = short("Offline", min_duration_ms=300)
     with pytest.raises(RunFailedError, match=r"a label outside 1\.\.80 .* 81\)"):
-        run(wrong, short("Offline"), "PerformanceOnly", tmp_path / "run")
+        run(wrong, settings, "PerformanceOnly", tmp_path / "run")
     unknown = replace(wrong, dataset=replace(demo, annotations=tmp_path / "none.json"))
-    run(unknown, short("Offline"), "PerformanceOnly", tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Folders of a complete run in each mode."""
-    folder = tmp_path_factory.mktemp("runs")
-    benchmark = Benchmark((FakeEngine(),), Memory(TOTAL), None, 30)
-    for mode in ("PerformanceOnly", "AccuracyOnly"):
-        run(benchmark, short("Offline"), mode, folder / mode)
-    return folder
+    run(unknown, settings, "PerformanceOnly", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

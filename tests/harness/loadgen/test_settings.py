@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import mlperf_loadgen as lg
 import pytest
@@ -26,7 +24,7 @@ from harness.loadgen.settings import (
     load_settings,
     user_conf,
 )
-from tests.support import ROOT
+from tests.support import attempt
 from tests.support.formats import Sample, damages
 
 # MLPerf Inference v2.0 rules for ssd-resnet34, and the seeds of the installed LoadGen's own model
@@ -113,13 +111,7 @@ settings.apply(offline, "PerformanceOnly", Path(sys.argv[1]))
 
 def test_a_file_that_loadgen_refuses_is_an_error(tmp_path):
     """In a process of its own, for LoadGen's complaint comes into the log of the next run."""
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED, tmp_path / "user.conf"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = attempt("-c", REFUSED, tmp_path / "user.conf")
     assert re.search(
         r"^harness\.errors\.HarnessError: LoadGen refused .*user\.conf", done.stderr, re.M
     )
@@ -151,12 +143,8 @@ def test_file_and_overrides(tmp_path):
             "[Server]\ntarget_latency_ms = 12.7",
             "Server.target_latency_ms: a valid integer expected, not 12.7",
         ),
-        ("[Server]\ntarget_qps = 'fast'", 'Server.target_qps: a valid number expected, not "fast"'),
         ("[Server]\ntarget_qps = nan", "Server.target_qps: .* expected, not NaN"),
         ("[Server]\nbatch_size = 0", "Server.batch_size: greater than 0 expected, not 0"),
-        ("[Server]\nbatch_size = true", "Server.batch_size: a valid integer expected, not true"),
-        ("[Server", "cannot read"),
-        ("[Server]\ntarget_qps = 2020-01-01", "Server.target_qps: a valid number expected"),
         ("[Server]\ntarget_qps = " + "[" * 100_000, "cannot read it: more than 64 lists"),
         ("batch_size = '8'", 'settings.toml: batch_size: a valid integer expected, not "8"'),
     ],
@@ -225,11 +213,6 @@ def test_damage_is_named_by_its_path(tmp_path_factory, damage):
         load("Offline", path)
     assert str(caught.value).startswith(f"{path}: {damage.says}")
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(HarnessError, match=r"none\.toml"):
-        load("Server", tmp_path / "none.toml")
 
 
 def test_an_override_that_no_scenario_has_is_refused():

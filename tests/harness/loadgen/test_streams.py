@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import weakref
 
@@ -12,41 +11,27 @@ import pytest
 
 from engine.protocol import InputSpec
 from harness.errors import HarnessError, RunFailedError
-from harness.loadgen.log import ACCURACY
-from harness.loadgen.settings import SCENARIOS, load_settings
+from harness.loadgen.settings import SCENARIOS
 from harness.loadgen.test import run_test
-from harness.results.run import ERROR, Benchmark, run
-from tests.support.harness_fakes import SHAPE, FakeEngine, Memory, PipelinedEngine, detect
-
-TOTAL = 75
-SHORT = {"min_duration_ms": 300, "min_query_count": 10, "performance_sample_count": 20}
-
-
-def short(scenario, **more):
-    targets = {"target_qps": 2000.0} if scenario == "Server" else {}
-    return load_settings([scenario], None, {**SHORT, **targets, **more})[0]
-
-
-def assert_complete(directory):
-    """The log holds, for every sample, what the engine says to it when asked alone."""
-    log = json.loads((directory / ACCURACY).read_text())
-    assert {entry["qsl_idx"] for entry in log} == set(range(TOTAL))
-    for entry in log:
-        index = entry["qsl_idx"]
-        detections, counts = detect(np.full((1, *SHAPE), index, np.float32))
-        rows = detections[0, : counts[0]]
-        rows[:, 0] = index
-        assert entry["data"] == rows.astype("<f4").tobytes().hex().upper()
+from harness.results.run import ERROR, run
+from tests.support.harness_fakes import (
+    TOTAL,
+    FakeEngine,
+    Memory,
+    PipelinedEngine,
+    assert_complete,
+    benchmark,
+    short,
+)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_devices_streams_and_batches_in_flight(scenario, depth, tmp_path):
     engines = tuple(PipelinedEngine(depth, device=f"fake:{number}") for number in range(2))
-    benchmark = Benchmark(engines, Memory(TOTAL), None, 30)
     more = {"batch_size": 3} if scenario in {"Offline", "Server"} else {}
     settings = short(scenario, streams=2, **more)
-    result = run(benchmark, settings, "AccuracyOnly", tmp_path / "run")
+    result = run(benchmark(*engines), settings, "AccuracyOnly", tmp_path / "run")
     assert_complete(tmp_path / "run")
     assert result.engine["devices"] == ["fake:0", "fake:1"]
     assert "device" not in result.engine
@@ -109,9 +94,9 @@ def test_every_session_is_warm_for_every_size_before_loadgen_starts(tmp_path):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_others_do_what_a_lost_session_had(scenario, fault, tmp_path):
     engine = PipelinedEngine(fault=fault, batches_before_fault=11)  # those of the warm-up
-    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
     more = {"batch_size": 1} if scenario in {"Offline", "Server"} else {}
-    result = run(benchmark, short(scenario, streams=3, **more), "AccuracyOnly", tmp_path / "run")
+    settings = short(scenario, streams=3, **more)
+    result = run(benchmark(engine), settings, "AccuracyOnly", tmp_path / "run")
     assert_complete(tmp_path / "run")
     assert result.errors == ()
     (warning,) = result.warnings
@@ -123,9 +108,8 @@ def test_the_others_do_what_a_lost_session_had(scenario, fault, tmp_path):
 @pytest.mark.parametrize("scenario", ["Offline", "Server"])
 def test_the_others_go_on_without_a_session_lost_in_the_warm_up(scenario, before, fault, tmp_path):
     engine = PipelinedEngine(fault=fault, batches_before_fault=before)
-    benchmark = Benchmark((engine,), Memory(TOTAL), None, 5)
     settings = short(scenario, streams=3, batch_size=3)
-    result = run(benchmark, settings, "AccuracyOnly", tmp_path / "run")
+    result = run(benchmark(engine, timeout_s=5), settings, "AccuracyOnly", tmp_path / "run")
     assert_complete(tmp_path / "run")
     assert result.warnings == (
         "session 0 on fake:0 was lost, 2 of 3 left: the GPU has fallen off the bus",
@@ -136,18 +120,16 @@ def test_the_others_go_on_without_a_session_lost_in_the_warm_up(scenario, before
 @pytest.mark.parametrize("fault", ["lost in open", "lost in submit", "lost in result"])
 def test_a_warm_up_that_no_session_survives_ends_the_run(fault, tmp_path):
     engine = PipelinedEngine(fault=fault, all_faulty=True, batches_before_fault=1)
-    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
     with pytest.raises(RunFailedError, match="PerformanceOnly: the GPU has fallen off the bus"):
-        run(benchmark, short("Server", streams=3), "PerformanceOnly", tmp_path / "run")
+        run(benchmark(engine), short("Server", streams=3), "PerformanceOnly", tmp_path / "run")
     assert "fallen off the bus" in (tmp_path / "run.partial" / ERROR).read_text()
 
 
 def test_settings_that_loadgen_refuses_leave_no_session_open(tmp_path):
     engine = PipelinedEngine()
-    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
     settings = short("SingleStream", streams=2, min_query_count=2**70)
     with pytest.raises(HarnessError, match="LoadGen took min_query_count"):
-        run(benchmark, settings, "PerformanceOnly", tmp_path / "run")
+        run(benchmark(engine), settings, "PerformanceOnly", tmp_path / "run")
     assert [session.closed for session in engine.sessions] == [True, True]
     partial = tmp_path / "run.partial"
     assert "HarnessError: LoadGen took min_query_count" in (partial / ERROR).read_text()
@@ -155,19 +137,17 @@ def test_settings_that_loadgen_refuses_leave_no_session_open(tmp_path):
 
 def test_a_performance_run_with_a_lost_session_counts(tmp_path):
     engine = PipelinedEngine(fault="lost in result")
-    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
     settings = short("Offline", streams=2)
-    result = run(benchmark, settings, "PerformanceOnly", tmp_path / "run")
+    result = run(benchmark(engine), settings, "PerformanceOnly", tmp_path / "run")
     assert result.valid, result.errors
     assert len(result.warnings) == 1
 
 
 def test_a_run_ends_with_its_last_session(tmp_path):
     engine = PipelinedEngine(fault="lost in result", all_faulty=True)
-    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
     settings = short("Offline", streams=3, min_query_count=5000)
     with pytest.raises(RunFailedError, match="PerformanceOnly: the GPU has fallen off the bus"):
-        run(benchmark, settings, "PerformanceOnly", tmp_path / "run")
+        run(benchmark(engine), settings, "PerformanceOnly", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -175,18 +155,17 @@ def test_a_run_ends_with_its_last_session(tmp_path):
 @pytest.mark.parametrize("scenario", ["Offline", "Server", "MultiStream"])
 def test_any_other_error_of_one_session_ends_the_run(scenario, fault, tmp_path):
     engine = PipelinedEngine(fault=fault, batches_before_fault=BEFORE[scenario])
-    benchmark = Benchmark((engine,), Memory(TOTAL), None, 30)
     settings = short(scenario, streams=3, **MANY[scenario])
     message = "out of memory" if fault.startswith("memory") else "RuntimeError: no more luck"
     with pytest.raises(RunFailedError, match=f"PerformanceOnly: .*{message}"):
-        run(benchmark, settings, "PerformanceOnly", tmp_path / "run")
+        run(benchmark(engine), settings, "PerformanceOnly", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 BEFORE = {"Offline": 30, "Server": 30, "MultiStream": 15}
 MANY = {
     "Offline": {"min_query_count": 5000},
-    "Server": {"min_query_count": 2000},
+    "Server": {"min_query_count": 2000, "target_qps": 20_000.0},
     "MultiStream": {"min_query_count": 200},
 }
 
@@ -239,8 +218,8 @@ def test_engines_that_differ_are_refused():
     other_images = FakeEngine()
     other_images.input_spec = InputSpec("image", (3, 8, 8), "float32")
     with pytest.raises(HarnessError, match="different images"):
-        Benchmark((FakeEngine(), other_images), Memory(TOTAL), None, 30)
+        benchmark(FakeEngine(), other_images)
     other_model = FakeEngine()
     other_model.manifest = {"backend": "fake", "onnx_sha256": "11"}
     with pytest.raises(HarnessError, match="different models: SHA-256 None, 11"):
-        Benchmark((FakeEngine(), other_model), Memory(TOTAL), None, 30)
+        benchmark(FakeEngine(), other_model)

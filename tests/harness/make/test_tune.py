@@ -23,7 +23,6 @@ from harness.make.tune import (
     put,
     read_config,
     search,
-    write_config,
 )
 from tests.support import ROOT
 from tests.support.harness_fakes import FakeEngine, Memory
@@ -151,7 +150,7 @@ def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
     path = folder / "here.toml"
     document = read_config(path, "ssd-resnet34-demo", "cpu")
     put(document, Tuning("onnxruntime", "cpu", 64, 5), found)
-    write_config(path, document.as_string())
+    path.write_text(document.as_string())
     assert tomllib.loads(path.read_text())["system"]["cpu"] == module.cpu_name()
     monkeypatch.setattr(module, "gpu_name", lambda: None)
     config = module.system_config("ssd-resnet34-demo", "default", None)
@@ -165,7 +164,7 @@ def test_the_file_says_what_was_found(tmp_path, monkeypatch, found):
 def tuned_file(path, monkeypatch, found):
     """Let `harness tune` put `found` into the file of this machine at `path`."""
     monkeypatch.setattr("harness.make.tune.tune", lambda *_: found)
-    files = [f"--build-dir={path.parent / 'build'}", f"--output={path}"]
+    files = [f"--build-dir={path.parent / 'build'}", f"--output={path}", "--force"]
     monkeypatch.setattr("sys.argv", ["harness", "tune", *files, "--engine=cudnn", "--device=cuda"])
     main()
 
@@ -240,3 +239,22 @@ def test_a_file_of_another_kind_is_refused_before_the_trials(
         tuned_file(path, monkeypatch, None)
     assert message in capsys.readouterr().err
     assert path.read_text() == content
+
+
+def test_a_file_of_the_user_is_not_changed_without_being_asked(tmp_path, monkeypatch, capsys):
+    path, weights = tmp_path / "mine.toml", tmp_path / "weights.onnx"
+    path.write_text("[system]\nbenchmark = 'ssd-resnet34'\ngpu = 'NVIDIA'\n")
+    weights.hardlink_to(path)
+    monkeypatch.setattr("harness.make.tune.gpu_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr("harness.make.tune.tune", pytest.fail)
+    before = path.read_text()
+    command = ["harness", "tune", "--engine=cudnn", "--device=cuda", "-o", str(path)]
+    for more, message in (
+        ([], "exists already: name another, or pass --force to change it"),
+        (["--force", "--weights", str(weights)], "is the input; give the output another name"),
+    ):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert capsys.readouterr().err == f"harness: error: {path}: {message}\n"
+    assert path.read_text() == before

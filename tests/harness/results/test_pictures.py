@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -15,10 +16,10 @@ from harness.results.pictures import draw_detections
 NAMES = ["cat", "dog"]
 
 
-@pytest.fixture
-def image_dir(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six grey images, larger than the enlarging goes, of different shapes."""
-    folder = tmp_path / "images"
+    folder = tmp_path_factory.mktemp("pictures") / "images"
     folder.mkdir()
     for number in range(6):
         image = np.full((800 + 100 * number, 1000, 3), 128, np.uint8)
@@ -39,14 +40,19 @@ def draw(image_dir: Path, rows: list[tuple[float, ...]], limit: int = 6, **optio
     return [cv2.imread(str(path)).astype(int) for path in paths]
 
 
+@pytest.fixture(scope="module")
+def plain(image_dir: Path) -> list:
+    """The montage and the pictures without a box."""
+    return draw(image_dir, [])
+
+
 def changed(picture: np.ndarray, plain: np.ndarray) -> np.ndarray:
     """Mask of drawn pixels, without what JPEG adds around them."""
     return np.abs(picture - plain).max(axis=2) > 40
 
 
 @pytest.mark.slow
-def test_boxes_are_drawn_on_their_image_at_their_place(image_dir: Path) -> None:
-    plain = draw(image_dir, [])
+def test_boxes_are_drawn_on_their_image_at_their_place(image_dir: Path, plain: list) -> None:
     # two boxes on image 2, which is 1000 high: one clear of the other
     drawn = draw(image_dir, [(2, 0.2, 0.1, 0.5, 0.4, 0.9, 1), (2, 0.6, 0.5, 0.9, 0.95, 0.4, 2)])
     for number in (0, 1, 3, 4, 5):
@@ -65,22 +71,22 @@ def test_boxes_are_drawn_on_their_image_at_their_place(image_dir: Path) -> None:
 
 
 def test_labels_have_colours_of_their_own(image_dir: Path) -> None:
-    same = draw(image_dir, [(0, 0.2, 0.1, 0.8, 0.4, 0.9, 1), (0, 0.2, 0.6, 0.8, 0.9, 0.9, 1)])
-    other = draw(image_dir, [(0, 0.2, 0.1, 0.8, 0.4, 0.9, 1), (0, 0.2, 0.6, 0.8, 0.9, 0.9, 2)])
-    first, second = same[1][400, 100], same[1][400, 600]
-    np.testing.assert_allclose(first, second, atol=25)
-    assert np.abs(other[1][400, 600] - first).max() > 80
+    tops = (0.1, 1), (0.4, 1), (0.7, 2)
+    drawn = draw(image_dir, [(0, top, 0.1, top + 0.2, 0.8, 0.9, label) for top, label in tops])
+    first, same, other = (drawn[1][int(800 * top) + 80, 100] for top, _ in tops)
+    np.testing.assert_allclose(first, same, atol=25)
+    assert np.abs(other - first).max() > 80
 
 
-def test_low_scores_are_not_drawn(image_dir: Path) -> None:
-    plain = draw(image_dir, [])
-    row = (1, 0.2, 0.1, 0.5, 0.4)
-    assert not changed(draw(image_dir, [(*row, 0.29, 1)])[2], plain[2]).any()
-    assert changed(draw(image_dir, [(*row, 0.31, 1)])[2], plain[2]).any()
+def test_low_scores_are_not_drawn(image_dir: Path, plain: list) -> None:
+    drawn = draw(
+        image_dir, [(n, 0.2, 0.1, 0.5, 0.4, score, 1) for n, score in ((1, 0.29), (2, 0.31))]
+    )
+    assert not changed(drawn[2], plain[2]).any()
+    assert changed(drawn[3], plain[3]).any()
 
 
-def test_boxes_beyond_the_edge_stay_in_the_picture(image_dir: Path) -> None:
-    plain = draw(image_dir, [])
+def test_boxes_beyond_the_edge_stay_in_the_picture(image_dir: Path, plain: list) -> None:
     drawn = draw(image_dir, [(0, -0.4, -0.3, 1.7, 1.2, 0.9, 1), (5, 0.5, 0.5, 0.5, 0.5, 0.9, 2)])
     mask = changed(drawn[1], plain[1])
     assert mask[:, 0].mean() > 0.9
@@ -88,8 +94,7 @@ def test_boxes_beyond_the_edge_stay_in_the_picture(image_dir: Path) -> None:
     assert changed(drawn[6], plain[6]).any()
 
 
-def test_annotations_are_dashed(image_dir: Path) -> None:
-    plain = draw(image_dir, [])
+def test_annotations_are_dashed(image_dir: Path, plain: list) -> None:
     annotation = {"id": 1, "image_id": 8, "category_id": 4, "area": 1, "iscrowd": 0}
     content = {
         "images": [{"id": 8, "file_name": "3.png", "height": 1100, "width": 1000}],
@@ -117,7 +122,8 @@ def test_the_images_are_spread_and_limited(image_dir: Path) -> None:
         draw_detections(image_dir, FILES, np.empty((0, 7), np.float32), NAMES, out, limit=0)
 
 
-def test_faults(image_dir: Path) -> None:
+def test_faults(image_dir: Path, tmp_path: Path) -> None:
+    image_dir = Path(shutil.copytree(image_dir, tmp_path / "images"))
     with pytest.raises(HarnessError, match="label 3 has no name; there are 2"):
         draw(image_dir, [(0, 0.2, 0.1, 0.5, 0.4, 0.9, 3)])
     (image_dir / "4.png").write_bytes((image_dir / "4.png").read_bytes()[:100])

@@ -71,7 +71,7 @@ def test_a_result_comes_back(tmp_path_factory, result):
 
 
 @given(damages(SAMPLE))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_damage_is_named_by_its_path(tmp_path_factory, damage):
     path = tmp_path_factory.getbasetemp() / "damaged.json"
     path.write_text(json.dumps(damage.document))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -21,9 +18,8 @@ from harness.results.report import find_results
 from harness.submission import compliance
 from harness.submission.compliance import check_compliance, find_bases
 from harness.submission.rules import verify_performance, verify_same_sample
-from tests.support import ROOT
 from tests.support.compliance_runs import TOTAL, CheatingEngine, base_runs, benchmark
-from tests.support.grey import BOX, grey_detector
+from tests.support.grey import BOX, grey_detector, harness
 
 KEYS = {
     "Offline": "result_samples_per_second",
@@ -271,20 +267,6 @@ def test_a_test_is_not_run_over_another(place, tmp_path):
     (place["Offline"].directory / "TEST05").mkdir()
     with pytest.raises(HarnessError, match="TEST05 exists; remove it"):
         check_compliance(cheater(tmp_path), place["Offline"], "TEST05")
-
-
-def harness(place, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", *map(str, arguments)],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "BUILD_DIR": "build"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert "Traceback" not in done.stderr
-    return done
 
 
 @pytest.mark.slow

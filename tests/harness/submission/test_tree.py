@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from harness.submission.description import MEASUREMENT_FIELDS, SYSTEM_FIELDS, lo
 from harness.submission.tree import truncated, write_submission
 from tests.support import ROOT
 from tests.support.compliance_runs import SYSTEM
+from tests.support.grey import harness
 from tests.support.submissions import DETAIL, LOG, MODEL, OWNER, SUMMARY, owner, submit
 
 TESTS = ("TEST01", "TEST04-A", "TEST04-B", "TEST05")
@@ -216,33 +215,19 @@ def test_a_missing_run_is_refused(runs, tmp_path):
         submit(tmp_path / "copy", tmp_path)
 
 
-def harness(*arguments, cwd=ROOT):
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert "Traceback" not in done.stderr
-    return done
-
-
 @pytest.mark.slow
 def test_commands(runs, good, tmp_path):
     system = tmp_path / "system.toml"
     system.write_text(OWNER)
     options = ["--submitter", "Acme", "--division", "closed", "--system", system]
-    done = harness("submission", *options, "-o", tmp_path / "tree", runs / "logs")
+    done = harness(ROOT, "submission", *options, "-o", tmp_path / "tree", runs / "logs")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(tmp_path / "tree" / "closed" / "Acme")
-    done = harness("submission", "--check", tmp_path / "tree")
+    done = harness(ROOT, "submission", "--check", tmp_path / "tree")
     assert done.returncode == 1
     line = next(line for line in done.stdout.splitlines() if "at least 600000" in line)
     assert line.startswith(f"error: {tmp_path / 'tree' / 'closed' / 'Acme' / 'results'}")
-    done = harness("submission", "--check", good)
+    done = harness(ROOT, "submission", "--check", good)
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[-1].startswith("0 errors, ")
 
@@ -260,7 +245,7 @@ def test_commands(runs, good, tmp_path):
     ],
 )
 def test_user_errors_are_one_line(arguments, message, tmp_path):
-    done = harness(*arguments, cwd=tmp_path)
+    done = harness(tmp_path, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("harness: error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr

@@ -9,21 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
 from engine.errors import EngineError
 from engine.load import load_engine
-from engine.manifest import Manifest, check_plugins, load_manifest, plugin_library, save_engine
+from engine.manifest import check_plugins, load_manifest, plugin_library, save_engine
 from harness.cli.main import main
 from harness.errors import HarnessError
 from harness.loadgen.settings import SCENARIOS
 from harness.triton.repository import write_repository
 from tests.support.int8_models import write_int8
+from tests.support.manifests import PLAN, manifest
 
 pb = pytest.importorskip(
     "tritonclient.grpc.model_config_pb2", reason="needs tritonclient[grpc]", exc_type=ImportError
 )
-PLAN = b"a plan that no TensorRT made"
 
 
 def read_config(path: Path):
@@ -51,25 +52,14 @@ def engine(int8, tmp_path):
     registering = plugin.with_name("libnmsoptplugin_register.so")
     registering.write_bytes(b"a library that registers the other")
     path = folder / "model.engine"
-    manifest = Manifest(
-        backend="tensorrt",
-        version="10.16.1.11",
-        gpu="NVIDIA H100 80GB HBM3",
-        compute_capabilities=("9.0",),
-        model="model.onnx",
+    said = manifest(
         onnx_sha256=sha256(int8.read_bytes()).hexdigest(),
         plugins=(plugin_library(path, plugin),),
         metadata={},
-        engine_sha256=sha256(PLAN).hexdigest(),
-        engine_bytes=len(PLAN),
         input=load_engine("onnxruntime", int8).input_spec,
-        min_batch=1,
         opt_batch=16,
-        max_batch=16,
-        options={},
-        seconds=1.0,
     )
-    save_engine(path, PLAN, manifest)
+    save_engine(path, PLAN, said)
     return path
 
 
@@ -237,13 +227,9 @@ def test_a_folder_is_never_overwritten(int8, tmp_path):
 
 
 def test_no_detector(tmp_path):
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Identity", ["x"], ["y"])],
-        "g",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])],
-    )
-    onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
+    head, shape = '<ir_version: 10, opset_import: ["": 18]>', "float[n,3,8,8]"
+    model = onnx.parser.parse_model(f"{head} g ({shape} x) => ({shape} y) {{ y = Identity (x) }}")
+    onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(EngineError, match="no outputs detections"):
         write_repository(tmp_path / "m.onnx", tmp_path / "models", "python")
 

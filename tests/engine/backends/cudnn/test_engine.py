@@ -8,7 +8,6 @@ So ONNX Runtime's own heads differ by 25 to 40 dB with and without them.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -31,7 +30,7 @@ from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
 from plugin_cuda.errors import PluginError
 from plugin_cuda.int8_layers import PackShape, PoolShape, load_layers_library, max_pool, pack
-from tests.support import ROOT
+from tests.support import attempt
 from tests.support.calibrated import run, snr_db, write_images
 from tests.support.cudnn_gpu import cudnn_missing
 from tests.support.demo_images import demo_images
@@ -100,14 +99,8 @@ def test_the_command_says_what_to_install(tmp_path):
     model = tmp_path / "model.onnx"
     model.write_bytes(b"")
     hide = "import sys; sys.modules['cudnn'] = None; from harness.cli.main import main; main()"
-    arguments = ["run", str(model), "--engine", "cudnn", "--device", "cuda"]
-    done = subprocess.run(
-        [sys.executable, "-c", hide, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    arguments = ["run", model, "--engine", "cudnn", "--device", "cuda"]
+    done = attempt("-c", hide, *arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "pip install 'ssd-resnet34-trt[cudnn]'" in done.stderr

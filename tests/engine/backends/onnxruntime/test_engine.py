@@ -6,8 +6,8 @@ import hashlib
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from engine.errors import EngineError
 from engine.load import load_engine
@@ -17,83 +17,44 @@ SIZE = 4
 KEEP = 3
 
 
+OUTPUTS = {"detections": f"float[{{batch}},{KEEP},7]", "num_detections": "{count}[{batch}]"}
+
+
 def tiny_model(
     path,
     *,
     batch="batch",
-    kind=TensorProto.FLOAT,
+    kind="float",
     metadata=None,
     function=False,
     shape=(3, SIZE, SIZE),
-    outputs=("detections", "num_detections"),
-    count_kind=TensorProto.INT32,
+    outputs=OUTPUTS,
+    count="int32",
 ):
     """Each image's mean m gives KEEP rows (0, m, m, m, m, m, m), of which one is valid."""
-    to_float = helper.make_node("Cast", ["image"], ["real"], to=TensorProto.FLOAT)
-    nodes = [
-        to_float,
-        helper.make_node("ReduceMean", ["real", "axes"], ["mean"], keepdims=0),
-        helper.make_node("Unsqueeze", ["mean", "last"], ["column"]),
-        helper.make_node("Unsqueeze", ["column", "last"], ["cube"]),
-        helper.make_node("Mul", ["cube", "mask"], ["detections"]),
-        helper.make_node("Shape", ["mean"], ["count"]),
-        helper.make_node(
-            "ConstantOfShape",
-            ["count"],
-            ["num_detections"],
-            value=helper.make_tensor("v", count_kind, [1], [1]),
-        ),
-    ]
-    mask = np.ones((1, KEEP, 7), np.float32)
-    mask[..., 0] = 0
-    constants = {
-        "axes": np.array([1, 2, 3]),
-        "last": np.array([-1]),
-        "mask": mask,
-    }
-    functions = []
+    mask = ", ".join("0111111" * KEEP)
+    body = f"""
+        real = Cast <to = 1> (image)
+        axes = Constant <value = int64[3] {{1, 2, 3}}> ()
+        mean = ReduceMean <keepdims = 0> (real, axes)
+        last = Constant <value = int64[2] {{-1, -2}}> ()
+        cube = Unsqueeze (mean, last)
+        mask = Constant <value = float[1,{KEEP},7] {{{mask}}}> ()
+        detections = Mul (cube, mask)
+        count = Shape (mean)
+        num_detections = ConstantOfShape <value = {count}[1] {{1}}> (count)"""
+    definition = ""
     if function:
-        constant_nodes = [
-            helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
-            for name, value in constants.items()
-        ]
-        functions = [
-            helper.make_function(
-                "trt.plugins",
-                "NMS_OPT_TRT",
-                ["image"],
-                ["detections", "num_detections"],
-                constant_nodes + nodes,
-                [helper.make_opsetid("", 18)],
-            )
-        ]
-        nodes = [
-            helper.make_node(
-                "NMS_OPT_TRT", ["image"], ["detections", "num_detections"], domain="trt.plugins"
-            )
-        ]
-        constants = {}
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info("image", kind, [batch, *shape])],
-        [
-            value
-            for value in (
-                helper.make_tensor_value_info("detections", TensorProto.FLOAT, [batch, KEEP, 7]),
-                helper.make_tensor_value_info("num_detections", count_kind, [batch]),
-            )
-            if value.name in outputs
-        ],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(
-        graph,
-        functions=functions,
-        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("trt.plugins", 1)],
-        ir_version=10,
-    )
-    helper.set_model_props(model, metadata or {})
+        definition = f"""
+            <domain: "trt.plugins", opset_import: ["": 18]>
+            NMS_OPT_TRT (image) => (detections, num_detections) {{{body}}}"""
+        body = "detections, num_detections = trt.plugins.NMS_OPT_TRT (image)"
+    ends = ", ".join(f"{OUTPUTS[name]} {name}".format(batch=batch, count=count) for name in outputs)
+    image = ",".join(map(str, (batch, *shape)))
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 18, "trt.plugins": 1]>
+        tiny ({kind}[{image}] image) => ({ends}) {{{body}}}{definition}""")
+    onnx.helper.set_model_props(model, metadata or {})
     onnx.save(model, path)
     return path
 
@@ -113,9 +74,7 @@ def test_infers_float32(batch, function, tmp_path):
 
 
 def test_infers_int8_with_its_scale(tmp_path):
-    path = tiny_model(
-        tmp_path / "m.onnx", kind=TensorProto.INT8, metadata={"input_scale": "0.0207"}
-    )
+    path = tiny_model(tmp_path / "m.onnx", kind="int8", metadata={"input_scale": "0.0207"})
     engine = load_engine("onnxruntime", path, threads=1)
     assert engine.input_spec == InputSpec("image", (3, SIZE, SIZE), "int8", 0.0207)
     images = np.full((2, 3, SIZE, SIZE), -5, np.int8)
@@ -167,21 +126,18 @@ def test_manifest_names_the_file_by_its_hash(tmp_path):
     assert manifest["outputs"] == {"detections": [KEEP, 7], "num_detections": []}
 
 
-INT8 = TensorProto.INT8
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": INT8}, "int8 input without the metadata 'input_scale'"),
-        ({"kind": INT8, "metadata": {"input_scale": "often"}}, "'often'"),
-        ({"kind": INT8, "metadata": {"input_scale": "-1"}}, "'-1'"),
-        ({"kind": INT8, "metadata": {"input_scale": "nan"}}, "'nan'"),
-        ({"kind": TensorProto.UINT8}, "float32 or int8 expected"),
+        ({"kind": "int8"}, "int8 input without the metadata 'input_scale'"),
+        ({"kind": "int8", "metadata": {"input_scale": "often"}}, "'often'"),
+        ({"kind": "int8", "metadata": {"input_scale": "-1"}}, "'-1'"),
+        ({"kind": "int8", "metadata": {"input_scale": "nan"}}, "'nan'"),
+        ({"kind": "uint8"}, "float32 or int8 expected"),
         ({"shape": (3, "h", SIZE)}, "fixed H and W"),
         ({"shape": (1, SIZE, SIZE)}, r"\[N, 3, H, W\]"),
         ({"outputs": ("detections",)}, "no output 'num_detections'"),
-        ({"count_kind": TensorProto.INT64}, "tensor.int32. with 1 dimension"),
+        ({"count": "int64"}, "tensor.int32. with 1 dimension"),
     ],
 )
 def test_other_models_are_refused(options, message, tmp_path):

@@ -6,18 +6,20 @@ the backend tensorrt.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 from engine.backends.tensorrt.build import BuildOptions, build
+from engine.backends.tensorrt.layers import describe_plan
+from engine.backends.tensorrt.refit import refit
 from engine.backends.triton import engine as triton
 from engine.backends.triton.config import KNOWN_PARAMETER
 from engine.backends.triton.known import KnownAnswers
 from engine.backends.triton.memory import SystemMemory
+from engine.comparison.files import compare_files
 from engine.data.matching import match_detections
 from engine.errors import EngineError
 from engine.load import load_engine
@@ -30,7 +32,7 @@ from harness.data.dataset import known_dataset
 from harness.data.preprocess import preprocess
 from harness.triton.repository import write_repository
 from harness.triton.server import find_server, running_server, server_backends
-from tests.support import ROOT
+from tests.support import ROOT, attempt, command
 
 cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 pytest.importorskip("tensorrt", reason="needs TensorRT", exc_type=(ImportError, OSError))
@@ -45,18 +47,6 @@ pytestmark = [
 
 IMAGES = 32
 CHECKPOINT = ROOT / "demo" / "ssd-resnet34-demo.safetensors"
-
-
-def command(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def preprocessed(model, split, folder):
@@ -161,13 +151,7 @@ def test_the_manifest_names_the_headers_of_the_plugin(float_model, make_plan):
 def test_the_definition_in_the_file_is_never_built(float_model, folder):
     """Nor is a plan of it written; in a process of its own, which has no plugin."""
     words = ("engine", "build", float_model, "--backend", "tensorrt", "-o", folder / "no.engine")
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = attempt("-m", *words)
     assert done.returncode == 2
     assert "the plugin NMS_OPT_TRT (version 1) is not registered" in done.stderr
     assert not (folder / "no.engine").exists()
@@ -187,16 +171,10 @@ def test_polygraphy_builds_the_file_without_the_definition(
         f"    for image in np.load({str(folder / 'images.npy')!r}):\n"
         "        yield {'image': image[None]}\n"
     )
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", "from polygraphy.tools import main; main()"),
-            *("run", str(other), "--trt", "--strongly-typed"),
-            *("--plugins", "libnvinfer.so.10", str(register)),
-            *("--data-loader-script", str(loader), "--save-outputs", str(folder / "trt.json")),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    done = attempt(
+        *("-c", "from polygraphy.tools import main; main()"),
+        *("run", other, "--trt", "--strongly-typed", "--plugins", "libnvinfer.so.10", register),
+        *("--data-loader-script", loader, "--save-outputs", folder / "trt.json"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     from polygraphy.comparator import RunResults
@@ -216,10 +194,117 @@ def test_what_this_release_lacks_is_said_in_one_line(float_model, make_plan):
     assert "\n" not in str(caught.value)
 
 
-def test_a_stripped_plan_is_not_run(float_model, make_plan):
-    plan = make_plan(float_model, "stripped", strip_plan=True)
-    with pytest.raises(EngineError, match="its weights were stripped"):
-        load_engine("tensorrt", plan)
+def test_sizes_in_turn_with_two_batches_in_flight(int8_model, make_plan, images):
+    """Each size has a CUDA graph of its own in each slot, and all share memory."""
+    engine = load_engine("tensorrt", make_plan(int8_model))
+    pictures = images[int8_model]
+    alone = detections(engine, pictures, 1)
+    session = engine.session()
+    sizes = [1, 5, 16, 5, 2, 16, 16, 1, 5, 5, 1, 1, 2, 2, 16]
+    parts = [[index % IMAGES for index in range(n, n + size)] for n, size in enumerate(sizes)]
+    found = []
+    for number, part in enumerate(parts):
+        session.submit([pictures[part]])
+        if number:
+            found.append([array.copy() for array in session.result()])
+    found.append(session.result())
+    session.close()
+    for part, (rows, counts) in zip(parts, found, strict=True):
+        here = [image[:count] for image, count in zip(rows, counts, strict=True)]
+        pairs = [match_detections(alone[n], one, 0.9) for n, one in zip(part, here, strict=True)]
+        both = sum(len(found.pairs) for found in pairs)
+        assert 2 * both > 0.9 * sum(
+            len(alone[n]) + len(one) for n, one in zip(part, here, strict=True)
+        )
+
+
+def test_heads_of_a_plan(float_model, int8_model, make_plan, folder):
+    """Against ONNX Runtime on the same file; the engine's share and the quantiser's."""
+    source = preprocessed(float_model, "val", folder).directory
+    given = {"data": source, "random": None, "limit": 8, "annotations": None, "overrides": {}}
+    found, _ = compare_files(float_model, make_plan(float_model), **given)
+    assert found.passed and len(found.heads) == 12 and not found.alone
+    same, _ = compare_files(int8_model, make_plan(int8_model), **given)
+    assert same.passed and len(same.heads) == 12
+    other, _ = compare_files(float_model, make_plan(int8_model), **given)
+    assert other.passed
+    assert [one.name for one in other.alone] == [one.name for one in same.heads]
+    for alone, head, whole in zip(other.alone, same.heads, other.heads, strict=True):
+        assert alone.snr_median == pytest.approx(head.snr_median, abs=0.5)
+        assert whole.snr_median < alone.snr_median
+
+
+@pytest.mark.parametrize("precision", ["float", "int8"])
+def test_tensors_between_layers(float_model, int8_model, make_plan, folder, precision):
+    model = float_model if precision == "float" else int8_model
+    source = preprocessed(float_model, "val", folder).directory
+    given = {"data": source, "random": None, "limit": 4, "annotations": None, "overrides": {}}
+    found, _ = compare_files(model, make_plan(model), layers=True, **given)
+    assert found.passed, [one.what for one in found.checks if not one.passed]
+    assert len(found.layers) > 30
+
+
+def perturbed(model, folder):
+    """Write the detector with other weights."""
+    content = load(model)
+    random = np.random.default_rng(0)
+    for tensor in content.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        if value.ndim == 4:
+            value = value * random.uniform(0.9, 1.1, (len(value), 1, 1, 1)).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    save(content, folder / "other.nms.onnx")
+    return folder / "other.nms.onnx"
+
+
+@pytest.mark.parametrize("option", ["refit", "strip_plan"])
+def test_refit(float_model, make_plan, images, tmp_path, option):
+    plan = make_plan(float_model, option, **{option: True})
+    if option == "strip_plan":
+        with pytest.raises(EngineError, match=r"its weights were stripped; .*'engine refit'"):
+            load_engine("tensorrt", plan)
+    other = perturbed(float_model, tmp_path)
+    command("engine", "refit", plan, other, "-o", tmp_path / "new.engine")
+    there = detections(load_engine("onnxruntime", other), images[float_model])
+    here = detections(load_engine("tensorrt", tmp_path / "new.engine"), images[float_model])
+    share, differences = matched(there, here, 0.99)
+    assert share == 1
+    assert np.abs(differences).max() < 1e-4
+    assert load_manifest(tmp_path / "new.engine").onnx_sha256 == load_detector(other).sha256
+
+
+def test_refit_of_int8_takes_weights_and_scales(
+    float_model, make_plan, int8_model, folder, tmp_path
+):
+    plan = make_plan(int8_model, "refit", refit=True)
+    other, source = perturbed(float_model, tmp_path), preprocessed(float_model, "cal", folder)
+    cache, target = tmp_path / "cal.json", tmp_path / "other.int8.onnx"
+    command("engine", "calibrate", other, "-o", cache, "--data", source.directory)
+    command("engine", "quantize", other, cache, target)
+    command("engine", "refit", plan, target, "-o", tmp_path / "new.engine")
+    pictures = preprocessed(float_model, "val", folder).directory
+    given = {"data": pictures, "random": None, "limit": 8, "annotations": None, "overrides": {}}
+    found, _ = compare_files(target, tmp_path / "new.engine", **given)
+    assert found.passed
+
+
+def test_refit_of_what_does_not_fit(float_model, int8_model, make_plan, tmp_path):
+    with pytest.raises(EngineError, match="built without --refit or --strip-plan"):
+        refit(make_plan(float_model), load_detector(float_model), tmp_path / "new.engine")
+    plan = make_plan(float_model, "refit", refit=True)
+    with pytest.raises(EngineError, match="another network"):
+        refit(plan, load_detector(int8_model), tmp_path / "new.engine")
+    assert not (tmp_path / "new.engine").exists()
+
+
+def test_layers_of_a_plan(int8_model, float_model, make_plan):
+    plan = load_engine("tensorrt", make_plan(int8_model))
+    found = describe_plan(plan, 8)
+    assert sum(layer.kind.startswith("PluginV3") for layer in found.layers) == 1
+    assert sum("Int8" in layer.writes for layer in found.layers) > 30
+    assert all(layer.ms >= 0 for layer in found.layers) and found.session_bytes > 0
+    both = command("engine", "inspect", make_plan(int8_model), make_plan(float_model))
+    assert both.count("sum") == 1 and both.count("a session takes") == 2
 
 
 # Triton's TensorRT backend

@@ -13,7 +13,7 @@ from engine.backends.tensorrt.log import polygraphy_log
 from engine.backends.tensorrt.module import import_tensorrt
 from engine.backends.tensorrt.plugins import load_plugins
 from engine.errors import EngineError
-from tests.support import ROOT
+from tests.support import attempt
 from tests.support.rtx_plans import NEEDS_RTX
 
 pytestmark = NEEDS_RTX
@@ -53,9 +53,8 @@ def test_library_is_named_without_a_trace():
         "assert dict(os.environ) == before\n"
         "print(*[links.name for links in m._links])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
-    )
+    done = attempt("-c", script)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("tensorrt-rtx-") <= 1  # 0 once the wheel has the name itself
     for folder in done.stdout.split():
         assert not Path(folder).exists()
@@ -70,9 +69,7 @@ def test_package_was_imported_too_early():
         "try: import_tensorrt('tensorrt-rtx')\n"
         "except EngineError as error: print(error)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=False, capture_output=True, text=True, cwd=ROOT
-    )
+    done = attempt("-c", script)
     if done.returncode == 3:
         pytest.skip("this wheel has the name")
     assert "before the engine could put its library names right" in done.stdout, done.stderr

@@ -15,7 +15,7 @@ import pytest
 
 from engine.backends.tensorrt.module import RTX
 from engine.manifest import load_manifest
-from tests.support import ROOT
+from tests.support import attempt
 from tests.support.rtx_plans import NEEDS_RTX, TARGETS, check_plan, edited
 
 pytestmark = NEEDS_RTX
@@ -23,14 +23,8 @@ pytestmark = NEEDS_RTX
 
 def engine_build(model, library, output, *options):
     """The command that users call."""
-    command = [sys.executable, "-m", "engine", "build", model, "--backend", RTX, "-o", output]
-    return subprocess.run(
-        [*command, "--plugin", library, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    words = ("-m", "engine", "build", model, "--backend", RTX, "-o", output)
+    return attempt(*words, "--plugin", library, *options)
 
 
 def test_command_builds_with_the_library(int8, trt_plugin_library, kernels, tmp_path):

@@ -7,6 +7,8 @@ that the session gave it and on its stream.
 from __future__ import annotations
 
 import logging
+from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,34 +26,41 @@ MAX_BATCH = 8
 
 
 class CopyContext:
-    """What `refuses` names returns False, as TensorRT does."""
+    """What `refuses` of its plan names returns False, as TensorRT does."""
 
-    def __init__(self, cuda, refuses=""):
-        self.cuda, self.refuses = cuda, refuses
-        self.addresses, self.shapes, self.runs = {}, [], 0
+    def __init__(self, plan):
+        self.plan = plan
+        self.addresses, self.memory, self.batch, self.runs = {}, None, None, 0
+
+    def set_device_memory(self, address, size):
+        assert size == CopyPlan.device_memory_size_v2
+        self.memory = address
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
-        return self.refuses != "buffer"
+        return self.plan.refuses != "buffer"
 
     def set_input_shape(self, name, shape):
         assert name == "image"
         assert shape[1:] == SPEC.shape
-        self.shapes.append(shape[0])
-        return self.refuses != "shape"
+        assert self.batch is None  # CUDA graphs were recorded with it
+        if self.plan.refuses == "shape":
+            return False
+        self.batch = shape[0]
+        return True
 
     def execute_async_v3(self, handle):
-        if self.refuses == "start":
+        if self.plan.refuses == "start":
             return False
-        (stream,) = [stream for stream in self.cuda.streams if stream.handle == handle]
-        batch = self.shapes[-1]
-        images = array_at(self.addresses["image"], (batch, 21), np.float32)
-        detections = array_at(self.addresses["detections"], (batch, 21), np.float32)
-        counts = array_at(self.addresses["num_detections"], (batch,), np.int32)
+        assert self.memory is not None
+        (stream,) = [stream for stream in self.plan.cuda.streams if stream.handle == handle]
+        images = array_at(self.addresses["image"], (self.batch, 21), np.float32)
+        detections = array_at(self.addresses["detections"], (self.batch, 21), np.float32)
+        counts = array_at(self.addresses["num_detections"], (self.batch,), np.int32)
 
         def work():
             detections[:] = images
-            counts[:] = np.arange(batch)
+            counts[:] = np.arange(len(counts))
 
         stream.enqueue(work)
         self.runs += 1
@@ -59,17 +68,25 @@ class CopyContext:
 
 
 class CopyPlan:
-    def __init__(self, context):
-        self.context = context
+    device_memory_size_v2 = 100
+
+    def __init__(self, cuda, refuses=""):
+        self.cuda, self.refuses, self.contexts = cuda, refuses, []
 
     def get_tensor_shape(self, name):
         assert name == "detections"
         return (-1, 3, 7)
 
-    def create_execution_context(self):
-        if self.context is None:
+    def create_execution_context(self, strategy):
+        assert strategy == "user's"
+        if self.refuses == "context":
             logging.getLogger("Polygraphy").error("[E] no room\nfor it")
-        return self.context
+            return None
+        self.contexts.append(CopyContext(self))
+        return self.contexts[-1]
+
+
+TRT = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user's"))
 
 
 @pytest.fixture
@@ -79,8 +96,9 @@ def cuda(monkeypatch):
     assert cuda.open == 0
 
 
-def engine(context, min_batch=1):
-    return Engine(SPEC, MAX_BATCH, {"min_batch": min_batch}, CopyPlan(context), 2)
+def engine(plan, min_batch=1, backend="tensorrt"):
+    manifest = {"min_batch": min_batch, "backend": backend}
+    return Engine(SPEC, MAX_BATCH, manifest, TRT, plan, 2)
 
 
 def images(count, seed):
@@ -94,62 +112,69 @@ def check(found, batch):
     assert (detections.dtype, counts.dtype) == (np.float32, np.int32)
 
 
-def test_batches_of_changing_sizes(cuda):
-    context = CopyContext(cuda)
-    session = engine(context).session()
-    assert session.depth == 1
-    for seed, count in enumerate((8, 3, 3, 8, 1)):
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_batches_of_changing_sizes(cuda, backend):
+    plan = CopyPlan(cuda)
+    session = engine(plan, backend=backend).session()
+    waiting = deque()
+    sizes = (8, 3, 3, 8, 1, 3, 8, 8, 3, 3)
+    for seed, count in enumerate(sizes):
         batch = images(count, seed)
         session.submit([batch[:1], batch[1:]] if count > 1 else [batch])
-        check(session.result(), batch)
-    assert context.shapes == [8, 3, 8, 1]  # told when it changes
-    assert context.runs == 5
+        waiting.append(batch)
+        cuda.progress()
+        if len(waiting) == session.depth:
+            check(session.result(), waiting.popleft())
+    while waiting:
+        check(session.result(), waiting.popleft())
+    assert [context.batch for context in plan.contexts] == [8, 3, 1]
+    runs = sum(context.runs for context in plan.contexts)
+    if backend == "tensorrt-rtx":
+        assert runs == len(sizes)
+    else:  # what was recorded is replayed: once started and once recorded for a size in a slot
+        assert runs == 2 * len({(count, number % 2) for number, count in enumerate(sizes)})
     assert set(cuda.used) == {2}
     session.close()
 
 
 def test_a_batch_below_the_profile_is_filled_up(cuda):
-    context = CopyContext(cuda)
-    session = engine(context, min_batch=4).session()
+    plan = CopyPlan(cuda)
+    session = engine(plan, min_batch=4).session()
     check(session.infer(images(2, 0)), images(2, 0))
     check(session.infer(images(5, 1)), images(5, 1))
-    assert context.shapes == [4, 5]
+    assert [context.batch for context in plan.contexts] == [4, 5]
     session.close()
 
 
 def test_what_is_refused(cuda):
-    session = engine(CopyContext(cuda)).session()
+    session = engine(CopyPlan(cuda)).session()
     with pytest.raises(EngineError, match="9 images, but the engine's profile ends at 8; build it"):
         session.submit([images(9, 0)])
     with pytest.raises(EngineError, match="no batch was submitted"):
         session.result()
     session.submit([images(2, 0)])
+    session.submit([images(1, 1)])
     with pytest.raises(EngineError, match="take a result first"):
-        session.submit([images(1, 1)])
+        session.submit([images(1, 2)])
     check(session.result(), images(2, 0))
     session.close()
 
 
 @pytest.mark.parametrize(
     ("refuses", "message"),
-    [("shape", "TensorRT refuses a batch of 2"), ("start", "TensorRT could not start the batch")],
+    [
+        ("context", r"could not make a context: no room for it$"),
+        ("shape", "TensorRT refuses a batch of 2"),
+        ("buffer", "TensorRT refuses the buffer of image"),
+        ("start", "TensorRT could not start the batch"),
+    ],
 )
 def test_a_batch_that_does_not_start(cuda, refuses, message):
-    context = CopyContext(cuda, refuses)
-    session = engine(context).session()
+    plan = CopyPlan(cuda, refuses)
+    session = engine(plan).session()
     for _ in range(2):
         with pytest.raises(EngineError, match=message):
             session.submit([images(2, 0)])
-    context.refuses = ""
-    check(session.infer(images(2, 1)), images(2, 1))  # the shape is told again
+    plan.refuses = ""
+    check(session.infer(images(2, 1)), images(2, 1))
     session.close()
-
-
-def test_a_buffer_that_is_refused_leaves_no_stream(cuda):
-    with pytest.raises(EngineError, match="TensorRT refuses the buffer of image"):
-        engine(CopyContext(cuda, "buffer")).session()
-
-
-def test_no_context_is_one_line_with_what_tensorrt_said(cuda):
-    with pytest.raises(EngineError, match=r"could not make a context: no room for it$"):
-        engine(None).session()
