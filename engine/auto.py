@@ -16,7 +16,8 @@ from engine.load import ONNX_BACKENDS, load_engine
 from engine.manifest import load_manifest
 from engine.speed import throughput
 from engine.support.documents import read_as
-from engine.support.files import file_sha256, write_json
+from engine.support.external import model_sha256
+from engine.support.files import write_json
 
 if TYPE_CHECKING:
     from engine.model import Detector
@@ -143,7 +144,7 @@ def choose(
         "batch": str(batch),
         "threads": str(threads),
         "gpu": _gpu(ways[-1].device),
-        **{str(way): file_sha256(Path(way.file)) for way in ways},
+        **{str(way): model_sha256(Path(way.file)) for way in ways},
         **{name: _version(name) for name in _PACKAGES},
     }
     path = folder / "auto.json"

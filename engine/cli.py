@@ -339,8 +339,8 @@ def compare(
     from engine.support.files import check_output
 
     if output is not None:
-        check_output(output, [first, second, *([annotations] if annotations else [])])
-
+        read = (first, second, annotations, model)
+        check_output(output, [path for path in read if path is not None])
     found, document = compare_files(
         first,
         second,

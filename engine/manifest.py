@@ -20,7 +20,7 @@ AMPERE = (8, 0)
 KEEP_TOP_K = 200
 """Detections of an image, the benchmark's, where a manifest from before does not say them."""
 
-_REBUILD = "build it again with 'engine build'"
+_REBUILD = "build it again with 'engine build --force'"
 
 
 @dataclass(frozen=True)

@@ -73,13 +73,22 @@ def nms(
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Detector to read")],
 ) -> None:
-    """Show heads, priors and attributes, before or after the surgery."""
+    """Show what is known of any ONNX file, and what a detector lacks.
+
+    Heads, anchors, how boxes are coded and ordered, scores, what suppresses, and the attributes of
+    NMS_OPT_TRT, before or after the surgery. Where something is not understood: what was looked
+    for, the nearest match and the remedy.
+    """
     from rich.console import Console
 
     from graph_surgery.files import load
-    from graph_surgery.inspect import read_tail, tables
+    from graph_surgery.inspect import tables
+    from graph_surgery.survey import survey
 
-    Console().print(tables(*read_tail(load(model))))
+    known = survey(load(model))
+    Console().print(tables(known))
+    for line in known.missing:
+        typer.echo(f"not understood: {line}")
 
 
 def main() -> None:

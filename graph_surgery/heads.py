@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from graph_surgery.errors import SurgeryError
 from graph_surgery.protobuf import Arrays, Runner, part, reads, types
 
+Floats = NDArray[np.float32]
+Ints = NDArray[np.intp]
+
 SHAPE_ONLY = frozenset({"Shape", "Size"})
 """Operators that read no value: what they read is shape arithmetic, not data flow."""
 
@@ -43,6 +46,36 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The order in which a graph has channels and priors.
+
+    Attributes
+    ----------
+    by_anchor
+        Channels of a head are [A, 4] and [A, C]; the operator's are [4, A] and [C, A].
+    by_cell
+        Priors of a level are [h, w, A]; the operator's are [A, h, w].
+    yx
+        Deltas are dy, dx, dh, dw; the operator's are dx, dy, dw, dh.
+    """
+
+    by_anchor: bool = False
+    by_cell: bool = False
+    yx: bool = False
+
+    def __str__(self) -> str:
+        """In words."""
+        channels = "[anchors * 4]" if self.by_anchor else "[4 * anchors]"
+        priors = "cell by cell" if self.by_cell else "anchor by anchor"
+        deltas = "dy, dx, dh, dw" if self.yx else "dx, dy, dw, dh"
+        return f"channels {channels} of {deltas}, priors {priors}"
+
+
+OPERATOR = Layout()
+"""The order of NMS_OPT_TRT."""
+
+
+@dataclass(frozen=True)
 class Heads:
     """All head tensors of a detector.
 
@@ -54,11 +87,14 @@ class Heads:
         C, with background.
     batch
         Fixed batch size, None when it is dynamic.
+    layout
+        Order of channels and priors.
     """
 
     levels: tuple[Level, ...]
     num_classes: int
     batch: int | None
+    layout: Layout = OPERATOR
 
     @property
     def names(self) -> list[str]:
@@ -69,6 +105,42 @@ class Heads:
     def num_priors(self) -> int:
         """P, over all levels."""
         return sum(level.priors for level in self.levels)
+
+    @property
+    def channels(self) -> dict[str, Ints]:
+        """By head tensor: which of its channels the operator's first, second, ... is."""
+        found = {}
+        for level in self.levels:
+            for name, rows in ((level.loc, 4), (level.conf, self.num_classes)):
+                count = rows * level.anchors
+                planes = np.arange(count).reshape(rows, level.anchors)
+                if self.layout.by_anchor:
+                    planes = np.arange(count).reshape(level.anchors, rows).T
+                if self.layout.yx and name == level.loc:
+                    planes = planes[[1, 0, 3, 2]]
+                found[name] = planes.reshape(-1)
+        return found
+
+    @property
+    def order(self) -> Ints:
+        """[P]: which of the graph's priors the operator's first, second, ... is."""
+        parts, start = [], 0
+        for level in self.levels:
+            places = np.arange(start, start + level.priors)
+            parts.append(places.reshape(-1, level.anchors).T if self.layout.by_cell else places)
+            start += level.priors
+        return np.concatenate([part.reshape(-1) for part in parts])
+
+    def arrange(self, loc: Floats, conf: Floats) -> tuple[Floats, Floats]:
+        """Deltas [N, 4, P] and logits [N, C, P] of the operator as the graph has their channels."""
+        ends, channels = np.cumsum([level.priors for level in self.levels])[:-1], self.channels
+        parts = [*np.split(loc, ends, axis=2), *np.split(conf, ends, axis=2)]
+        for index, name in enumerate(self.names):
+            places = np.argsort(channels[name])
+            planes = parts[index].reshape(len(loc), len(places), -1)
+            parts[index] = planes[:, places].reshape(parts[index].shape)
+        count = len(self.levels)
+        return np.concatenate(parts[:count], axis=2), np.concatenate(parts[count:], axis=2)
 
 
 class HeadRunner:
@@ -115,8 +187,8 @@ class HeadRunner:
             made.update(node.output)
         self.run = Runner(cut)
 
-    def __call__(self, loc: NDArray[np.float32], conf: NDArray[np.float32]) -> Arrays:
-        """Run on deltas [N, 4, P] and logits [N, C, P].
+    def __call__(self, loc: Floats, conf: Floats) -> Arrays:
+        """Run on deltas [N, 4, P] and logits [N, C, P], split and reshaped, not reordered.
 
         Tensors of which only the shape is read are zeros.
         """
@@ -132,7 +204,7 @@ class HeadRunner:
             feeds[value.name] = values.reshape(full).astype(dtype)
         return self.run(feeds)
 
-    def given(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    def given(self, values: Floats) -> Floats:
         """Values as the heads hold them, which may be of float16."""
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.inputs[0].type.tensor_type.elem_type)
         return values.astype(dtype).astype(np.float32)

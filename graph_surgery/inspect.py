@@ -6,13 +6,16 @@ from dataclasses import asdict
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from graph_surgery.graph import import_graph
+from graph_surgery.heads import Heads
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
+from graph_surgery.survey import Survey
 
 
 def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:
@@ -30,13 +33,28 @@ def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:
     return read_surgered(graph, node), True
 
 
-def tables(tail: DetectionTail, surgered: bool) -> Group:
-    """Format heads, priors and attributes for a terminal."""
-    return Group(_heads(tail), _priors(tail), _attributes(tail, surgered))
+def tables(known: Survey) -> Group:
+    """Format what is known of a model for a terminal."""
+    shown = [_facts(known)]
+    if known.heads:
+        shown.append(_heads(known.heads))
+        if known.priors is not None:
+            shown.append(_priors(known.heads, known.priors))
+    if known.tail:
+        shown.append(_attributes(known.tail, known.surgered))
+    return Group(*shown)
 
 
-def _heads(tail: DetectionTail) -> Table:
-    heads = tail.heads
+def _facts(known: Survey) -> Table:
+    table = Table(show_header=False)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    for name, value in known.facts.items():
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def _heads(heads: Heads) -> Table:
     batch = "dynamic" if heads.batch is None else f"fixed at {heads.batch}"
     table = Table(title=f"Heads: {heads.num_classes} classes, batch {batch}")
     for name in ("level", "grid, h x w", "anchors"):
@@ -54,14 +72,14 @@ def _heads(tail: DetectionTail) -> Table:
     return table
 
 
-def _priors(tail: DetectionTail) -> Table:
-    table = Table(title=f"Priors: {tail.heads.num_priors}, in fractions of the image")
+def _priors(heads: Heads, priors: NDArray[np.float32]) -> Table:
+    table = Table(title=f"Priors: {heads.num_priors}, in fractions of the image")
     table.add_column("level", justify="right")
     table.add_column("priors", justify="right")
     table.add_column("sizes, w x h")
-    ltrb = tail.priors[0].reshape(-1, 4)
+    ltrb = priors[0].reshape(-1, 4)
     start = 0
-    for index, level in enumerate(tail.heads.levels):
+    for index, level in enumerate(heads.levels):
         block = ltrb[start : start + level.priors].reshape(level.anchors, -1, 4)
         start += level.priors
         sizes = np.median(block[..., 2:] - block[..., :2], axis=1)
@@ -80,8 +98,6 @@ def _attributes(tail: DetectionTail, surgered: bool) -> Table:
     variances = np.unique(tail.priors[1].reshape(-1, 4), axis=0)
     table.add_row("variances", ", ".join(f"{value:g}" for value in variances[0]))
     table.add_row("outputs", escape(", ".join(tail.outputs)))
-    if tail.pixels:
-        table.add_row("boxes", "decoded in pixels by the graph, in fractions by the operator")
     if tail.capped_after_suppression:
         table.add_row("topK", "counted after suppression by the graph, before it by the operator")
     return table

@@ -1,21 +1,31 @@
-"""Changes to the network in front of the heads: batch norms folded, the batch made dynamic.
+"""Changes to the network in front of the heads.
 
-The published resnet34-ssd1200.onnx needs both: its batch norms are nodes of their own, between
-which and their convolutions nothing can be quantised, and its batch is fixed at 1.
+Batch norms are folded and the batch is made dynamic. The published resnet34-ssd1200.onnx needs
+both: its batch norms are nodes of their own, between which and their convolutions nothing can be
+quantised, and its batch is fixed at 1. Other exporters' channels are put in order: those of images,
+which may come last, and those of heads, which may come anchor by anchor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
-from graph_surgery.graph import fix, namer, value
+from graph_surgery.errors import SurgeryError
+from graph_surgery.graph import describe, fix, namer, value
+from graph_surgery.heads import SHAPE_ONLY
 from graph_surgery.protobuf import inputs, types
 
 BATCH_NORM = "BatchNormalization"
 BATCH = "batch"
 """Name of the size that becomes dynamic."""
+
+CHANNELS = frozenset({1, 3})
+"""Of an image."""
 
 _EPSILON = 1e-5
 """Default of the operator's attribute (ONNX operator reference)."""
@@ -72,6 +82,89 @@ def _convolution_of(graph: gs.Graph, norm: gs.Node) -> gs.Node | None:
     constants = (*conv.inputs[1:], *norm.inputs[1:])
     known = all(one.is_empty() or value(graph, one) is not None for one in constants)
     return conv if known else None
+
+
+def order_channels(graph: gs.Graph, channels: Mapping[str, NDArray[np.intp]]) -> None:
+    """Give convolutions the channels of their outputs in another order, by that of their filters.
+
+    Parameters
+    ----------
+    channels
+        By output: which of its channels the first, second, ... shall be.
+
+    Raises
+    ------
+    SurgeryError
+        When more than the new order is read, or filters cannot be ordered.
+    """
+    name, tensors = namer(graph), graph.tensors()
+    known: dict[tuple[str, bytes], gs.Constant] = {}  # convolutions may share their weights
+    for head, places in channels.items():
+        (conv,) = tensors[head].inputs
+        constants = {t.name: value(graph, t) for t in conv.inputs[1:] if not t.is_empty()}
+        lacks = ""
+        readers = [node for node in tensors[head].outputs if node.op not in SHAPE_ONLY]
+        if readers or any(output is tensors[head] for output in graph.outputs):
+            lacks = "others than the postprocessing read it"
+        elif conv.attrs.get("group", 1) != 1:
+            lacks = "the convolution is in groups"
+        elif any(values is None for values in constants.values()):
+            lacks = "its weights are no constants"
+        if lacks:
+            raise SurgeryError(
+                f"the channels of head {head!r} follow one another anchor by anchor and cannot be "
+                f"put in order, for {lacks} ({describe(conv)}): export with coordinate-major heads "
+                "[4 * anchors] and [classes * anchors]"
+            )
+        for index, tensor in enumerate(conv.inputs):
+            if (values := constants.get(tensor.name)) is not None:
+                key = tensor.name, places.tobytes()
+                if key not in known:
+                    known[key] = gs.Constant(name(f"{tensor.name}_ordered"), values[places])
+                conv.inputs[index] = known[key]
+
+
+def channels_last(model: onnx.ModelProto) -> list[str]:
+    """Inputs that are images [N, H, W, C]."""
+    found = []
+    for given in inputs(model):
+        sizes = [size.dim_value for size in given.type.tensor_type.shape.dim]
+        if len(sizes) == 4 and sizes[3] in CHANNELS and sizes[1] not in CHANNELS:
+            found.append(given.name)
+    return found
+
+
+def channels_first(graph: gs.Graph, images: Container[str]) -> None:
+    """Make inputs [N, H, W, C] of a graph [N, C, H, W].
+
+    A Transpose turns them back, but for what transposes them itself.
+    """
+    name = namer(graph)
+    for index, last in enumerate(graph.inputs):
+        if last.name not in images:
+            continue
+        batch, height, width, channels = last.shape
+        first = gs.Variable(last.name, last.dtype, [batch, channels, height, width])
+        last.name = name(f"{last.name}_channels_last")
+        graph.inputs[index] = first
+        for node in list(last.outputs):
+            if node.op == "Transpose" and node.attrs.get("perm") == [0, 3, 1, 2]:
+                _bypass(graph, node, first)
+        if last.outputs or any(output is last for output in graph.outputs):
+            turn = {"perm": [0, 2, 3, 1]}
+            graph.nodes.append(gs.Node("Transpose", last.name, turn, [first], [last]))
+    graph.cleanup(recurse_functions=False)
+
+
+def _bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor) -> None:
+    """Let all that read a node read its source, unless the graph gives away what it makes."""
+    (made,) = node.outputs
+    if any(output is made for output in graph.outputs):
+        node.op, node.inputs = "Identity", [source]
+        node.attrs.clear()
+        return
+    for reader in list(made.outputs):
+        reader.inputs = [source if tensor is made else tensor for tensor in reader.inputs]
 
 
 def free_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:

@@ -8,7 +8,7 @@ many ways.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import onnx
@@ -16,23 +16,17 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.graph import describe, downstream, output_names, shape_of, upstream, value
-from graph_surgery.heads import SHAPE_ONLY, HeadRunner, Heads, Level
+from graph_surgery.graph import describe, downstream, output_names, upstream, value
+from graph_surgery.heads import HeadRunner, Heads
+from graph_surgery.network import CHANNELS
 from graph_surgery.nms_function import DOMAIN, OP_TYPE, NmsAttributes
-from graph_surgery.probe import probe_boxes, probe_scores
+from graph_surgery.probe import FRACTIONS, OPERATOR_BOXES, Decoded, probe_boxes, probe_scores
 from graph_surgery.protobuf import inputs
-
-RESHAPING = frozenset(
-    {"Reshape", "Transpose", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze"}
-)
-"""Operators between a head convolution and the Concat of the levels: they keep every value."""
+from graph_surgery.walk import find_heads, find_nms, read_heads
 
 BOUND_OF_ALL = frozenset({"Min", "Concat"})
 BOUND_OF_FIRST = frozenset({"ReduceMin", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
 """Operators through which a constant upper bound, as in min(200, n), is followed."""
-
-CHANNELS = frozenset({1, 3})
-"""Of an image."""
 
 ATTRIBUTE_TYPES = {"int": int, "float": float, "tuple[int, int, int]": list}
 """How graphsurgeon gives the value of an attribute, by the annotation in `NmsAttributes`."""
@@ -57,8 +51,8 @@ class DetectionTail:
         suppression as NMS_OPT_TRT does: the same where no class has more candidates.
     image
         Width and height in pixels, where they are known.
-    pixels
-        Whether the tail decodes in pixels; the priors are in fractions of the image.
+    decoded
+        Where and how the graph has its boxes before anything clips them.
     """
 
     heads: Heads
@@ -67,42 +61,12 @@ class DetectionTail:
     outputs: tuple[str, ...]
     capped_after_suppression: bool
     image: tuple[int, int] | None = None
-    pixels: bool = False
+    decoded: Decoded = OPERATOR_BOXES
 
-
-def read_heads(loc: Sequence[gs.Tensor], conf: Sequence[gs.Tensor]) -> Heads:
-    """Pair the head tensors of each level.
-
-    Raises
-    ------
-    SurgeryError
-        When shapes are not static, differ within a pair, or give no common number of classes.
-    """
-    levels: list[Level] = []
-    classes: set[int] = set()
-    batches: set[int | None] = set()
-    for pair in zip(loc, conf, strict=True):
-        for tensor in pair:
-            shape = shape_of(tensor)
-            if len(shape) != 4 or None in shape[1:]:
-                raise SurgeryError(
-                    f"head tensor {tensor.name!r} has shape {shape}, needed is [N, C, h, w] with "
-                    "static C, h and w: export with a fixed image size"
-                )
-            batches.add(shape[0])
-        (_, channels, height, width), (_, conf_channels, *grid) = (one.shape for one in pair)
-        anchors = channels // 4
-        if grid != [height, width] or channels % 4 or not anchors or conf_channels % anchors:
-            text = " and ".join(f"{one.name!r} {shape_of(one)}" for one in pair)
-            raise SurgeryError(
-                f"head tensors {text} are no pair of [N, A * 4, h, w] and [N, A * C, h, w]"
-            )
-        levels.append(Level(pair[0].name, pair[1].name, anchors, height, width))
-        classes.add(conf_channels // anchors)
-    if len(classes) != 1:
-        raise SurgeryError(f"the levels differ in their number of classes: {sorted(classes)}")
-    batch = batches.pop() if len(batches) == 1 else None
-    return Heads(tuple(levels), classes.pop(), batch)
+    @property
+    def pixels(self) -> bool:
+        """Whether the graph decodes in pixels; the priors are in fractions of the image."""
+        return self.decoded.unit != FRACTIONS
 
 
 def find_nms_node(graph: gs.Graph) -> gs.Node | None:
@@ -159,17 +123,9 @@ def find_tail(graph: gs.Graph, model: onnx.ModelProto) -> DetectionTail:
     SurgeryError
         When there is none, or more than one: what was looked for and what is missing.
     """
-    nms = _find_nms(graph)
-    first, second = _find_heads(nms)
-    paired, errors = [], []
-    for loc, conf in ((first, second), (second, first)):
-        try:
-            paired.append(read_heads(loc, conf))
-        except SurgeryError as error:
-            errors.append(error)
-    if paired:
-        errors = []
-    for heads in paired:  # two where the channels fit both ways round
+    nms = find_nms(graph)
+    errors = []
+    for heads in pair_heads(nms.inputs[:2], describe(nms)):
         try:
             return _read_tail(graph, model, nms, heads)
         except SurgeryError as error:
@@ -177,131 +133,61 @@ def find_tail(graph: gs.Graph, model: onnx.ModelProto) -> DetectionTail:
     raise errors[0]
 
 
-def _find_nms(graph: gs.Graph) -> gs.Node:
-    """The one NonMaxSuppression; `import_graph` kept what the outputs depend on alone."""
-    found = [node for node in graph.nodes if node.op == "NonMaxSuppression"]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(map(describe, found[:3])) + (", ..." if len(found) > 3 else "")
-        raise SurgeryError(
-            f"the outputs depend on {len(found)} NMS nodes, not on one: {names}; export with one "
-            "NonMaxSuppression over the scores of all classes"
-        )
-    ends = ", ".join(
-        f"{tensor.name!r} from {node.op}" for tensor in graph.outputs for node in tensor.inputs
-    )
-    raise SurgeryError(
-        f"no NonMaxSuppression upstream of the outputs ({ends}): the detector must be exported "
-        "with its postprocessing"
-    )
+def pair_heads(ends: Sequence[gs.Tensor], what: str) -> list[Heads]:
+    """The heads of which boxes and scores are made, as `find_heads` finds them.
 
-
-def _find_heads(nms: gs.Node) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
-    """Two groups of head convolutions' outputs, by the Concat that joins each."""
-    convs: list[gs.Node] = []
-    stack, seen = list(reversed(nms.inputs[:2])), set()
-    while stack:
-        for node in stack.pop().inputs:
-            if id(node) not in seen:
-                seen.add(id(node))
-                if node.op == "Conv":
-                    convs.append(node)
-                elif node.op not in SHAPE_ONLY:
-                    stack.extend(node.inputs)
-    if not convs:
-        raise SurgeryError(f"no Conv upstream of {describe(nms)}: export from the image on")
-    if len(convs) == 2:  # of one level: there is nothing to join
-        first, second = (conv.outputs[:1] for conv in convs)
-        return first, second
-    joins = list({id(join): join for join in map(_join_of, convs)}.values())
-    if len(joins) != 2:
-        names = ", ".join(map(describe, joins))
-        raise SurgeryError(
-            f"the {len(convs)} Conv upstream of {describe(nms)} are joined by {names}; needed are "
-            "two Concat, one of all loc heads and one of all conf heads: export with the levels "
-            "joined before they are decoded"
-        )
-    first, second = (_heads_of(join) for join in joins)
-    if len(first) != len(second):
-        names = " and ".join(map(describe, joins))
-        raise SurgeryError(f"{names} join {len(first)} and {len(second)} heads: one is missing")
-    return first, second
-
-
-def _join_of(conv: gs.Node) -> gs.Node:
-    """The Concat to which a head convolution leads through reshaping operators alone."""
-    node = conv
-    while True:
-        readers = [reader for reader in node.outputs[0].outputs if reader.op not in SHAPE_ONLY]
-        kinds = sorted({reader.op for reader in readers})
-        if kinds == ["Concat"] and all(reader is readers[0] for reader in readers):
-            return _outermost(readers[0])
-        if len(readers) != 1 or not RESHAPING.issuperset(kinds):
-            raise SurgeryError(
-                f"{describe(conv)} is upstream of NonMaxSuppression but is no head: its way to a "
-                f"Concat of the levels meets {', '.join(kinds) or 'no reader'}, where only "
-                f"{', '.join(sorted(RESHAPING))} may stand: export with all else behind the Concat"
-            )
-        node = readers[0]
-
-
-def _outermost(join: gs.Node) -> gs.Node:
-    """The last Concat, of heads alone, to which this one leads through Concats; itself if none."""
-    readers = [reader for reader in join.outputs[0].outputs if reader.op not in SHAPE_ONLY]
-    if len(readers) == 1 and readers[0].op == "Concat":
+    Two readings where the channels fit both ways round.
+    """
+    first, second = find_heads(ends, what)
+    paired, errors = [], []
+    for loc, conf in ((first, second), (second, first)):
         try:
-            _heads_of(readers[0])
-        except SurgeryError:
-            return join
-        return _outermost(readers[0])
-    return join
-
-
-def _heads_of(join: gs.Node) -> list[gs.Tensor]:
-    """The heads that a Concat, or Concats that it joins, put one after the other."""
-    heads: list[gs.Tensor] = []
-    for tensor in join.inputs:
-        if [node.op for node in tensor.inputs] == ["Concat"]:
-            heads += _heads_of(tensor.inputs[0])
-        else:
-            heads.append(_head_of(join, tensor))
-    return heads
-
-
-def _head_of(join: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
-    """The head convolution's output behind one input of the Concat `join`."""
-    head = tensor
-    while head.inputs:
-        (node,) = head.inputs
-        if node.op == "Conv":
-            return head
-        if node.op not in RESHAPING:
-            break
-        head = node.inputs[0]
-    raise SurgeryError(
-        f"input {tensor.name!r} of {describe(join)} does not come from a head Conv through "
-        "reshaping alone"
-    )
+            paired.append(read_heads(loc, conf))
+        except SurgeryError as error:
+            errors.append(error)
+    if not paired:
+        raise errors[0]
+    return paired
 
 
 def _read_tail(
     graph: gs.Graph, model: onnx.ModelProto, nms: gs.Node, heads: Heads
 ) -> DetectionTail:
     """Probe the tail behind the heads and read its parameters."""
-    behind = {id(node) for node in downstream(graph, heads.names)}
-    feeding = upstream(graph, nms.inputs[:2], heads.names)
-    before = [node for node in feeding if id(node) in behind]
-    run = HeadRunner(model, heads, [name for node in before for name in output_names(node)])
-    _check_classes(nms, heads, run)
-    image = _image_size(model)
-    priors, pixels = probe_boxes(run, heads, image)
-    background = probe_scores(run, heads)
+    run = tail_runner(graph, model, nms.inputs[:2], heads)
+    check_classes(nms, heads, run)
+    image = image_size(model)
+    priors, decoded = probe_boxes(run, heads, image)
+    heads = replace(heads, layout=decoded.layout)
+    background, sigmoid = probe_scores(run, heads)
+    attributes, capped = read_parameters(graph, nms, heads, background, sigmoid=sigmoid)
+    made = {name for node in downstream(graph, output_names(nms)) for name in output_names(node)}
+    outputs = tuple(tensor.name for tensor in graph.outputs if tensor.name in made)
+    return DetectionTail(heads, priors, attributes, outputs, capped, image, decoded)
 
-    after = downstream(graph, output_names(nms))
-    made = {name for node in after for name in output_names(node)}
+
+def tail_runner(
+    graph: gs.Graph, model: onnx.ModelProto, ends: Sequence[gs.Tensor], heads: Heads
+) -> HeadRunner:
+    """All that is computed from the heads for boxes and scores."""
+    names = [name for node in between(graph, ends, heads) for name in output_names(node)]
+    return HeadRunner(model, heads, names)
+
+
+def between(graph: gs.Graph, ends: Sequence[gs.Tensor], heads: Heads) -> list[gs.Node]:
+    """Nodes behind the heads that boxes and scores depend on."""
+    behind = {id(node) for node in downstream(graph, heads.names)}
+    feeding = upstream(graph, ends, heads.names)
+    return [node for node in feeding if id(node) in behind]
+
+
+def read_parameters(
+    graph: gs.Graph, nms: gs.Node, heads: Heads, background: int, *, sigmoid: bool
+) -> tuple[NmsAttributes, bool]:
+    """Parameters of the tail, and whether it counts topK after suppression."""
+    before = between(graph, nms.inputs[:2], heads)
     top_k, capped_after = _candidates(graph, nms, _top_ks(graph, before))
-    keep = _top_ks(graph, after)
+    keep = _top_ks(graph, downstream(graph, output_names(nms)))
     if not keep:
         raise SurgeryError(
             f"no TopK with a constant bound between {describe(nms)} and the outputs: how many "
@@ -312,24 +198,18 @@ def _read_tail(
         numClasses=heads.num_classes,
         topK=top_k,
         keepTopK=keep[-1],
-        confidenceThreshold=_scalar(graph, nms, 4),
-        nmsThreshold=_scalar(graph, nms, 3),
+        confidenceThreshold=threshold(graph, nms, 4),
+        nmsThreshold=threshold(graph, nms, 3),
         backgroundLabelId=background,
         numLayers=levels,
         inputOrder=(0, levels, 2 * levels),
+        confSigmoid=int(sigmoid),
+        confSoftmax=int(not sigmoid),
     )
-    return DetectionTail(
-        heads,
-        priors,
-        attributes,
-        tuple(tensor.name for tensor in graph.outputs if tensor.name in made),
-        capped_after and top_k < heads.num_priors,
-        image,
-        pixels,
-    )
+    return attributes, capped_after and top_k < heads.num_priors
 
 
-def _image_size(model: onnx.ModelProto) -> tuple[int, int] | None:
+def image_size(model: onnx.ModelProto) -> tuple[int, int] | None:
     """Width and height of the one input [N, 3, H, W] or [N, H, W, 3], or grey; None without it."""
     found = []
     for given in inputs(model):
@@ -340,7 +220,7 @@ def _image_size(model: onnx.ModelProto) -> tuple[int, int] | None:
     return found[0] if len(found) == 1 and all(found[0]) else None
 
 
-def _check_classes(nms: gs.Node, heads: Heads, run: HeadRunner) -> None:
+def check_classes(nms: gs.Node, heads: Heads, run: HeadRunner) -> None:
     """Refuse one class of boxes that stands for several."""
     batch, classes, priors = heads.batch or 1, heads.num_classes, heads.num_priors
     loc, conf = (np.zeros((batch, rows, priors), np.float32) for rows in (4, classes))
@@ -404,7 +284,7 @@ def _upper_bound(graph: gs.Graph, tensor: gs.Tensor) -> int | None:
     return min(bounds, default=None)
 
 
-def _scalar(graph: gs.Graph, nms: gs.Node, position: int) -> float:
+def threshold(graph: gs.Graph, nms: gs.Node, position: int) -> float:
     """One of the thresholds of NonMaxSuppression; 0 where it is left out, as ONNX has it."""
     if len(nms.inputs) <= position or nms.inputs[position].is_empty():
         return 0.0

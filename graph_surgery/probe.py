@@ -6,14 +6,16 @@ logits; a tensor holds the decoded boxes, or the scores, when its values say so.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.heads import Heads
+from graph_surgery.heads import OPERATOR, Heads, Layout
 from graph_surgery.protobuf import Arrays
 
 Floats = NDArray[np.floating[Any]]
@@ -28,6 +30,49 @@ BOX_FORMS = {
     "centre and size": np.array([[1, 0, 1, 0], [0, 1, 0, 1], [-0.5, 0, 0.5, 0], [0, -0.5, 0, 0.5]]),
 }
 """Columns of a decoded box, times this, are xmin, ymin, xmax, ymax."""
+
+
+FRACTIONS = (1, 1)
+"""Width and height of the image where boxes are fractions of it."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Decoded boxes that nothing has clipped, behind the heads of a graph.
+
+    Attributes
+    ----------
+    name, form
+        A tensor, and how it writes a box, of `BOX_FORMS`.
+    unit
+        Width and height of the image there.
+    layout
+        The order of channels and priors.
+    """
+
+    name: str
+    form: str
+    unit: tuple[int, int]
+    layout: Layout
+
+    def corners(self, values: NDArray[Any], order: NDArray[np.intp]) -> Floats:
+        """Boxes as ltrb [N, P, 4] in fractions of the image.
+
+        Parameters
+        ----------
+        values
+            The tensor, [N, P, 4] or [N, 4, P].
+        order
+            [P]: which of its boxes comes first, second, ...
+        """
+        rows = values if values.shape[1:] == (len(order), 4) else values.swapaxes(1, 2)
+        with np.errstate(invalid="ignore"):  # what is no box may be infinite
+            corners = rows[:, order].astype(np.float64) @ BOX_FORMS[self.form]
+        return np.asarray(corners / np.tile(self.unit, 2))
+
+
+OPERATOR_BOXES = Decoded("ltrb", "ltrb", FRACTIONS, OPERATOR)
+"""Those of NMS_OPT_TRT, a tensor within its definition."""
 
 
 def decode(priors: Floats, variances: Floats, deltas: Floats) -> Floats:
@@ -55,20 +100,23 @@ _BOOST = 8.0
 
 def probe_boxes(
     run: Run, heads: Heads, image: tuple[int, int] | None
-) -> tuple[NDArray[np.float32], bool]:
+) -> tuple[NDArray[np.float32], Decoded]:
     """Find the decoded boxes, before anything clips them, and read priors and variances from them.
 
     Parameters
     ----------
+    run
+        Takes channels in the graph's order.
     image
         Its width and height in pixels, where they are known.
 
     Returns
     -------
     priors
-        float32 [2, P * 4, 1]: ltrb of the priors in fractions of the image, and their variances.
-    pixels
-        Whether the graph decodes in pixels.
+        float32 [2, P * 4, 1]: ltrb of the priors in fractions of the image, and their variances,
+        in the operator's order.
+    decoded
+        Where the boxes were found.
 
     Raises
     ------
@@ -79,39 +127,37 @@ def probe_boxes(
     count = heads.num_priors
     noise = _representable(rng.uniform(-1, 1, (4, count)) * rng.choice([1.0, _WIDE], count))
     tried = []
-    for what, still, variances, moved in _moving(run, heads, noise):
-        span = _span(still)
-        unit = next((u for u in ((1, 1), image) if u and _spans(span, u)), None)
-        zero, random = (rows / np.tile(unit or (1, 1), 2) for rows in (still, moved))
-        expected = decode(zero, variances, noise.T)
-        difference = float(np.max(np.abs(random - expected) / np.maximum(1, np.abs(expected))))
-        lacks = []
-        if not _lies_on_grid(zero, heads):
-            lacks.append("its priors do not lie on the grids of the heads, anchor by anchor")
-        if unit is None:
-            pixels = f", nor {image[0]} x {image[1]} pixels" if image else ""
-            lacks.append(f"its priors span {span[0]:.4g} x {span[1]:.4g}, not 1 x 1{pixels}")
-        if not lacks and difference <= TOLERANCE:
-            planes = [zero.reshape(-1), np.tile(variances, count)]
-            return np.stack(planes)[:, :, None].astype(np.float32), unit != (1, 1)
-        lacks.append(f"its boxes differ by {difference:.2g}")
-        tried.append((len(lacks), difference, f"{what}: {'; '.join(lacks)}"))
-    if not tried and (found := next(_moving(_anchor_major(run, heads), heads, noise), None)):
-        raise SurgeryError(
-            f"the boxes {found[0]} follow anchor-major channels of the heads, [anchors * 4]; "
-            "looked for are coordinate-major ones, [4 * anchors]: export with the filters of the "
-            "head convolutions, and the priors, in that order"
-        )
+    for flags in itertools.product((False, True), repeat=3):
+        ordered = replace(heads, layout=Layout(*flags))
+        for name, form, still, variances, moved in _moving(run, ordered, noise):
+            span = _span(still)
+            unit = next((u for u in (FRACTIONS, image) if u and _spans(span, u)), None)
+            zero, random = (rows / np.tile(unit or FRACTIONS, 2) for rows in (still, moved))
+            expected = decode(zero, variances, noise.T)
+            difference = float(np.max(np.abs(random - expected) / np.maximum(1, np.abs(expected))))
+            lacks = []
+            if not _lies_on_grid(zero, heads):
+                lacks.append("its priors do not lie on the grids of the heads")
+            if unit is None:
+                pixels = f", nor {image[0]} x {image[1]} pixels" if image else ""
+                lacks.append(f"its priors span {span[0]:.4g} x {span[1]:.4g}, not 1 x 1{pixels}")
+            if not difference <= TOLERANCE:
+                lacks.append(f"its boxes differ by {difference:.2g}")
+            if unit and not lacks:
+                planes = [zero.reshape(-1), np.tile(variances, count)]
+                priors = np.stack(planes)[:, :, None].astype(np.float32)
+                return priors, Decoded(name, form, unit, ordered.layout)
+            found = f"{name!r} read as {form}, {ordered.layout}: {'; '.join(lacks)}"
+            tried.append((len(lacks), difference, found))
     if not tried:
         raise SurgeryError(
             f"no decoded boxes: no tensor behind the heads, [N, {count}, 4] or [N, 4, {count}], "
-            "moves with dx, dy and grows with exp(dw), exp(dh) of coordinate-major channels "
-            "[4 * anchors]: export with boxes coded and ordered so"
+            "moves with dx, dy and grows with exp(dw), exp(dh): export with boxes coded so"
         )
     raise SurgeryError(
-        "no tensor behind the heads holds boxes decoded as CENTER_SIZE, channels coordinate-major; "
-        f"nearest is {min(tried)[2]}; export without what else is done to deltas or boxes, such "
-        "as a bound of dw and dh"
+        "no tensor behind the heads holds boxes decoded as CENTER_SIZE from priors on a grid; "
+        f"nearest is {min(tried)[2]}; export with priors in the order of the heads' cells, and "
+        "without what else is done to deltas or boxes, such as a bound of dw and dh"
     )
 
 
@@ -126,19 +172,21 @@ def _spans(span: Floats, unit: tuple[int, int]) -> bool:
     return bool((span > np.divide(unit, 2)).all() and (span < np.multiply(unit, 2)).all())
 
 
-def _moving(run: Run, heads: Heads, noise: Floats) -> Iterator[tuple[str, Floats, Floats, Floats]]:
+def _moving(
+    run: Run, heads: Heads, noise: Floats
+) -> Iterator[tuple[str, str, Floats, Floats, Floats]]:
     """Tensors that follow the deltas as boxes do, the last one first.
 
-    Name and form, corners at no deltas, variances, corners at the noise.
+    Name, form, corners at no deltas, variances, corners at the noise.
     """
     batch, count = heads.batch or 1, heads.num_priors
     logits = np.zeros((batch, heads.num_classes, count), np.float32)
     probes = [
-        run(np.broadcast_to(deltas, (batch, 4, count)).astype(np.float32), logits)
+        run(*heads.arrange(np.broadcast_to(deltas, (batch, 4, count)).astype(np.float32), logits))
         for deltas in (np.zeros((4, 1)), _SHIFT, _STRETCH, noise)
     ]
     for name in reversed(probes[0]):
-        found = [rows for p in probes if (rows := _rows(p[name], count, 4)) is not None]
+        found = [rows for p in probes if (rows := _rows(p[name], heads.order, 4)) is not None]
         if not found:
             continue
         for form, corners in BOX_FORMS.items():
@@ -146,21 +194,7 @@ def _moving(run: Run, heads: Heads, noise: Floats) -> Iterator[tuple[str, Floats
                 zero, shifted, stretched, random = (rows @ corners for rows in found)
             variances = _variances(zero, shifted, stretched)
             if variances.min() > 0:  # else it does not follow the deltas, as the scores do not
-                yield f"{name!r} read as {form}", zero, variances, random
-
-
-def _anchor_major(run: Run, heads: Heads) -> Run:
-    """Give the heads their channels anchor by anchor, not coordinate or class first."""
-    ends = np.cumsum([level.priors for level in heads.levels])[:-1]
-
-    def turned(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        parts = [
-            part.reshape(*values.shape[:2], level.anchors, -1).swapaxes(1, 2).reshape(part.shape)
-            for part, level in zip(np.split(values, ends, axis=2), heads.levels, strict=True)
-        ]
-        return np.concatenate(parts, axis=2)
-
-    return lambda loc, conf: run(turned(loc), turned(conf))
+                yield name, form, zero, variances, random
 
 
 def _representable(values: Floats) -> Floats:
@@ -168,12 +202,12 @@ def _representable(values: Floats) -> Floats:
     return values.astype(np.float16).astype(np.float64)
 
 
-def _rows(values: NDArray[Any], count: int, width: int) -> Floats | None:
-    """First image of [N, count, width] or [N, width, count] as float64 [count, width], or None."""
+def _rows(values: NDArray[Any], order: NDArray[np.intp], width: int) -> Floats | None:
+    """First image of [N, P, width] or [N, width, P] as float64 [P, width] in an order, or None."""
     if values.dtype.kind != "f" or values.ndim != 3:
         return None
-    rows = values[0] if values.shape[1:] == (count, width) else values[0].T
-    return rows.astype(np.float64) if rows.shape == (count, width) else None
+    rows = values[0] if values.shape[1:] == (len(order), width) else values[0].T
+    return rows[order].astype(np.float64) if rows.shape == (len(order), width) else None
 
 
 def _variances(zero: Floats, shifted: Floats, stretched: Floats) -> Floats:
@@ -200,34 +234,40 @@ def _lies_on_grid(priors: Floats, heads: Heads) -> bool:
     return True
 
 
-def probe_scores(run: Run, heads: Heads) -> int:
-    """Find the scores and which class they leave out.
+def probe_scores(run: Run, heads: Heads) -> tuple[int, bool]:
+    """Find the scores, which class they leave out, and what makes them of the logits.
 
     A score may be masked by a number that is not positive.
 
+    Parameters
+    ----------
+    run
+        Takes channels in the graph's order.
+
     Returns
     -------
-    The background class: one that is sliced off or masked everywhere; -1 when there is none.
+    background
+        A class that is sliced off or masked everywhere; -1 when there is none.
+    sigmoid
+        Whether a score is the sigmoid of its logit, not the softmax over the classes.
 
     Raises
     ------
     SurgeryError
-        When no tensor holds the softmax of the logits over the classes.
+        When no tensor holds either.
     """
     batch, classes, count = heads.batch or 1, heads.num_classes, heads.num_priors
     logits = np.random.default_rng(1).normal(size=(classes, count))
     logits[np.arange(count) % classes, np.arange(count)] += _BOOST
     logits[:] = _representable(logits)
     every = np.broadcast_to(logits, (batch, classes, count)).astype(np.float32)
-    tensors = run(np.zeros((batch, 4, count), np.float32), every)
-    softmax = np.exp(logits - logits.max(axis=0))
-    softmax = (softmax / softmax.sum(axis=0)).T
+    tensors = run(*heads.arrange(np.zeros((batch, 4, count), np.float32), every))
     slices = {(0, classes): -1, (1, classes): 0, (0, classes - 1): classes - 1}
     nearest = np.inf
-    for values in reversed(tensors.values()):
+    for sigmoid, values in itertools.product((False, True), reversed(tensors.values())):
         for (first, last), background in slices.items():
-            expected = softmax[:, first:last]
-            scores = _rows(values, *expected.shape)
+            expected = activate(logits, sigmoid=sigmoid).T[:, first:last]
+            scores = _rows(values, heads.order, expected.shape[1])
             if scores is None:
                 continue
             shown, clear = scores > 0, expected > 0.5
@@ -236,11 +276,19 @@ def probe_scores(run: Run, heads: Heads) -> int:
             if len(masked) > (1 if background == -1 else 0):
                 continue
             if difference <= TOLERANCE:
-                return int(masked[0]) if len(masked) else background
+                return int(masked[0]) if len(masked) else background, sigmoid
             nearest = min(nearest, difference)
     what = f"; the nearest differs by {nearest:.2g}" if np.isfinite(nearest) else ""
     raise SurgeryError(
-        f"no tensor behind the heads holds the softmax of the logits over {classes} classes, "
-        f"[N, {classes} or {classes - 1}, {count}] or transposed{what}; other activations are not "
-        "supported: export with softmax, if the network was trained with it"
+        f"no tensor behind the heads holds the softmax of the logits over {classes} classes, or "
+        f"their sigmoid, [N, {classes} or {classes - 1}, {count}] or transposed{what}; other "
+        "activations are not supported: export with the one that the network was trained with"
     )
+
+
+def activate(logits: Floats, *, sigmoid: bool) -> Floats:
+    """Scores of logits [C, P]: the sigmoid of each, or the softmax over the classes."""
+    if sigmoid:
+        return np.asarray(0.5 + 0.5 * np.tanh(0.5 * logits))
+    power = np.exp(logits - logits.max(axis=0))
+    return np.asarray(power / power.sum(axis=0))

@@ -332,7 +332,7 @@ def serialized(model: onnx.ModelProto) -> Iterator[tuple[bytes, dict[str, str]]]
         yield model.SerializeToString(), {}
 
 
-def opset_of(model: onnx.ModelProto) -> int:
+def opset_of(model: onnx.ModelProto | onnx.FunctionProto) -> int:
     """Version of the standard operators."""
     versions: list[int] = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
     return max(versions, default=1)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
-import onnx.inliner
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import export_graph, import_graph, namer
-from graph_surgery.network import BATCH, BATCH_NORM, fold_batch_norms, free_batch
+from graph_surgery.heads import OPERATOR
+from graph_surgery.network import (
+    BATCH,
+    BATCH_NORM,
+    channels_first,
+    channels_last,
+    fold_batch_norms,
+    free_batch,
+    order_channels,
+)
 from graph_surgery.nms_function import (
     DOMAIN,
     MIN_IR_VERSION,
@@ -22,7 +33,7 @@ from graph_surgery.nms_function import (
 )
 from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
 from graph_surgery.protobuf import check, convert, inputs, opset_of
-from graph_surgery.unfuse import unfuse
+from graph_surgery.unfuse import inline_functions, unfuse
 from graph_surgery.verify import same_network, verify_network, verify_tail
 
 PRIORS = "nms_priors"
@@ -55,13 +66,13 @@ class SurgeryResult:
 def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     """Replace everything behind the head convolutions by one NMS_OPT_TRT node.
 
-    The outputs of the tail become ``detections`` float32 [N, keepTopK, 7] and
-    ``num_detections`` int32 [N]; other outputs stay. Old and new tail are run on the same head
-    tensors and must agree. Functions of the model are inlined, and what ONNX Runtime's optimiser
-    fused is taken apart. In front of the heads, batch norms are folded into their convolutions, a
-    model older than opset 18 is converted to it, and a fixed batch becomes dynamic, unless the
-    network computes with it; old and new network are run on the same images and must agree, too.
-    Inputs that nothing reads are left out.
+    The outputs of the tail become ``detections`` float32 [N, keepTopK, 7] and ``num_detections``
+    int32 [N]; other outputs stay. Old and new tail are run on the same head tensors and must agree.
+    Functions of the model are inlined, and what ONNX Runtime's optimiser fused is taken apart.
+    Channels of the heads, and of images, are put in order, batch norms are folded into their
+    convolutions, a model older than opset 18 is converted to it, and a fixed batch becomes dynamic,
+    unless the network computes with it; old and new network are run on the same images and must
+    agree, too. Inputs that nothing reads are left out.
 
     Parameters
     ----------
@@ -74,11 +85,8 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         When no tail, or not one that the operator can express, is found, or the proof fails;
         when the model has an NMS_OPT_TRT node that is not as this function makes it.
     """
-    surgered = any((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
-    inline = bool(model.functions) and not surgered
-    if inline:
-        model = onnx.inliner.inline_local_functions(model, convert_version=True)
-    given, model = model, unfuse(model)
+    given = inline_functions(model)
+    inlined, model = given is not model, unfuse(given)
     graph = import_graph(model)
     if (node := find_nms_node(graph)) is not None:
         _check_surgered(model, graph, node)
@@ -93,7 +101,7 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
 
     folded = _batch_norms(model) - _batch_norms(new_model)
     replaced = len(model.graph.node) - folded - len(new_model.graph.node) + 1
-    changes = ["the model's functions were inlined"] if inline else []
+    changes = ["the model's functions were inlined"] if inlined else []
     if model is not given:
         changes.append(
             "what ONNX Runtime's optimiser fused into convolutions was taken out of them"
@@ -105,6 +113,18 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     ]
     if tail.image and (tail.pixels or agreement.pixels):
         changes.append(_boxes_in_pixels(new_model, tail.image, tail.pixels, agreement.pixels))
+    if (layout := tail.heads.layout) != OPERATOR:
+        changes.append(
+            f"the graph's heads have {layout}: filters of the head convolutions and priors were "
+            f"put in the operator's order, {OPERATOR}"
+        )
+    if tail.attributes.backgroundLabelId < 0:
+        changes.append("no class is the background: labels count from 0")
+    if layout.by_cell:
+        changes.append(
+            "of equal scores of a class the graph takes the lower cell first, then the lower "
+            f"anchor, {OP_TYPE} the lower anchor, then cell"
+        )
     if tail.capped_after_suppression:
         top_k = tail.attributes.topK
         changes.append(
@@ -148,24 +168,37 @@ def _adapt_network(
     if unread := [given.name for given in inputs(old) if given.name not in left]:
         changes.append(f"inputs that nothing reads were left out: {', '.join(unread)}")
     names = [*tail.heads.names, *_other_outputs(old, tail)]
-    difference = None
+    difference, images = None, channels_last(old)
+    if images:
+        changes.append(
+            f"images [N, H, W, C] became [N, C, H, W], as engines take them: {', '.join(images)}"
+        )
+    channels = _ordered(tail)
+    verify = functools.partial(verify_network, old, channels=channels, images=images)
     if (batch := tail.heads.batch) is not None:
         free = free_batch(new, batch)
         try:
-            difference = verify_network(old, free, names, batch, runs=2)
+            difference = verify(free, names, batch, runs=2)
         except SurgeryError as error:
             changes.append(f"the batch stays fixed at {batch}: with another, {error}")
         else:
             new = free
             changes.append(f"the batch, fixed at {batch}, became dynamic")
-    if difference is None and not same_network(old, new, names):
-        difference = verify_network(old, new, names, batch or 1, runs=1)
+    turned = channels or images
+    if difference is None and (turned or not same_network(old, new, names)):
+        difference = verify(new, names, batch or 1, runs=1)
     if difference is not None:
         changes.append(
             "proved in ONNX Runtime on random images: the network's outputs differ by "
             f"{difference:.1e} of their spread"
         )
     return new, changes
+
+
+def _ordered(tail: DetectionTail) -> dict[str, NDArray[np.intp]]:
+    """Heads whose channels are not in the operator's order: which of them comes first, second."""
+    places = tail.heads.channels
+    return {name: one for name, one in places.items() if (np.diff(one) != 1).any()}
 
 
 def _batch_norms(model: onnx.ModelProto) -> int:
@@ -217,12 +250,15 @@ def _replace(graph: gs.Graph, model: onnx.ModelProto, tail: DetectionTail) -> on
             raise SurgeryError(f"{error}; export with opset {MIN_OPSET} or later") from error
         graph = import_graph(model)
     fold_batch_norms(graph)
+    channels_first(graph, channels_last(model))
     tensors = graph.tensors()
     for name in OUTPUTS:
         if name in tensors:
             raise SurgeryError(f"the graph has a tensor {name!r} of its own: rename it")
+    graph.outputs = [tensors[name] for name in others]
+    order_channels(graph, _ordered(tail))
     read = [*(tensors[name] for name in heads), gs.Constant(namer(graph)(PRIORS), tail.priors)]
     size = tail.heads.batch or tensors[heads[0]].shape[0] or BATCH
     made = add_nms(graph, read, tail.attributes, size)
-    graph.outputs = [*made, *(tensors[name] for name in others)]
+    graph.outputs = [*made, *graph.outputs]
     return export_graph(graph, model)

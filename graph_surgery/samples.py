@@ -6,7 +6,8 @@ classes on one prior, overlapping neighbours, equal scores; boxes from a hair to
 some out of the image. Left out are
 
 * NaN and infinity, for which the operator has a rule and tails in the wild have none;
-* equal scores of different classes, which are equal only up to the order of the softmax's sum.
+* equal scores of different classes, which are equal only up to the order of the softmax's sum;
+* equal scores of priors that the graph has in another order than the operator.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def _background(tail: DetectionTail, rng: np.random.Generator) -> Image:
     spread = np.repeat(rng.choice([SMALL, LARGE], count // RUN + 1), RUN)[:count]
     loc = rng.normal(size=(4, count)) * spread / tail.priors[1].reshape(-1, 4).T
     conf = rng.normal(0.0, 0.1, (classes, count)).astype(np.float32)
-    if tail.attributes.backgroundLabelId >= 0:
+    if tail.attributes.confSigmoid:
+        conf -= 8.0
+    elif tail.attributes.backgroundLabelId >= 0:
         conf[tail.attributes.backgroundLabelId] += 8.0
     return loc.astype(np.float32), conf
 
@@ -100,15 +103,16 @@ def _background(tail: DetectionTail, rng: np.random.Generator) -> Image:
 def _with_runs(tail: DetectionTail, scores: NDArray[np.float64], rng: np.random.Generator) -> Image:
     """Place a run for every two scores."""
     loc, conf = _background(tail, rng)
-    labels = _foreground(tail)
+    labels, order = _foreground(tail), tail.heads.order
     starts = RUN * rng.choice(tail.heads.num_priors // RUN, len(scores) // 2, replace=False)
     for index, (start, pair) in enumerate(zip(starts, scores.reshape(-1, 2), strict=True)):
         label, second = (labels[(index + i) % len(labels)] for i in (0, 1))
         for prior, score in zip((start, start + 2), pair, strict=True):
             rest = (1 - score) * SECOND_SHARE
             wanted = {second: rest, label: score} if len(conf) > 2 else {label: score}
-            _set_scores(conf[:, prior], wanted)
-        conf[:, start + 1] = conf[:, start]
+            _set_scores(tail, conf[:, prior], wanted)
+        if order[start] < order[start + 1]:
+            conf[:, start + 1] = conf[:, start]
     return loc, conf
 
 
@@ -119,14 +123,21 @@ def _crowd(tail: DetectionTail, rng: np.random.Generator) -> Image:
     count = min(tail.heads.num_priors, tail.attributes.topK + 50)
     where = rng.choice(tail.heads.num_priors, count, replace=False)
     threshold = tail.attributes.confidenceThreshold
-    for group in np.split(where, range(TIED, count, TIED)):
-        _set_scores(conf[:, group[0]], {label: rng.uniform(threshold, 1)})
-        conf[:, group] = conf[:, group[:1]]
+    for group in map(np.sort, np.split(where, range(TIED, count, TIED))):
+        place = tail.heads.order[group]
+        tied = group[place == np.maximum.accumulate(place)]
+        for prior in (tied[0], *np.setdiff1d(group, tied)):
+            _set_scores(tail, conf[:, prior], {label: rng.uniform(threshold, 1)})
+        conf[:, tied] = conf[:, tied[:1]]
     return loc, conf
 
 
-def _set_scores(logits: Floats, scores: dict[int, float]) -> None:
-    """Change the logits [C] of one prior so that softmax gives some classes these scores."""
+def _set_scores(tail: DetectionTail, logits: Floats, scores: dict[int, float]) -> None:
+    """Change the logits [C] of one prior so that some classes get these scores."""
+    if tail.attributes.confSigmoid:
+        for label, score in scores.items():
+            logits[label] = np.log(score / (1 - score))
+        return
     rest = np.exp(np.delete(logits, list(scores)).astype(np.float64)).sum()
     rest /= 1 - sum(scores.values())
     for label, score in scores.items():

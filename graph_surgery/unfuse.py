@@ -1,4 +1,4 @@
-"""Operators of ONNX Runtime's optimiser, as standard ones again."""
+"""Functions of a model, and operators of ONNX Runtime's optimiser, as standard operators again."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import helper, numpy_helper
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.protobuf import copy_fields
+from graph_surgery.nms_function import DOMAIN, OP_TYPE
+from graph_surgery.protobuf import copy_fields, one_line, opset_of, types
 
 FUSED = ("com.microsoft", "FusedConv")
 LAID_OUT = "com.microsoft.nchwc"
@@ -17,6 +19,33 @@ LAID_OUT = "com.microsoft.nchwc"
 
 PARAMETERS = {"LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta")}
 """Attributes that `activation_params` holds, by activation."""
+
+
+def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Inline the functions of a model; itself where there are none, or NMS_OPT_TRT is one.
+
+    Raises
+    ------
+    SurgeryError
+        When a function of another opset cannot be converted.
+    """
+    surgered = any((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
+    if surgered or not model.functions:
+        return model
+    opset, given = opset_of(model), model
+    if any(opset_of(function) != opset for function in model.functions):
+        model = onnx.ModelProto()  # converting them takes the types of what they read
+        model.CopyFrom(given)
+        ends = {value.name for value in (*model.graph.input, *model.graph.output)}
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(v for n, v in types(model).items() if n not in ends)
+    try:
+        return onnx.inliner.inline_local_functions(model, convert_version=True)
+    except RuntimeError as error:
+        raise SurgeryError(
+            f"the model's functions cannot be inlined: {one_line(error)}; export them in opset "
+            f"{opset}, as the rest"
+        ) from error
 
 
 def unfuse(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -13,14 +14,17 @@ from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
 from graph_surgery.heads import HeadRunner
-from graph_surgery.nms_function import OP_TYPE, OUTPUTS
+from graph_surgery.nms_function import DOMAIN, OP_TYPE, OUTPUTS
 from graph_surgery.pattern import DetectionTail
-from graph_surgery.probe import decode
+from graph_surgery.probe import OPERATOR_BOXES, TOLERANCE, activate, decode
 from graph_surgery.protobuf import Arrays, Runner, inputs, one_line, opset_of, part, reads
 from graph_surgery.rounding import NOTHING, Rules, Undecided, compare, undecided
 from graph_surgery.samples import proof_images
 
 Floats = NDArray[np.float32]
+
+BOXES = f"{DOMAIN}.{OP_TYPE}.{OPERATOR_BOXES.name}"
+"""The operator's boxes before it clips them, [N, 4, P], given away for the proof."""
 
 NETWORK_TOLERANCE = 1e-4
 """Largest difference of a head tensor relative to its spread: float32 through some 50 layers."""
@@ -56,8 +60,10 @@ _BOX_COLUMNS = {"ymin, xmin, ymax, xmax": (0, 1, 2, 3), "xmin, ymin, xmax, ymax"
 def verify_tail(old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail) -> Agreement:
     """Run the old tail and the new node on the head tensors of `samples`.
 
-    They must agree on every detection and on the order of detections, but for what hangs on
-    rounding (`rounding`). What NaN and infinity do is not compared.
+    They must agree on every box before it is clipped, on every detection and on the order of
+    detections, but for what hangs on rounding (`rounding`). What NaN and infinity do is not
+    compared, nor which of two equal scores comes first where the graph orders priors in another
+    way than the operator.
 
     Raises
     ------
@@ -67,13 +73,16 @@ def verify_tail(old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail)
     heads = tail.heads
     images = proof_images(tail)
     batch = heads.batch or len(images)
-    run_old = HeadRunner(old, heads, tail.outputs)
-    run_new = HeadRunner(new, heads, OUTPUTS)
+    run_old = HeadRunner(old, heads, [*tail.outputs, tail.decoded.name])
+    run_new = HeadRunner(_with_boxes(new), heads, [*OUTPUTS, BOXES])
     pairs: list[tuple[Floats, Floats]] = []
     for start in range(0, len(images), batch):
         chosen = [images[index % len(images)] for index in range(start, start + batch)]
         loc, conf = (np.stack(part) for part in zip(*chosen, strict=True))
-        old_rows, new_rows = _rows(run_old(loc, conf)), _rows(run_new(loc, conf))
+        made, made_anew = run_old(*heads.arrange(loc, conf)), run_new(loc, conf)
+        _same_boxes(tail, made[tail.decoded.name], made_anew.pop(BOXES))
+        old_rows = _rows({name: made[name] for name in tail.outputs})
+        new_rows = _rows(made_anew)
         if len(old_rows) != len(new_rows):
             raise SurgeryError(
                 f"the graph gives detections of {len(old_rows)} images for a batch of "
@@ -117,6 +126,38 @@ def verify_tail(old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail)
     return Agreement(len(pairs), detections, max(differences), order, pixels)
 
 
+def _with_boxes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose NMS_OPT_TRT also gives its boxes before they are clipped."""
+    new = onnx.ModelProto()
+    new.CopyFrom(model)
+    for function in new.functions:
+        if (function.domain, function.name) == (DOMAIN, OP_TYPE):
+            function.output.append(OPERATOR_BOXES.name)
+    for node in new.graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
+            node.output.append(BOXES)
+    return new
+
+
+def _same_boxes(tail: DetectionTail, before: Floats, after: Floats) -> None:
+    """Compare the graph's decoded boxes with the operator's [N, 4, P], neither clipped."""
+    old = tail.decoded.corners(before, tail.heads.order)
+    new = OPERATOR_BOXES.corners(after, np.arange(after.shape[2]))
+    if len(old) != len(new):
+        raise SurgeryError(
+            f"the graph decodes boxes of {len(old)} images for a batch of {len(new)}: its "
+            "postprocessing is made for one image; export with batch 1"
+        )
+    off = np.abs(new - old) / np.maximum(1, np.abs(old))
+    if not (off <= TOLERANCE).all():
+        image, prior, _ = np.unravel_index(np.argmax(np.nan_to_num(off, nan=np.inf)), off.shape)
+        raise SurgeryError(
+            f"the graph and {OP_TYPE} disagree on boxes before they are clipped: of prior {prior}, "
+            f"{old[image, prior].round(6).tolist()} and {new[image, prior].round(6).tolist()} "
+            "(ltrb in fractions of the image)"
+        )
+
+
 def _read(rows: Floats, columns: tuple[int, ...], unit: tuple[int, int]) -> Floats:
     """Rows [n, 7] of the old tail as the new node writes them, without the index of the image."""
     boxes = rows[:, 1:5][:, columns] / np.array([unit[1], unit[0]] * 2, np.float32)
@@ -127,13 +168,14 @@ def _undecided(tail: DetectionTail, loc: Floats, conf: Floats) -> Undecided:
     """What hangs on rounding, from deltas [4, P] and logits [C, P]."""
     priors, variances = tail.priors.astype(np.float64).reshape(2, -1, 4)
     boxes = decode(priors, variances, loc.T.astype(np.float64))
-    scores = np.exp(conf.astype(np.float64) - conf.max(axis=0))
-    scores /= scores.sum(axis=0)
+    sigmoid = tail.attributes.confSigmoid == 1
+    scores = activate(conf.astype(np.float64), sigmoid=sigmoid)
     if tail.attributes.backgroundLabelId >= 0:
         scores[tail.attributes.backgroundLabelId] = -1
-    column = np.unique(conf, axis=1, return_inverse=True)[1].reshape(-1)
-    logit = np.unique(conf, return_inverse=True)[1].reshape(conf.shape)
-    same = column * (logit.max() + 1) + logit  # equal logits among equal ones
+    same = np.unique(conf, return_inverse=True)[1].reshape(conf.shape)
+    if not sigmoid:  # equal logits are sure of equal scores among equal ones alone
+        column = np.unique(conf, axis=1, return_inverse=True)[1].reshape(-1)
+        same = column * (same.max() + 1) + same
     a = tail.attributes
     rules = Rules(a.confidenceThreshold, a.nmsThreshold, a.topK, a.keepTopK)
     return undecided(boxes, scores, same, rules)
@@ -152,7 +194,14 @@ def same_network(old: onnx.ModelProto, new: onnx.ModelProto, names: Sequence[str
 
 
 def verify_network(
-    old: onnx.ModelProto, new: onnx.ModelProto, names: Sequence[str], batch: int, *, runs: int
+    old: onnx.ModelProto,
+    new: onnx.ModelProto,
+    names: Sequence[str],
+    batch: int,
+    *,
+    runs: int,
+    channels: Mapping[str, NDArray[np.intp]] = MappingProxyType({}),
+    images: Container[str] = (),
 ) -> float:
     """Run the networks in front of the heads on random images.
 
@@ -164,6 +213,10 @@ def verify_network(
         Images in a run of the old network.
     runs
         Runs of the old network, on as many images as the new one takes in one run.
+    channels
+        Tensors whose channels the new network has in another order: which of the old ones each is.
+    images
+        Inputs [N, H, W, C] of the old network that are [N, C, H, W] now.
 
     Returns
     -------
@@ -190,8 +243,15 @@ def verify_network(
             moving.update(node.output)
     expected = _joined([run_old(feed) for feed in feeds], moving)
     left = {given.name for given in inputs(new)}
+    expected |= {name: expected[name][:, places] for name, places in channels.items()}
     joined = _joined(feeds, moving)
-    actual = run_new({name: value for name, value in joined.items() if name in left})
+    actual = run_new(
+        {
+            name: value.transpose(0, 3, 1, 2) if name in images else value
+            for name, value in joined.items()
+            if name in left
+        }
+    )
     differences = [0.0]
     for name, value in expected.items():
         if value.shape != actual[name].shape:

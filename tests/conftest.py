@@ -131,6 +131,16 @@ def surgered(exported, shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def outside(surgered, tmp_path_factory) -> Path:
+    """The small surgered model with its weights in another file, w.bin, by onnx's own writer."""
+    import onnx
+
+    path = tmp_path_factory.mktemp("outside") / "model.onnx"
+    onnx.save(onnx.load(surgered), path, save_as_external_data=True, location="w.bin")
+    return path
+
+
+@pytest.fixture(scope="session")
 def small_images() -> np.ndarray:
     """Three normalised images for the small model, float32 [3, 3, 400, 400]."""
     values = np.random.default_rng(5).standard_normal((3, 3, 400, 400), np.float32)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import onnx
 import typer
 from numpy.typing import NDArray
 
@@ -35,6 +34,7 @@ from engine.quantization.quantize import quantize
 from engine.quantization.thresholds import METHODS
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
+from graph_surgery.files import save
 
 Images = NDArray[np.float32]
 """[N, 3, H, W], normalised."""
@@ -197,11 +197,11 @@ def measure(
     for method, calibration in calibrations.items():
         scales = tuple(calibration.scales.values())
         if scales not in known:
-            onnx.save(quantize(detector.model, calibration), path)
+            save(quantize(detector.model, calibration), path)
             known[scales] = round(mean_precision(path, judged, truth), 4)
         yield method, known[scales]
     default = calibrations[METHODS[0]]
-    onnx.save(quantize(detector.model, default), path)
+    save(quantize(detector.model, default), path)
     agreement = find_agreement(detector.path, path, images)
     yield "narrowed", list(default.narrowed)
     yield "empty_images", f"{default.empty_images} of {default.images}"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import onnx
 import typer
 from numpy.typing import NDArray
 
@@ -27,6 +26,7 @@ from engine.quantization.calibration import calibrate
 from engine.quantization.quantize import quantize
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
+from graph_surgery.files import save
 
 
 def bench(
@@ -84,7 +84,7 @@ def measure(model: Path, folder: Path, count: int, rounds: int) -> dict[str, obj
     calibration = calibrate(detector, source, limit=count)  # a turn to warm up, too
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "int8.onnx"
-        onnx.save(quantize(detector.model, calibration), path)
+        save(quantize(detector.model, calibration), path)
         int8_engine = load_engine("onnxruntime", path)
     int8_batches = [quantize_images(batch, int8_engine.input_spec) for batch in batches]
     float_session, int8_session = float_engine.session(), int8_engine.session()

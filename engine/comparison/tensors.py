@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import onnx
 from engine.errors import EngineError
 from engine.manifest import Manifest
 from engine.model import Detector, load_detector
-from engine.support.files import file_sha256
+from engine.support.external import model_sha256
 from graph_surgery.errors import SurgeryError
+from graph_surgery.heads import OPERATOR
 from graph_surgery.inspect import read_tail
+from graph_surgery.protobuf import types
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 
@@ -28,9 +31,13 @@ def head_tensors(model: onnx.ModelProto) -> dict[str, str]:
     Raises
     ------
     SurgeryError
-        When there is no detection tail that the surgery understands.
+        When there is no detection tail that the surgery understands, or its heads have another
+        order of channels than after a surgery: they are not to be held against others.
     """
-    levels = read_tail(model)[0].heads.levels
+    heads = read_tail(model)[0].heads
+    if heads.layout != OPERATOR:
+        raise SurgeryError(f"the heads are not in the operator's order: {heads.layout}")
+    levels = heads.levels
     loc = {f"loc_{index}": level.loc for index, level in enumerate(levels)}
     return loc | {f"conf_{index}": level.conf for index, level in enumerate(levels)}
 
@@ -64,10 +71,7 @@ def layer_tensors(model: onnx.ModelProto) -> dict[str, str]:
         wanted.update(node.input)
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Constant"):
             found += [name for name in reversed(node.output) if name in wanted]
-    known = onnx.shape_inference.infer_shapes(model).graph
-    kinds = {
-        value.name: value.type.tensor_type.elem_type for value in (*known.value_info, *known.output)
-    }
+    kinds = {name: known.type.tensor_type.elem_type for name, known in types(model).items()}
     return {
         name: name
         for name in reversed(found)
@@ -106,8 +110,9 @@ def find_source(engine: Path, manifest: Manifest, given: Path | None) -> Detecto
     folders = (engine.parent, engine.parent.parent / "onnx")
     paths = [path for folder in folders for path in sorted(folder.glob("*.onnx"))]
     for path in sorted(paths, key=lambda path: path.name != manifest.model):
-        if file_sha256(path) == manifest.onnx_sha256:
-            return load_detector(path)
+        with contextlib.suppress(FileNotFoundError):  # of another model's data
+            if model_sha256(path) == manifest.onnx_sha256:
+                return load_detector(path)
     return None
 
 

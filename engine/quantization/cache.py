@@ -157,7 +157,7 @@ class Calibration:
         if content.pop("format") != _FORMAT:
             raise EngineError(
                 f"{path}: a calibration cache of another format; make it anew: 'engine "
-                f"calibrate MODEL --data FOLDER -o {path}'"
+                f"calibrate MODEL --data FOLDER -o {path} --force'"
             )
         return checked(cls, content, f"{path}: ", _DAMAGED)
 

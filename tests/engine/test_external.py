@@ -9,13 +9,10 @@ import onnx
 import pytest
 
 from engine.backends.split import split
-from engine.backends.tensorrt.build import BuildOptions, build
-from engine.backends.tensorrt.module import RTX
 from engine.comparison.files import compare_files, save_comparison
 from engine.errors import EngineError
 from engine.inspect import inspect_file
 from engine.load import load_engine
-from engine.manifest import load_manifest, manifest_path
 from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.network import network_sha256, open_session
@@ -24,17 +21,9 @@ from engine.quantization.quantize import quantize
 from graph_surgery import protobuf
 from graph_surgery.files import save
 from tests.support.calibrated import write_images
-from tests.support.rtx_plans import NEEDS_RTX
+from tests.support.external import changed
 
 ROWS = ["detections", "num_detections"]
-
-
-@pytest.fixture(scope="module")
-def outside(surgered, tmp_path_factory):
-    """The small detector with its weights in another file, by onnx's own writer."""
-    path = tmp_path_factory.mktemp("outside") / "model.onnx"
-    onnx.save(onnx.load(surgered), path, save_as_external_data=True, location="w.bin")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +38,6 @@ def rows(path, images):
         return session.infer(images)
     finally:
         session.close()
-
-
-def changed(outside, folder):
-    """A copy of the same model file with other data: the first weight is another."""
-    path = folder / "model.onnx"
-    path.write_bytes(outside.read_bytes())
-    data = bytearray(outside.with_name("w.bin").read_bytes())
-    data[:4] = np.float32(0.75).tobytes()
-    (folder / "w.bin").write_bytes(data)
-    return path
 
 
 def test_what_it_is(outside, surgered, small_images, tmp_path):
@@ -87,7 +66,7 @@ def test_calibration(outside, calibration, small_images, tmp_path):
 
 @pytest.mark.parametrize("float_type", ["fp32", "fp16"])
 def test_quantisation(outside, surgered, calibration, tmp_path, float_type):
-    """The very graph of the whole model. In FP16 the heads' weights are new, and lie in it."""
+    """The very graph of the whole model. In FP16 all constants are new; they lie beside it, too."""
     detector = load_detector(outside)
     expected = quantize(load_detector(surgered).model, calibration, float_type=float_type)
     found = quantize(detector.model, calibration, float_type=float_type)
@@ -162,39 +141,3 @@ def test_comparison(outside, surgered, tmp_path):
     assert output.read_bytes() == before
     assert save_comparison(output, {**again, "passed": False}, overwrite=True)
     assert json.loads(output.read_bytes())["passed"] is False
-
-
-@NEEDS_RTX
-def test_an_engine(outside, surgered, trt_plugin_library, tmp_path):
-    """TensorRT-RTX finds the weights; an engine of the same is left, another one not replaced."""
-    options = BuildOptions(max_batch=2, plugins=(trt_plugin_library,))
-    path = tmp_path / "m.engine"
-    built = build(load_detector(outside), RTX, path, options, overwrite=False)
-    assert built.engine_bytes > outside.with_name("w.bin").stat().st_size / 2
-    plan, stamp = path.read_bytes(), path.stat().st_mtime_ns
-    assert build(load_detector(outside), RTX, path, options, overwrite=False) == built
-    another = "m.engine: exists already, and is another: remove it or pass --force"
-    for detector, choice in (
-        (load_detector(surgered), options),
-        (load_detector(changed(outside, tmp_path)), options),
-        (load_detector(outside), BuildOptions(max_batch=3, plugins=options.plugins)),
-    ):
-        with pytest.raises(EngineError, match=another):
-            build(detector, RTX, path, choice, overwrite=False)
-    assert path.stat().st_mtime_ns == stamp
-    path.write_bytes(plan[:-1])
-    with pytest.raises(EngineError, match=another):
-        build(load_detector(outside), RTX, path, options, overwrite=False)
-    path.unlink()
-    with pytest.raises(EngineError, match=another.replace(".engine", ".engine.json")):
-        build(load_detector(outside), RTX, path, options, overwrite=False)
-    assert build(load_detector(outside), RTX, path, options).onnx_sha256 == built.onnx_sha256
-    assert load_manifest(path).engine_bytes == path.stat().st_size
-    source = load_detector(outside)
-    for name in (outside, outside.with_name("w.bin"), trt_plugin_library):
-        with pytest.raises(EngineError, match="is the input; give the output another name"):
-            build(source, RTX, name, options)
-    link = manifest_path(tmp_path / "n.engine")
-    link.symlink_to(outside)
-    with pytest.raises(EngineError, match=r"n\.engine\.json: is the input"):
-        build(source, RTX, tmp_path / "n.engine", options)

@@ -91,7 +91,7 @@ def test_damage_is_named_by_its_path(tmp_path_factory, damage):
     with pytest.raises(EngineError) as caught:
         load_manifest(engine)
     assert str(caught.value).startswith(f"{manifest_path(engine)}: {damage.says}")
-    assert str(caught.value).endswith("; build it again with 'engine build'")
+    assert str(caught.value).endswith("; build it again with 'engine build --force'")
 
 
 @pytest.mark.parametrize(

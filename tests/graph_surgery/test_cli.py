@@ -1,5 +1,6 @@
 """The graph-surgery command: files in, files out, one-line errors."""
 
+import re
 import sys
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_command_line(exported, tmp_path, monkeypatch, capsys):
         assert "17 x 17" in table  # 400 / 8 = 50, / 3
         assert "0.1, 0.1, 0.2, 0.2" in table
         assert "codeType" in table
-    heads = [table[: table.index(OP_TYPE)].rstrip() for table in tables]
+    heads = [re.search("Heads.*sizes.*?┘", table, re.DOTALL)[0] for table in tables]
     assert heads[0] == heads[1]
 
 
@@ -111,10 +112,13 @@ def test_unreadable_input_is_one_line(tmp_path, monkeypatch, capsys, fault):
         path.write_bytes(content.get(fault, broken))
     for arguments in (["nms", path, out], ["inspect", path]):
         code, _, err = command(monkeypatch, capsys, *arguments)
+        assert not out.exists()
+        if fault == "wrong graph" and "inspect" in arguments:
+            assert (code, err) == (0, "")
+            continue
         assert code == 2
         assert err.startswith("graph-surgery: error: ")
         assert err.count("\n") == 1
-        assert not out.exists()
 
 
 def test_unwritable_output_is_one_line(tmp_path, monkeypatch, capsys):

@@ -48,6 +48,16 @@ EXPORTERS = {
         column="Slice",
         label="int32",
     ),
+    "TensorFlow's Object Detection API": Habits(
+        opset=13,
+        image="NHWC",
+        channels="anchor first",
+        priors="by cell",
+        deltas="dy, dx",
+        softmax="Sigmoid",
+        decode="one scale",
+        corners="yxyx",
+    ),
     "Keras, labels from a table": Habits(
         opset=13, norm="behind Identity", background="Gather", column="Split", label="table"
     ),
@@ -75,9 +85,16 @@ EXPORTERS = {
         opset=13, weights="shared", background="masked", beside="NonZero", active="PRelu"
     ),
     "torchvision's batched_nms": Habits(opset=17, nms="batched", output="flat"),
-    "RetinaNet": Habits(opset=13, softmax="Sigmoid", weights="shared"),
+    "RetinaNet": Habits(
+        opset=13,
+        channels="anchor first",
+        priors="by cell",
+        softmax="Sigmoid",
+        background="none",
+        weights="shared",
+    ),
 }
-"""Twelve detectors, two of which say what NMS_OPT_TRT cannot."""
+"""Thirteen detectors, one of which says what NMS_OPT_TRT cannot."""
 
 
 COMING = {slot: [form for form in FORMS[slot] if (slot, form) in MUST] for slot in FORMS}

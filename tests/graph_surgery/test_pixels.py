@@ -121,7 +121,7 @@ def test_the_unit_of_any_image(grid, image_height, image_width, pixels, yxyx):
         return {"boxes": boxes[None].astype(np.float32)}
 
     heads = Heads((Level("loc", "conf", 1, height, width),), 3, 1)
-    found, in_pixels = probe_boxes(tail, heads, (image_width, image_height))
-    assert in_pixels == pixels
+    found, decoded = probe_boxes(tail, heads, (image_width, image_height))
+    assert decoded.unit == ((image_width, image_height) if pixels else (1, 1))
     np.testing.assert_allclose(found[0].reshape(-1, 4), fractions, atol=1e-5)
     np.testing.assert_allclose(found[1].reshape(-1, 4), np.tile(variances, (len(found[0]) // 4, 1)))

@@ -43,11 +43,13 @@ REFUSED = {
     "a head missing": (Variant(lacks="a loc head"), "2 and 3 heads: one is missing"),
     "ReLU behind a head": (Variant(lacks="a plain head"), "meets Relu"),
     "no last TopK": (Variant(lacks="TopK"), "no TopK"),
-    "sigmoid": (Variant(activation="Sigmoid"), "softmax"),
+    "another sigmoid": (Variant(activation="HardSigmoid"), "softmax .* or their sigmoid"),
     "raw logits": (Variant(activation="Identity"), "softmax"),
-    "TF_CENTER": (Variant(encoding="TF_CENTER"), "CENTER_SIZE"),
     "no exponential": (Variant(encoding="linear"), "CENTER_SIZE"),
-    "anchor-major channels": (Variant(layout="anchor-first"), "follow anchor-major channels"),
+    "priors in another order than cells": (
+        Variant(layout="anchor-first"),
+        "priors do not lie on the grids of the heads; export with priors in the order of",
+    ),
     "labels from 0": (Variant(label_offset=0), "disagree"),
     "made for one image": (Variant(batch="N"), "ONNX Runtime fails"),
     "no constant cap": (Variant(cap=0), "max_output_boxes_per_class"),
@@ -109,6 +111,7 @@ MISTAKES = {
     "IoU threshold": {"nmsThreshold": 0.6},
     "background": {"backgroundLabelId": 1},
     "no background": {"backgroundLabelId": -1},
+    "activation": {"confSigmoid": 1, "confSoftmax": 0},
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,3 +43,23 @@ def test_what_is_no_document(tmp_path, text):
     artefact, record = made(tmp_path)
     record.write_text(text)
     assert stale(artefact) == UNKNOWN
+
+
+def test_data_beside_a_model_is_part_of_it(tmp_path):
+    path, data = tmp_path / "model.onnx", tmp_path / "w.bin"
+    tensor = onnx.numpy_helper.from_array(np.zeros(999, np.float32), "w")
+    graph = onnx.helper.make_graph([], "g", [], [], [tensor])
+
+    def build():
+        model = onnx.helper.make_model(graph)
+        onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=0)
+
+    artefact = Artefact("step", path, {"weights": "1"})
+    make(artefact, build, lambda _: None)
+    assert stale(artefact) is None
+    data.write_bytes(b"1" + data.read_bytes()[1:])
+    assert stale(artefact) == "it was changed after it was made"
+    data.unlink()
+    assert stale(artefact) == "it was changed after it was made"
+    make(artefact, build, lambda _: None)
+    assert stale(artefact) is None

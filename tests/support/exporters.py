@@ -30,7 +30,7 @@ class Writer(Builder):
 
 
 def write(habits: Habits, seed: int = 0) -> onnx.ModelProto:
-    """Image float32 [1, 3, 32, 32] to boxes, labels and scores, [1, n, ...] or [n, ...]."""
+    """Image float32 [1, 3, 32, 32] or NHWC to boxes, labels, scores, [1, n, ...] or [n, ...]."""
     b = Writer(habits.opset)
     loc, conf, feature = _network(b, habits, np.random.default_rng(seed))
     boxes = _boxes(b, _join(b, loc, 4, habits), habits)
@@ -48,7 +48,7 @@ def write(habits: Habits, seed: int = 0) -> onnx.ModelProto:
         value = b.unsqueeze(source, 0) if first else source
         b.nodes.append(helper.make_node("Identity", [value], [output.name]))
     outputs += _beside(b, feature, habits)
-    shape = [1, 3, IMAGE, IMAGE]
+    shape = [1, 3, IMAGE, IMAGE] if habits.image == "NCHW" else [1, IMAGE, IMAGE, 3]
     inputs = [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)]
     if habits.beside == "input":
         inputs.append(helper.make_tensor_value_info("unread", TensorProto.INT64, [1, 2]))
@@ -61,7 +61,9 @@ def write(habits: Habits, seed: int = 0) -> onnx.ModelProto:
 
 
 def feeds(model: onnx.ModelProto, image: np.ndarray) -> dict[str, np.ndarray]:
-    """The image, and zeros for an input that nothing reads."""
+    """The image [1, 3, H, W] as the model takes it, and zeros for an input that nothing reads."""
+    if model.graph.input[0].type.tensor_type.shape.dim[3].dim_value == 3:
+        image = image.transpose(0, 2, 3, 1)
     more = {v.name: np.zeros((1, 2), np.int64) for v in model.graph.input if v.name != "image"}
     return {"image": image} | more
 
@@ -110,8 +112,12 @@ def _network(
         return active(y)
 
     x = "image"
+    if habits.image == "NHWC":
+        x = b.op("Transpose", x, perm=[0, 3, 1, 2])
     if habits.stem == "scaled":
         x = b.op("Div", b.op("Sub", x, b.floats(0.1)), b.floats(0.8))
+    if habits.image == "NHWC, turned later":
+        x = b.op("Transpose", b.op("Neg", x), perm=[0, 3, 1, 2])
     if habits.half:
         x = b.op("Cast", x, to=TensorProto.FLOAT16)
     x = block(x, 3, 4)
@@ -141,9 +147,10 @@ def _sizes(habits: Habits) -> list[tuple[int, int]]:
 
 
 def _priors(habits: Habits) -> tuple[np.ndarray, np.ndarray]:
-    """Centres and sizes, [P, 2] each, anchor by anchor within a level."""
-    rows = []
+    """Centres and sizes, [P, 2] each."""
+    levels = []
     for level, (anchors, grid) in enumerate(_sizes(habits)):
+        rows = []
         y, x = np.divmod(np.arange(grid * grid), grid)
         for anchor in range(anchors):
             size = 0.2 * (level + 1) + 0.05 * anchor, 0.25 * (level + 1)
@@ -152,13 +159,16 @@ def _priors(habits: Habits) -> tuple[np.ndarray, np.ndarray]:
                     [(x + 0.5) / grid, (y + 0.5) / grid, *np.broadcast_arrays(*size, x)[:2]], 1
                 )
             )
-    centre, size = np.split(np.concatenate(rows).astype(np.float32), 2, axis=1)
+        level_rows = np.stack(rows, axis=habits.priors == "by cell")
+        levels.append(level_rows.reshape(-1, 4))
+    centre, size = np.split(np.concatenate(levels).astype(np.float32), 2, axis=1)
     return centre, size
 
 
 def _join(b: Writer, heads: list[str], rows: int, habits: Habits) -> str:
     """[N, rows, P], or [N, P, rows] where each level is turned, then turned back."""
     flat = []
+    by_anchor, by_cell = habits.channels == "anchor first", habits.priors == "by cell"
     for head, (anchors, grid) in zip(heads, _sizes(habits), strict=True):
         x, cells = head, anchors * grid * grid
         shape = b.const([1, rows, cells] if habits.flat == "constant" else [0, rows, -1])
@@ -170,12 +180,14 @@ def _join(b: Writer, heads: list[str], rows: int, habits: Habits) -> str:
             x = b.op("Transpose", b.op("Transpose", x, perm=[0, 2, 3, 1]), perm=[0, 3, 1, 2])
         elif habits.flat == "Flatten":
             x = b.op("Flatten", x, axis=1)
-        if habits.channels == "anchor first":
-            parts = b.op("Reshape", x, b.const([0, anchors, rows, grid, grid]))
-            x = b.op(
-                "Reshape", b.op("Transpose", parts, perm=[0, 3, 4, 1, 2]), b.const([0, -1, rows])
-            )
-            x = b.op("Transpose", x, perm=[0, 2, 1])
+        if by_anchor and by_cell:  # as torchvision and TensorFlow have it
+            x = b.op("Transpose", head, perm=[0, 2, 3, 1])
+            x = b.op("Transpose", b.op("Reshape", x, b.const([0, -1, rows])), perm=[0, 2, 1])
+        elif by_anchor or by_cell:
+            both = [anchors, rows] if by_anchor else [rows, anchors]
+            x = b.op("Reshape", head, b.const([0, *both, grid, grid]))
+            x = b.op("Transpose", x, perm=[0, 1, 3, 4, 2] if by_cell else [0, 2, 1, 3, 4])
+            x = b.op("Reshape", x, shape)
         else:
             x = b.op("Reshape", x, shape)
         flat.append(b.op("Transpose", x, perm=[0, 2, 1]) if habits.flat == "rows" else x)
@@ -191,6 +203,8 @@ def _boxes(b: Writer, loc: str, habits: Habits) -> str:
     """Boxes [1, P, 4] of deltas [1, 4, P]."""
     centre, size = _priors(habits)
     deltas = b.op("Transpose", loc, perm=[0, 2, 1])
+    if habits.deltas == "dy, dx":
+        deltas = b.op("Gather", deltas, b.const([1, 0, 3, 2]), axis=2)
     variances = {"xy": 0.1, "wh": 0.2}
     if habits.decode in ("one scale", "Div"):
         scale = np.float32([0.1, 0.1, 0.2, 0.2])
@@ -246,6 +260,8 @@ def _scores(b: Writer, conf: str, habits: Habits) -> str:
         else:
             scores = b.op("Softmax", logits, axis=2)
         scores = b.op("Transpose", scores, perm=[0, 2, 1])
+    if habits.background == "none":
+        return scores
     if habits.background == "Gather":
         return b.op("Gather", scores, b.const(range(1, CLASSES)), axis=1)
     if habits.background == "Split":
@@ -287,7 +303,7 @@ def _by_class(b: Writer, boxes: str, scores: str, habits: Habits) -> list[str]:
 
 def _batched(b: Writer, boxes: str, scores: str, habits: Habits) -> list[str]:
     """One class of C' * P boxes, moved apart by a multiple of their largest coordinate."""
-    total, labels = _total(habits), CLASSES - (habits.background != "masked")
+    total, labels = _total(habits), CLASSES - habits.offset
     every = b.op("Tile", boxes, b.const([1, labels, 1]))
     apart = b.op("Add", b.op("ReduceMax", boxes, keepdims=0), b.floats(1))
     number = b.floats(np.repeat(np.arange(labels), total)[None, :, None])
@@ -320,7 +336,7 @@ def _best(b: Writer, boxes: str, found: tuple[str, str, str], habits: Habits) ->
         k = b.op("Cast", least, to=TensorProto.INT64)
     score, order = b.op("TopK", score, k, outputs=2, axis=0)
     label, box = (b.op("Gather", part, order, axis=0) for part in (label, box))
-    offset = int(habits.background != "masked")
+    offset = habits.offset
     if habits.label in ("table", "gaps"):
         table = np.arange(CLASSES) + offset
         label = b.op("Gather", b.const(table + (habits.label == "gaps") * (table > 2)), label)

@@ -190,9 +190,6 @@ def _join(b: Builder, heads: list[str], rows: int, variant: Variant) -> str:
 
 def _postprocess(b: Builder, loc: str, conf: str, variant: Variant) -> None:
     priors = grid_priors()
-    if variant.encoding == "TF_CENTER":  # deltas y, x, h, w
-        rows = [b.columns(loc, i, i + 1, 1) for i in (1, 0, 3, 2)]
-        loc = b.op("Concat", *rows, axis=1)
     deltas = b.op("Transpose", loc, perm=[0, 2, 1])
     xy = b.op("Mul", b.columns(deltas, 0, 2, 2), b.floats(0.1))
     xy = b.op("Add", b.op("Mul", xy, b.floats(priors[None, :, 2:])), b.floats(priors[None, :, :2]))

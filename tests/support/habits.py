@@ -6,16 +6,19 @@ from dataclasses import dataclass
 
 FORMS = {
     "opset": (11, 12, 13, 15, 17, 18, 21, 23),
+    "image": ("NCHW", "NHWC", "NHWC, turned later"),
     "stem": ("plain", "scaled"),
     "norm": ("none", "plain", "behind Identity"),
     "active": ("Relu", "Clip", "LeakyRelu", "PRelu"),
     "block": ("none", "residual", "depthwise", "MaxPool"),
     "weights": ("stored", "Constant", "Identity", "shared"),
     "channels": ("coordinate first", "anchor first"),
+    "priors": ("by anchor", "by cell"),
+    "deltas": ("dx, dy", "dy, dx"),
     "flat": ("arithmetic", "constant", "zero", "NHWC", "rows", "Flatten", "nested"),
     "levels": (2, 1),
     "softmax": ("axis 1", "axis 2", "2-D", "written out", "LogSoftmax", "Sigmoid"),
-    "background": ("Slice", "Gather", "Split", "masked"),
+    "background": ("Slice", "Gather", "Split", "masked", "none"),
     "decode": ("Split", "Slice", "Gather", "Div", "one scale", "premultiplied", "Pow", "clamped"),
     "corners": ("ltrb", "yxyx", "centre"),
     "nms": ("by class", "batched", "best class"),
@@ -29,8 +32,6 @@ FORMS = {
 """Slots, and the forms that may stand there, the plain one first."""
 
 REFUSED = {
-    ("channels", "anchor first"): "anchor-major channels",
-    ("softmax", "Sigmoid"): "softmax of the logits",
     ("decode", "clamped"): "CENTER_SIZE",
     ("nms", "batched"): "offset",
     ("nms", "best class"): "best class",
@@ -47,12 +48,15 @@ class Habits:
     """A form for every slot of `FORMS`."""
 
     opset: int = 17
+    image: str = "NCHW"
     stem: str = "plain"
     norm: str = "none"
     active: str = "Relu"
     block: str = "none"
     weights: str = "stored"
     channels: str = "coordinate first"
+    priors: str = "by anchor"
+    deltas: str = "dx, dy"
     flat: str = "arithmetic"
     levels: int = 2
     softmax: str = "axis 2"
@@ -67,6 +71,11 @@ class Habits:
     output: str = "batch"
     beside: str = "nothing"
     half: bool = False  # the network in float16
+
+    @property
+    def offset(self) -> int:
+        """Label of the first class whose scores are read."""
+        return int(self.background not in ("masked", "none"))
 
     @property
     def refused(self) -> list[str]:

@@ -31,6 +31,7 @@ from engine.manifest import (
 )
 from engine.model import Detector
 from engine.support.files import check_output
+from graph_surgery.files import data_files
 from graph_surgery.nms_function import plugin_only
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def refit(
     if not (manifest.options.get("refit") or manifest.options.get("strip_plan")):
         raise EngineError(f"{plan}: was built without --refit or --strip-plan, so its weights stay")
     for file in (output, manifest_path(output)):
-        check_output(file, [plan, detector.path])
+        check_output(file, [plan, detector.path, *data_files(detector.model)])
     if detector.input.to_dict() | {"scale": 0} != manifest.input.to_dict() | {"scale": 0}:
         raise EngineError(
             f"{detector.path}: its input is not that of {plan}: another network; build it"
@@ -97,6 +98,7 @@ def refit(
     engine: tensorrt.ICudaEngine = deserialize(trt, content, plan, manifest)
     _refit(trt, engine, detector.path)
     config: tensorrt.ISerializationConfig = engine.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)  # set where the plan was stripped
     if again:
         config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
     whole = bytes(engine.serialize_with_config(config))

