@@ -71,8 +71,8 @@ def calibrate(
     The scale of the image follows from what pixels are. The table at the end shows the tensors to
     which quantisation does most: their scales by all methods, the share of values that is clipped
     and the signal-to-noise ratio. A cache that holds the scales of this model, these images and
-    this method already is left as it is; any other file is replaced only with --force, and without
-    it refused before the images are run.
+    this method already is left as it is, one of MODEL as it was before is renewed; any other file
+    is replaced only with --force, and without it refused before the images are run.
     """
     from rich.console import Console
 
@@ -90,10 +90,12 @@ def calibrate(
         check_output(path, [model, data / MANIFEST])
     detector = load_detector(model)
     source = load_preprocessed(data, _image_spec(detector))
-    if output.exists() and is_current(output, detector, source, method=method, limit=images):
+    current = output.exists() and is_current(output, detector, source, method=method, limit=images)
+    if current:
         cache = Calibration.load(output)
         typer.echo(f"{output} is up to date")
     else:
+        force = force or current is None
         for path in outputs:
             if path.exists() and not force:
                 raise another(path)
@@ -138,7 +140,8 @@ def quantize(
 ) -> None:
     """Write MODEL as an INT8 graph with explicit Q/DQ and an INT8 image input.
 
-    A file that holds this graph already is left as it is, any other is replaced only with --force.
+    A file that holds this graph already is left as it is, one of MODEL as it was before is renewed,
+    any other is replaced only with --force.
     Where MODEL keeps data in files beside it, or 2 GiB do not hold OUT, OUT has its data in
     OUT.HASH.data. With --check the exit code is 1 when OUT
     finds less than 0.8 of what MODEL finds on the images (same label, IoU at least 0.5).
@@ -146,6 +149,7 @@ def quantize(
     from engine.data.preprocessed import load_preprocessed
     from engine.model import load_detector
     from engine.quantization.cache import Calibration
+    from engine.quantization.quantize import is_outdated
     from engine.quantization.quantize import quantize as quantize_model
     from engine.report import agreement_lines, warn
     from engine.support.files import check_output
@@ -160,6 +164,7 @@ def quantize(
     quantized = quantize_model(
         detector.model, calibration, float_type=float_type, keep_float=keep_float or ()
     )
+    force = force or is_outdated(output, quantized)
     _say(output, written=save(quantized, output, overwrite=force))
     if images is not None:
         from rich.console import Console

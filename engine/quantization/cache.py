@@ -91,6 +91,8 @@ class Calibration:
         Largest magnitude of every tensor of `Placement.floats`.
     statistics
         Of every tensor with a scale that is neither the image nor 0 everywhere.
+    model
+        Name of the detector's file; empty in caches from before 0.2.
     """
 
     scales: Mapping[str, Scale]
@@ -104,6 +106,7 @@ class Calibration:
     narrowed: tuple[str, ...]
     largest: Mapping[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     statistics: Mapping[str, Statistics]
+    model: str = ""
 
     @property
     def changed(self) -> str | None:

@@ -98,6 +98,7 @@ def calibrate_all(
             "onnxruntime": onnxruntime.__version__,
         },
         "empty_images": seen.empty,
+        "model": detector.path.name,
         "largest": seen.largest,
     }
     scales = {
@@ -140,8 +141,13 @@ def _calibration(
 
 def is_current(
     path: Path, detector: Detector, images: PreprocessedSet, *, method: str, limit: int | None
-) -> bool:
+) -> bool | None:
     """Tell whether a cache holds what `calibrate` would find, so that it need not run again.
+
+    Returns
+    -------
+    bool or None
+        None when it is out of date: of this model file as it was before.
 
     Raises
     ------
@@ -153,9 +159,12 @@ def is_current(
     count = check_images(placement, images, limit, placement.batch or 1)
     try:
         cache = Calibration.load(path)
-        cache.check(network, placement)
     except EngineError:
         return False
+    try:
+        cache.check(network, placement)
+    except EngineError:
+        return None if cache.model == detector.path.name else False
     return (cache.method, cache.images) == (method, count) and (
         cache.images_sha256 == images_sha256(images, count)
     )

@@ -8,11 +8,13 @@ DequantizeLinear; zero points 0; biases float. Where, says `engine.quantization.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -103,6 +105,7 @@ def quantize(
         "calibration_images": str(calibration.images),
         "calibration_empty_images": str(calibration.empty_images),
         "calibration_images_sha256": calibration.images_sha256,
+        "float_network": calibration.model,
         "float_network_sha256": calibration.model_sha256,
         "preprocessing_sha256": calibration.preprocessing_sha256,
     }
@@ -116,6 +119,19 @@ def quantize(
         return with_types(new)
     except SurgeryError as error:
         raise EngineError(f"the INT8 graph is invalid: {error}") from error
+
+
+def is_outdated(path: Path, quantized: onnx.ModelProto) -> bool:
+    """Tell whether a file is INT8 of the same model file as it was before."""
+    try:
+        before = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError):  # nothing, or something else
+        return False
+    known, facts = (
+        {entry.key: entry.value for entry in model.metadata_props} for model in (before, quantized)
+    )
+    same_file = facts["float_network"] and known.get("float_network") == facts["float_network"]
+    return bool(same_file) and known["float_network_sha256"] != facts["float_network_sha256"]
 
 
 def insert_qdq(
