@@ -24,6 +24,7 @@ from harness.cli.options import (
     Threads,
     Url,
 )
+from harness.cli.predict import predict
 from harness.cli.preprocess import preprocess
 from harness.cli.submission import compliance, submission
 from harness.cli.triton import triton_repository
@@ -46,6 +47,7 @@ app = typer.Typer(
 
 app.add_typer(download_app, name="download")
 app.command()(preprocess)
+app.command()(predict)
 
 
 @app.command()
@@ -142,7 +144,7 @@ def run(
     )
     from harness.data.preprocess import open_current
     from harness.results.run import Benchmark
-    from harness.results.run_all import new_log_dir, run_all
+    from harness.results.run_all import new_folder, run_all
 
     leave_in_order()
     numbers = None if devices is None else parse_devices(devices)
@@ -166,7 +168,7 @@ def run(
     directory = preprocessed or preprocessed_dir(build_dir, data, spec)
     source = open_current(data, spec, directory)
     benchmark = Benchmark(engines, source, data, timeout, pictures)
-    root = log_dir or new_log_dir(build_dir)
+    root = log_dir or new_folder(build_dir / "logs")
     home = root / (system or platform.node()) / MODEL
     run_all(
         [

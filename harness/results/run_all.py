@@ -21,8 +21,8 @@ Test = tuple[Benchmark, Settings, Mode, Path]
 """What to run, and the folder for its logs."""
 
 
-def new_log_dir(build_dir: Path) -> Path:
-    """Make a folder for the logs of a run, which no other run has: ``logs/<time>``.
+def new_folder(parent: Path) -> Path:
+    """Make a folder named by the time, which is no other run's.
 
     Raises
     ------
@@ -31,7 +31,7 @@ def new_log_dir(build_dir: Path) -> Path:
     """
     stem = datetime.now().strftime("%Y%m%d-%H%M%S")
     for name in chain([stem], (f"{stem}-{number}" for number in count(2))):
-        folder = build_dir / "logs" / name
+        folder = parent / name
         try:
             folder.mkdir(parents=True)
         except FileExistsError:  # of a run that began in the same second
