@@ -238,7 +238,7 @@ def test_every_run_has_a_log_folder_of_its_own(tmp_path):
     """Also those that begin in the same second."""
     folders = [new_folder(tmp_path / "build") for _ in range(5)]
     assert len(set(folders)) == 5
-    assert {folder.parent for folder in folders} == {tmp_path / "build" / "logs"}
+    assert {folder.parent for folder in folders} == {tmp_path / "build"}
     assert all(folder.is_dir() for folder in folders)
     (tmp_path / "file").touch()
     with pytest.raises(HarnessError, match="cannot make it"):
