@@ -12,7 +12,6 @@ from queue import SimpleQueue
 from typing import Any
 
 import mlperf_loadgen as lg
-import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import SessionLostError
