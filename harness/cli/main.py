@@ -175,7 +175,8 @@ def run(
             (benchmark, setting, mode, home / setting.scenario / mode)
             for mode in modes
             for setting in settings
-        ]
+        ],
+        build_dir,
     )
 
 
@@ -222,14 +223,36 @@ def accuracy(
 @app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Folders of or above runs.")],
+    *,
     json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write a page instead: HTML with charts and images, the runs side by side.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output where it is another file.")
+    ] = False,
+    build_dir: BuildDir = Path("build"),
 ) -> None:
-    """Print the results of runs again."""
-    from harness.results.report import find_results, print_table, to_json
+    """Print the results of runs again, or write them as a page."""
+    from harness.results.report import find_results, print_table, to_csv, to_json
 
     results: Runs = find_results(directories)
-    if json:
-        typer.echo(to_json(results))
+    if output is not None:
+        from engine.support.files import check_output, write_output
+        from harness.results.page import render_page
+
+        check_output(output, [])
+        write_output(output, render_page(results, build_dir).encode(), overwrite=force)
+        typer.echo(f"page in {output}")
+    elif json or csv:
+        typer.echo(to_json(results) if json else to_csv(results))
     else:
         print_table(results)
 

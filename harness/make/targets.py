@@ -80,7 +80,7 @@ def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
 def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Run every scenario in every test mode on its engine, and print the table of the results."""
     with ExitStack() as servers:
-        run_all(_tests(routes, arguments, servers))
+        run_all(_tests(routes, arguments, servers), routes[0].build_dir)
 
 
 def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> list[Test]:

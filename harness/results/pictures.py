@@ -186,6 +186,31 @@ def draw_rows(picture: _Image, rows: NDArray[np.float32], names: Mapping[int, st
         taken.append(_draw_label(picture, box, text, colour, taken))
 
 
+def draw_boxes(
+    picture: _Image, boxes: Sequence[tuple[str, Sequence[float]]], colour: _Colour
+) -> None:
+    """Draw boxes of one colour with their texts.
+
+    Parameters
+    ----------
+    picture
+        uint8 [h, w, 3]; changed.
+    boxes
+        Texts and boxes, left, top, right, bottom as fractions of the picture.
+    colour
+        Blue, green, red.
+    """
+    import cv2
+
+    taken: list[_Box] = []
+    places = [(text, _to_pixels(picture, box)) for text, box in boxes]
+    for _, box in places:
+        cv2.rectangle(picture, box[:2], box[2:], _BLACK, _stroke(picture) + 2, cv2.LINE_AA)
+        cv2.rectangle(picture, box[:2], box[2:], colour, _stroke(picture), cv2.LINE_AA)
+    for text, box in places:
+        taken.append(_draw_label(picture, box, text, colour, taken))
+
+
 def _draw_label(
     picture: _Image, box: _Box, text: str, colour: _Colour, taken: Sequence[_Box]
 ) -> _Box:
