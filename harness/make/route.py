@@ -304,8 +304,9 @@ def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> 
     if batch is None:
         route.say(f"engine: {backend} runs {model} as it is")
         return model
-    from engine.backends.tensorrt.build import BuildOptions, build
+    from engine.backends.tensorrt.build import build
     from engine.backends.tensorrt.module import import_tensorrt
+    from engine.backends.tensorrt.options import BuildOptions
     from engine.model import load_detector
     from engine.support.environment import gpu_name
 
