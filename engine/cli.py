@@ -117,6 +117,10 @@ def quantize(
     float_type: Annotated[
         Literal["fp32", "fp16"], typer.Option(help="Type of what is not INT8.")
     ] = "fp32",
+    target: Annotated[
+        Literal["gpu", "cpu"],
+        typer.Option(help="cpu: for ONNX Runtime on CPUs alone, which runs this form faster."),
+    ] = "gpu",
     keep_float: Annotated[
         list[str] | None,
         typer.Option(
@@ -158,7 +162,11 @@ def quantize(
     images = None if check is None else load_preprocessed(check, _image_spec(detector))
     warn(calibration)
     quantized = quantize_model(
-        detector.model, calibration, float_type=float_type, keep_float=keep_float or ()
+        detector.model,
+        calibration,
+        float_type=float_type,
+        keep_float=keep_float or (),
+        target=target,
     )
     force = force or is_outdated(output, quantized)
     say(output, written=save(quantized, output, overwrite=force))

@@ -215,6 +215,7 @@ def wanted_plugin(detector: Detector) -> Plugin:
             f"{path}: outputs {', '.join(outputs)}; those of {OP_TYPE} ({', '.join(made)}) and no "
             "others expected"
         )
+    detector.require_any_engine()
     detector.require_dynamic_batch()
     wanted = node.attrs
     return Plugin(
