@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
 import weakref
 from collections.abc import Callable
@@ -24,12 +23,6 @@ def _run() -> None:
         undo = _undo.pop()()
         if undo is not None:
             undo()
-
-
-def leave_in_order() -> None:
-    """End as Ctrl-C does when the process is told to, or its terminal is closed."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
 
 
 def leave_now(exit_code: int) -> NoReturn:
