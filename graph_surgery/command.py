@@ -8,9 +8,10 @@ from typing import Any
 
 import typer
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, which typer gives."""
+
 _UsageError: Any = typer.BadParameter.__base__  # typer has no name for it
-    typer.BadParameter.__base__
-)  # which typer does not name; it is not always click's
 
 
 def run_command(

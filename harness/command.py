@@ -9,6 +9,7 @@ import typer
 import graph_surgery.command
 from engine.errors import EngineError
 from engine.support.leaving import leave_now
+from graph_surgery.command import INTERRUPTED
 from graph_surgery.errors import SurgeryError
 from harness.errors import HarnessError, RunFailedError
 
@@ -26,6 +27,10 @@ def run_command(app: typer.Typer, name: str | None = None) -> None:
         graph_surgery.command.run_command(app, "harness", *errors, program=name)
     except RunFailedError as error:
         leave(error)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # threads may wait for servers
+            leave_now(INTERRUPTED)
+        raise
 
 
 def leave(error: RunFailedError) -> NoReturn:

@@ -6,6 +6,7 @@ none is, the one recorded in ``downloads.json`` when it was first seen.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -310,10 +311,8 @@ def _fetch_images(job: _Job, names: Sequence[str], data: Dataset) -> None:
             stop=stop,
         )
 
-    with (
-        progress_bar(data.image_dir.name) as bar,
-        ThreadPoolExecutor(_PARALLEL) as pool,
-    ):
+    pool = ThreadPoolExecutor(_PARALLEL)
+    with progress_bar(data.image_dir.name) as bar:
         pending = [pool.submit(fetch_image, name) for name in names]
         try:
             for done, future in enumerate(as_completed(pending), start=1):
@@ -329,8 +328,10 @@ def _fetch_images(job: _Job, names: Sequence[str], data: Dataset) -> None:
             ) from error
         finally:
             stop.set()
-            pool.shutdown(cancel_futures=True)
-            save_record(job.folder, job.record)
+            # after Ctrl-C nobody waits for a server; what has arrived is kept
+            waited = not isinstance(sys.exception(), KeyboardInterrupt)
+            pool.shutdown(wait=waited, cancel_futures=True)
+            save_record(job.folder, dict(job.record))
 
 
 def _megabytes(bar: Progress) -> Progress:
