@@ -192,7 +192,7 @@ def check_demo() -> tuple[Fetched, ...]:
     HarnessError, EngineError
         An image of its maps or the annotations are missing or damaged.
     """
-    from harness.data.transform import BadImageError, decode
+    from harness.data.transform import BadImageError, decode, read_image
 
     done = []
     for split in ("val", "cal"):
@@ -200,8 +200,8 @@ def check_demo() -> tuple[Fetched, ...]:
         names = load_map(data.map_file)
         for name in names:
             try:
-                decode((data.image_dir / name).read_bytes())
-            except (OSError, BadImageError) as error:
+                decode(read_image(data.image_dir / name)[0])
+            except BadImageError as error:
                 raise HarnessError(
                     f"{data.image_dir / name} is missing or damaged; it is part of the "
                     "repository: restore it"
