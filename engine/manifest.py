@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,8 @@ AMPERE = (8, 0)
 
 KEEP_TOP_K = 200
 """Detections of an image, the benchmark's, where a manifest from before does not say them."""
+
+_TOO_MANY = 2**31  # TensorRT's sizes are int32
 
 _REBUILD = "build it again with 'engine build --force'"
 
@@ -177,7 +180,20 @@ def load_manifest(engine: Path) -> Manifest:
     """
     path = manifest_path(engine)
     if path.exists():
-        return read_as(Manifest, path, _REBUILD)
+        manifest = read_as(Manifest, path, _REBUILD)
+        batches = [manifest.min_batch, manifest.opt_batch, manifest.max_batch]
+        sizes = [*manifest.input.shape, *batches, manifest.keep_top_k]
+        scale = manifest.input.scale
+        if (
+            not 1 <= min(sizes) <= max(sizes) < _TOO_MANY
+            or batches != sorted(batches)
+            or (manifest.input.dtype == "int8") is not (scale is not None and 0 < scale < math.inf)
+        ):
+            raise EngineError(
+                f"{path}: no engine has this input, these batches or this keep_top_k: "
+                f"{manifest.input.dtype} {sizes}, scale {scale}; {_REBUILD}"
+            )
+        return manifest
     if not engine.is_file():
         raise EngineError(f"{engine}: no such engine file")
     raise EngineError(

@@ -60,4 +60,6 @@ def complain(name: str, error: object) -> None:
 
 def printable(text: str) -> str:
     """Escape what a terminal would obey: files and servers are not asked for colours."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )

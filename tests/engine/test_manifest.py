@@ -17,6 +17,17 @@ from tests.support.formats import JSON, Sample, damages
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 WHOLE = st.integers(-(2**63), 2**64 - 1)
+SIZE = st.integers(1, 2**31 - 1)
+INPUT = st.one_of(
+    st.builds(InputSpec, st.text(max_size=9), st.tuples(SIZE, SIZE, SIZE), st.just("float32")),
+    st.builds(
+        InputSpec,
+        st.text(max_size=9),
+        st.tuples(SIZE, SIZE, SIZE),
+        st.just("int8"),
+        st.floats(0, exclude_min=True, allow_infinity=False),
+    ),
+)
 NAMES = st.text(max_size=9)
 
 SAMPLE = Sample(
@@ -62,19 +73,13 @@ def written(folder: Path, document: object) -> Path:
         ),
         metadata=st.dictionaries(NAMES, NAMES, max_size=3),
         engine_bytes=WHOLE,
-        input=st.builds(
-            InputSpec,
-            NAMES,
-            st.tuples(WHOLE, WHOLE, WHOLE),
-            st.sampled_from(["float32", "int8"]),
-            st.none() | FINITE,
-        ),
-        min_batch=WHOLE,
-        opt_batch=WHOLE,
-        max_batch=WHOLE,
+        input=INPUT,
+        min_batch=st.just(1),
+        opt_batch=st.integers(1, 64),
+        max_batch=st.integers(64, 2**31 - 1),
         options=st.dictionaries(NAMES, JSON, max_size=3),
         seconds=FINITE,
-        keep_top_k=WHOLE,
+        keep_top_k=SIZE,
         outputs=st.dictionaries(NAMES, st.lists(st.none() | WHOLE, max_size=3), max_size=2),
     )
 )
@@ -107,6 +112,28 @@ def test_what_is_no_document(tmp_path, text, message):
     manifest_path(engine).write_text(text)
     with pytest.raises(EngineError, match=rf"m\.engine\.json: .*{message}.*; build it again"):
         load_manifest(engine)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input": {"shape": [3, -1, 400]}},
+        {"input": {"shape": [3, 2**40, 400]}},
+        {"input": {"scale": None}},
+        {"input": {"scale": 0.0}},
+        {"input": {"dtype": "float32"}},
+        {"max_batch": 0},
+        {"min_batch": 9},
+        {"keep_top_k": 0},
+    ],
+    ids=str,
+)
+def test_sizes_that_no_engine_has(tmp_path, changes):
+    document = SAMPLE.document | changes
+    if "input" in changes:
+        document["input"] = SAMPLE.document["input"] | changes["input"]
+    with pytest.raises(EngineError, match=r"m\.engine\.json: no engine has .*; build it again"):
+        load_manifest(written(tmp_path, document))
 
 
 def test_a_manifest_from_before_says_200_detections(tmp_path):
