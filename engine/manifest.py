@@ -121,21 +121,31 @@ def manifest_path(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
+def _pair(engine: Path) -> tuple[Path, Path]:
+    return engine, manifest_path(engine)
+
+
 def save_engine(engine: Path, plan: bytes | memoryview, manifest: Manifest) -> None:
-    """Write an engine file, then its manifest.
+    """Write an engine file and its manifest.
 
     Raises
     ------
     EngineError
-        When a file cannot be written.
+        When a file cannot be written; what was there stays.
     """
     text = json.dumps(manifest.to_dict(), indent=2) + "\n"
+    written = {path: path.with_name(f"{path.name}.{os.getpid()}.new.tmp") for path in _pair(engine)}
     try:
+        for path, content in zip(written.values(), (plan, text.encode()), strict=True):
+            write_atomically(path, content)
         manifest_path(engine).unlink(missing_ok=True)  # never a manifest beside another engine
-        write_atomically(engine, plan)
-        write_atomically(manifest_path(engine), text.encode())
+        for path, temporary in written.items():
+            temporary.replace(path)
     except OSError as error:
-        raise EngineError(f"{error.filename}: cannot write it: {error.strerror}") from error
+        raise EngineError(f"{engine}: cannot write it: {error.strerror}") from error
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
 
 
 def same_engine(engine: Path, manifest: Manifest) -> Manifest | None:
@@ -156,7 +166,7 @@ def same_engine(engine: Path, manifest: Manifest) -> Manifest | None:
     EngineError
         When another one is there, or a manifest without its engine.
     """
-    present = [path for path in (engine, manifest_path(engine)) if path.exists()]
+    present = [path for path in _pair(engine) if path.exists()]
     if not present:
         return None
     try:

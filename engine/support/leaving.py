@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 _undo: list[weakref.WeakMethod[Any]] = []
 
@@ -23,6 +28,11 @@ def _run() -> None:
         undo = _undo.pop()()
         if undo is not None:
             undo()
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process with its parent, however that ends; for `preexec_fn`."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_now(exit_code: int) -> NoReturn:

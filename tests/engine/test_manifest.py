@@ -14,6 +14,8 @@ from engine.errors import EngineError
 from engine.manifest import Manifest, PluginLibrary, load_manifest, manifest_path, save_engine
 from engine.protocol import InputSpec, output_shapes
 from tests.support.formats import JSON, Sample, damages
+from tests.support.manifests import PLAN, manifest
+from tests.support.writers import fail_to_write
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 WHOLE = st.integers(-(2**63), 2**64 - 1)
@@ -83,10 +85,10 @@ def written(folder: Path, document: object) -> Path:
         outputs=st.dictionaries(NAMES, st.lists(st.none() | WHOLE, max_size=3), max_size=2),
     )
 )
-def test_a_manifest_comes_back(tmp_path_factory, manifest):
+def test_a_manifest_comes_back(tmp_path_factory, written):
     engine = tmp_path_factory.getbasetemp() / "any.engine"
-    save_engine(engine, b"a plan", manifest)
-    assert load_manifest(engine) == manifest
+    save_engine(engine, b"a plan", written)
+    assert load_manifest(engine) == written
 
 
 @given(damages(SAMPLE))
@@ -147,6 +149,19 @@ def test_a_manifest_from_before_says_200_detections(tmp_path):
     assert manifest.plugins[0].headers is None
     assert served_model(engine).keep_top_k == 200
     assert served_model(written(tmp_path, SAMPLE.document)).keep_top_k == 100
+
+
+def write_large(path, size):
+    save_engine(path, b"another plan", manifest(metadata={"a": "x" * size}))
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_old_engine(tmp_path, capfd):
+    engine = tmp_path / "m.engine"
+    save_engine(engine, PLAN, manifest())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    said = fail_to_write(write_large, engine, capfd)
+    assert said == f"EngineError: {engine}: cannot write it: File too large"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_input_and_outputs_as_json_has_them():
