@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
+from engine.support.documents import parse_json
 
 STATS = (
     "AP",
@@ -104,13 +104,13 @@ def load_annotations(path: Path) -> dict[str, Any]:
         missing or repeated, or a value of another kind.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise EngineError(f"annotation file {path} not found") from None
     except OSError as error:
         raise EngineError(f"annotation file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"annotation file {path} is no valid JSON: {error}") from error
+    except ValueError as error:
+        raise EngineError(f"annotation file {path}: {error}") from error
     if not isinstance(content, dict):
         kind = "a list, as of detections" if isinstance(content, list) else "one value"
         raise EngineError(f"{path} is no COCO instances file: it holds {kind}")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.support.leaving import leave_in_order
 from harness.cli.doctor import doctor
 from harness.cli.download import download_app
 from harness.cli.make import register as register_route
@@ -144,7 +143,6 @@ def run(
     from harness.results.run import Benchmark
     from harness.results.run_all import new_log_dir, run_all
 
-    leave_in_order()
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
     if engine == AUTO:

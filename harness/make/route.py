@@ -20,6 +20,7 @@ from engine.protocol import InputSpec
 from engine.quantization.thresholds import METHODS
 from engine.support.external import model_sha256
 from engine.support.files import file_sha256
+from engine.support.leaving import end_with_parent
 from harness.artefacts import (
     TRANSFORM_CODE,
     Artefact,
@@ -351,6 +352,6 @@ def _images_sha256(images: PreprocessedSet) -> str:
 def _command(room: str, *arguments: str | Path) -> None:
     """Run the command of a room that this one must not import; what it prints goes to stderr."""
     command = [sys.executable, "-m", room, *map(str, arguments)]
-    done = subprocess.run(command, stdout=_STDERR, check=False)
+    done = subprocess.run(command, stdout=_STDERR, check=False, preexec_fn=end_with_parent)
     if done.returncode != 0:
         raise HarnessError(f"python -m {room} failed with exit code {done.returncode}; see above")
