@@ -19,7 +19,7 @@ DEMO_DATA := $(BUILD_DIR)/preprocessed_data
 CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: demo test test-fast lint lint_python lint_types lint_cuda format bench bench_nms bench_triton \
-  build_plugins triton_server demo_onnx download_data download_model preprocess_data calibrate \
+  build_plugins triton_server demo_onnx predict download_data download_model preprocess_data calibrate \
   generate_engines run_harness run
 
 # The virtual environment: the project and what its commands need, at the tested versions.
@@ -29,7 +29,12 @@ CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,triton]' tox
 	touch $@
 
-.venv/test: .venv/installed
+.venv/# What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
+IMAGES ?= demo/data/val
+predict: demo_onnx
+	$(HARNESS) predict $(DEMO) $(IMAGES)
+
+test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 

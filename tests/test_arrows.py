@@ -52,7 +52,8 @@ ARROWS = {
             "backends backends.cudnn backends.onnxruntime backends.tensorrt comparison data load "
             "manifest model quantization speed"
         ),
-        "cli": "backends.tensorrt comparison data inspect model quantization report",
+        "plans": "backends.tensorrt model",
+        "cli": "comparison data inspect model plans quantization report",
         "__main__": "cli",
     },
     "harness": {
@@ -65,12 +66,13 @@ ARROWS = {
         "download": "data lock",
         "loadgen": "",
         "results": "data loadgen lock",
+        "predict": "data results",
         "triton": "loadgen",
         "make": "artefacts data loadgen results triton",
         "submission": "data loadgen results",
         "doctor": "triton",
         "bench": "data loadgen results triton",
-        "cli": "data doctor download loadgen lock make results submission triton",
+        "cli": "data doctor download loadgen lock make predict results submission triton",
         "__main__": "cli",
     },
 }

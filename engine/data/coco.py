@@ -154,6 +154,17 @@ def positions_by_name(images: Sequence[dict[str, Any]], source: Path) -> dict[st
 def coco_stats(
     content: Mapping[str, Any], images: Sequence[Mapping[str, Any]], rows: NDArray[np.float32]
 ) -> dict[str, float]:
+    """COCOeval's twelve numbers by name, `STATS`; see `coco_evaluation`.
+
+    -1 where no ground truth falls in the class.
+    """
+    stats = coco_evaluation(content, images, rows).stats
+    return dict(zip(STATS, (float(value) for value in stats), strict=True))
+
+
+def coco_evaluation(
+    content: Mapping[str, Any], images: Sequence[Mapping[str, Any]], rows: NDArray[np.float32]
+) -> Any:
     """Evaluate detections as MLPerf's ``accuracy-coco.py --use-inv-map`` does.
 
     Parameters
@@ -168,8 +179,8 @@ def coco_stats(
 
     Returns
     -------
-    dict
-        COCOeval's twelve numbers by name, `STATS`; -1 where no ground truth falls in the class.
+    pycocotools.cocoeval.COCOeval
+        After its summary; boxes in pixels, each detection's id its row's number from 1.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -214,4 +225,4 @@ def coco_stats(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(STATS, (float(value) for value in evaluation.stats), strict=True))
+    return evaluation

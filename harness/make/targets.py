@@ -18,14 +18,14 @@ from harness.make.route import (
     build_engine,
     build_int8,
     build_onnx,
-    float_type,
+    int8_form,
     preprocess,
 )
 from harness.make.system_config import SystemConfig, system_config
 from harness.make.triton import make_repository, servers_of
 from harness.results.devices import load_engines
 from harness.results.run import Benchmark
-from harness.results.run_all import Test, new_log_dir, run_all
+from harness.results.run_all import Test, new_folder, run_all
 from harness.triton.server import find_server
 
 TIMEOUT_S = 300.0
@@ -70,7 +70,7 @@ def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Make the engines of all scenarios."""
     for route in routes:
         config, settings = _settings(route, arguments)
-        model = build_int8(route, float_type(config.builder)).path
+        model = build_int8(route, int8_form(config.builder, config.device)).path
         files = _engines(route, model, config, settings)
         if config.engine == "triton":
             for file in dict.fromkeys(files.values()):
@@ -80,7 +80,7 @@ def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
 def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Run every scenario in every test mode on its engine, and print the table of the results."""
     with ExitStack() as servers:
-        run_all(_tests(routes, arguments, servers))
+        run_all(_tests(routes, arguments, servers), routes[0].build_dir)
 
 
 def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> list[Test]:
@@ -91,7 +91,7 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
         config, settings = _settings(route, arguments)
         if config.engine == "triton" and arguments.urls is None and config.url is None:
             find_server(route.build_dir)  # missing, it is missed before hours of preparation
-        model = build_int8(route, float_type(config.builder)).path
+        model = build_int8(route, int8_form(config.builder, config.device)).path
         files = _engines(route, model, config, settings)
         images = val_images(route, model)
         data = known_dataset(DATASETS[route.benchmark], "val", route.build_dir)
@@ -109,7 +109,7 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
                 urls=urls,
                 max_batch=largest_batch(one for one in settings if files[one.scenario] == file),
             )
-        root = root or new_log_dir(route.build_dir)
+        root = root or new_folder(route.build_dir / "logs")
         folder = root / config.name.replace("/", "-") / route.benchmark
         tests += [
             (
