@@ -2,6 +2,9 @@
 BUILD_DIR ?= build
 PYTHON ?= python3
 export BUILD_DIR
+ifneq ($(words $(BUILD_DIR)),1)
+$(error BUILD_DIR='$(BUILD_DIR)': name a folder without spaces)
+endif
 
 # RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS) or ssd-resnet34-demo (what is shipped);
 # the others: .venv/bin/harness make --help
@@ -14,7 +17,6 @@ BIN := .venv/bin
 HARNESS := $(BIN)/python -m harness
 DEMO := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
 TRITON := $(BUILD_DIR)/triton-server/bin/tritonserver
-DEMO_LOGS := $(BUILD_DIR)/logs/demo
 DEMO_DATA := $(BUILD_DIR)/preprocessed_data
 CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
@@ -29,12 +31,7 @@ CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,triton]' tox
 	touch $@
 
-.venv/# What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
-IMAGES ?= demo/data/val
-predict: demo_onnx
-	$(HARNESS) predict $(DEMO) $(IMAGES)
-
-test: .venv/installed
+.venv/test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
@@ -45,10 +42,14 @@ test: .venv/installed
 # The whole route on a CPU, with the checkpoint and the images of demo/.
 demo: demo_onnx
 	$(HARNESS) preprocess $(DEMO) --dataset demo --val_only
-	rm -rf $(DEMO_LOGS)
 	$(HARNESS) run $(DEMO) --dataset demo --scenarios Offline \
 	  --test_mode AccuracyOnly,PerformanceOnly --min-duration 20 --min-queries 1 \
-	  --pictures 8 --log-dir $(DEMO_LOGS)
+	  --pictures 8
+
+# What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
+IMAGES ?= demo/data/val
+predict: demo_onnx
+	$(HARNESS) predict $(DEMO) $(IMAGES)
 
 test: .venv/installed
 	$(BIN)/tox run -e py
