@@ -3,7 +3,7 @@ BUILD_DIR ?= build
 PYTHON ?= python3
 export BUILD_DIR
 ifneq ($(words $(BUILD_DIR)),1)
-$(error BUILD_DIR "$(BUILD_DIR)": make takes no folder with spaces in its name)
+$(error BUILD_DIR='$(BUILD_DIR)': name a folder without spaces)
 endif
 
 # RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS) or ssd-resnet34-demo (what is shipped);

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
-from engine.errors import EngineError
+from engine.errors import EngineError, naming
 from engine.protocol import InputSpec
 from engine.quantization.thresholds import METHODS
 from engine.support.external import model_sha256
@@ -189,7 +189,8 @@ def build_int8(route: Route, form: Form = "fp32") -> Quantized:
     from graph_surgery.files import save
 
     detector = load_detector(build_onnx(route))
-    placement = find_placement(detector.model)
+    with naming(detector.path):
+        placement = find_placement(detector.model)
     images = preprocess(route, "cal", InputSpec(placement.image, placement.shape, "float32"))
     cache = build_cache(route, detector, images)
     calibration = Calibration.load(cache.path)
