@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from engine.errors import EngineError
+from engine.plans import Force, build, refit, say
 from engine.protocol import InputSpec
 from engine.support.command import run_command
 from engine.support.progress import progress_bar
@@ -36,9 +35,6 @@ _Batch = Annotated[int, typer.Option(min=1, help="Images that run together.")]
 _Json = Annotated[
     Path | None, typer.Option("-o", "--output", help="JSON file.", show_default="none")
 ]
-_Force = Annotated[
-    bool, typer.Option("--force", help="Replace the output where it is another file.")
-]
 
 
 @app.command()
@@ -64,15 +60,15 @@ def calibrate(
         Literal["json", "trt"],
         typer.Option("--format", help="trt: also write TensorRT's text format, as CACHE.trt."),
     ] = "json",
-    force: _Force = False,
+    force: Force = False,
 ) -> None:
     """Find the scale of every quantised activation of MODEL.
 
     The scale of the image follows from what pixels are. The table at the end shows the tensors to
     which quantisation does most: their scales by all methods, the share of values that is clipped
     and the signal-to-noise ratio. A cache that holds the scales of this model, these images and
-    this method already is left as it is; any other file is replaced only with --force, and without
-    it refused before the images are run.
+    this method already is left as it is, one of MODEL as it was before is renewed; any other file
+    is replaced only with --force, and without it refused before the images are run.
     """
     from rich.console import Console
 
@@ -90,10 +86,12 @@ def calibrate(
         check_output(path, [model, data / MANIFEST])
     detector = load_detector(model)
     source = load_preprocessed(data, _image_spec(detector))
-    if output.exists() and is_current(output, detector, source, method=method, limit=images):
+    current = output.exists() and is_current(output, detector, source, method=method, limit=images)
+    if current:
         cache = Calibration.load(output)
         typer.echo(f"{output} is up to date")
     else:
+        force = force or current is None
         for path in outputs:
             if path.exists() and not force:
                 raise another(path)
@@ -119,6 +117,10 @@ def quantize(
     float_type: Annotated[
         Literal["fp32", "fp16"], typer.Option(help="Type of what is not INT8.")
     ] = "fp32",
+    target: Annotated[
+        Literal["gpu", "cpu"],
+        typer.Option(help="cpu: for ONNX Runtime on CPUs alone, which runs this form faster."),
+    ] = "gpu",
     keep_float: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,11 +136,12 @@ def quantize(
             show_default="none",
         ),
     ] = None,
-    force: _Force = False,
+    force: Force = False,
 ) -> None:
     """Write MODEL as an INT8 graph with explicit Q/DQ and an INT8 image input.
 
-    A file that holds this graph already is left as it is, any other is replaced only with --force.
+    A file that holds this graph already is left as it is, one of MODEL as it was before is renewed,
+    any other is replaced only with --force.
     Where MODEL keeps data in files beside it, or 2 GiB do not hold OUT, OUT has its data in
     OUT.HASH.data. With --check the exit code is 1 when OUT
     finds less than 0.8 of what MODEL finds on the images (same label, IoU at least 0.5).
@@ -146,6 +149,7 @@ def quantize(
     from engine.data.preprocessed import load_preprocessed
     from engine.model import load_detector
     from engine.quantization.cache import Calibration
+    from engine.quantization.quantize import is_outdated
     from engine.quantization.quantize import quantize as quantize_model
     from engine.report import agreement_lines, warn
     from engine.support.files import check_output
@@ -158,9 +162,14 @@ def quantize(
     images = None if check is None else load_preprocessed(check, _image_spec(detector))
     warn(calibration)
     quantized = quantize_model(
-        detector.model, calibration, float_type=float_type, keep_float=keep_float or ()
+        detector.model,
+        calibration,
+        float_type=float_type,
+        keep_float=keep_float or (),
+        target=target,
     )
-    _say(output, written=save(quantized, output, overwrite=force))
+    force = force or is_outdated(output, quantized)
+    say(output, written=save(quantized, output, overwrite=force))
     if images is not None:
         from rich.console import Console
 
@@ -172,99 +181,8 @@ def quantize(
             sys.exit(1)
 
 
-@app.command()
-def build(
-    model: Annotated[Path, typer.Argument(help="Surgered .onnx, float or INT8.")],
-    backend: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.", show_default=False)],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Engine file to write.", show_default=False)
-    ],
-    *,
-    min_batch: Annotated[int, typer.Option(min=1, help="Smallest batch.")] = 1,
-    opt_batch: Annotated[
-        int | None, typer.Option(min=1, help="Batch to tune for.", show_default="the largest")
-    ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch.")] = 64,
-    memory_pool: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="POOL=MIB, e.g. workspace=4096; may be repeated.", show_default="TensorRT's"
-        ),
-    ] = None,
-    timing_cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="File to read and extend.",
-            show_default="engines/timing.cache in the build folder; none for rtx",
-        ),
-    ] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(min=0, max=5, help="Effort.", show_default="TensorRT's")
-    ] = None,
-    tf32: Annotated[bool, typer.Option(help="Allow TF32 where the graph is float32.")] = False,
-    version_compatible: Annotated[bool, typer.Option(help="Run on later releases too.")] = False,
-    hardware_compatible: Annotated[
-        bool, typer.Option(help="Run on every GPU from Ampere on.")
-    ] = False,
-    strip_plan: Annotated[bool, typer.Option(help="Leave the weights out.")] = False,
-    refit: Annotated[bool, typer.Option(help="Keep the plan refittable.")] = False,
-    verbosity: Annotated[
-        Literal["error", "warning", "info", "verbose"], typer.Option(help="Messages to show.")
-    ] = "warning",
-    layer_info: Annotated[
-        Path | None, typer.Option(help="JSON of the engine inspector.", show_default="none")
-    ] = None,
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option(help="Plugin library; repeatable.", show_default="none"),
-    ] = None,
-    compute_capability: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Target of tensorrt-rtx, e.g. 8.9; may be repeated.", show_default="portable"
-        ),
-    ] = None,
-    device: Annotated[
-        int | None, typer.Option(min=0, help="GPU to build on.", show_default="0; none for rtx")
-    ] = None,
-    force: _Force = False,
-) -> None:
-    """Build an engine file of MODEL, and its manifest beside it.
-
-    An engine whose manifest says that it was built from the same model, by the same version, for
-    the same GPU and with the same options is left; any other file is replaced only with --force,
-    and without it refused before the build.
-    """
-    from engine.backends.tensorrt.build import BuildOptions
-    from engine.backends.tensorrt.build import build as build_engine
-    from engine.model import load_detector
-
-    if timing_cache is None and backend == "tensorrt":
-        timing_cache = Path(os.environ.get("BUILD_DIR", "build")) / "engines" / "timing.cache"
-    options = BuildOptions(
-        min_batch=min_batch,
-        opt_batch=opt_batch,
-        max_batch=max_batch,
-        memory_pools=dict(_memory_pool(text) for text in memory_pool or ()),
-        timing_cache=timing_cache,
-        optimization_level=optimization_level,
-        tf32=tf32,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        strip_plan=strip_plan,
-        refit=refit,
-        verbosity=verbosity,
-        layer_info=layer_info,
-        plugins=tuple(plugin or ()),
-        compute_capabilities=tuple(compute_capability or ()),
-        device=device,
-    )
-    existed = output.exists() and not force
-    manifest = build_engine(load_detector(model), backend, output, options, overwrite=force)
-    if existed:
-        _say(output, written=False)
-    else:
-        typer.echo(f"wrote {output}: {manifest.engine_bytes} bytes in {manifest.seconds:.1f} s")
+app.command()(build)
+app.command()(refit)
 
 
 @app.command()
@@ -319,7 +237,7 @@ def compare(
         typer.Option(help="Largest difference in score.", show_default="0.01; INT8: 0.3"),
     ] = None,
     output: _Json = None,
-    force: _Force = False,
+    force: Force = False,
 ) -> None:
     """Compare the head tensors and the detections of A and B on the same images.
 
@@ -360,7 +278,7 @@ def compare(
 
     Console().print(comparison_tables(found))
     if output is not None:
-        _say(output, written=save_comparison(output, document, overwrite=force))
+        say(output, written=save_comparison(output, document, overwrite=force))
     if not found.passed:
         sys.exit(1)
 
@@ -374,7 +292,7 @@ def sensitivity(
     images: Annotated[int, typer.Option(min=1, help="Take the first N images.")] = 8,
     batch: _Batch = 1,
     output: _Json = None,
-    force: _Force = False,
+    force: Force = False,
 ) -> None:
     """Rank the layers of MODEL by what their quantisation does to the heads.
 
@@ -401,34 +319,7 @@ def sensitivity(
         )
     Console().print(sensitivity_table(found))
     if output is not None:
-        _say(output, written=write_output(output, json_text(asdict(found)), overwrite=force))
-
-
-@app.command()
-def refit(
-    plan: Annotated[Path, typer.Argument(help="Plan built with --refit or --strip-plan.")],
-    model: Annotated[Path, typer.Argument(help="The same network with other weights, .onnx.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Plan to write.", show_default=False)
-    ],
-    *,
-    device: Annotated[int, typer.Option(min=0, help="GPU that the plan is for.")] = 0,
-    force: _Force = False,
-) -> None:
-    """Put MODEL's weights into PLAN in seconds, and write it with its manifest.
-
-    PLAN stays as it is. Hold the new one against MODEL with 'engine compare', as after a build. An
-    engine that holds these weights already is left, any other file is replaced only with --force.
-    """
-    from engine.backends.tensorrt.refit import refit as refit_plan
-    from engine.model import load_detector
-
-    existed = output.exists() and not force
-    manifest = refit_plan(plan, load_detector(model), output, device, overwrite=force)
-    if existed:
-        _say(output, written=False)
-    else:
-        typer.echo(f"wrote {output}: {manifest.engine_bytes} bytes in {manifest.seconds:.1f} s")
+        say(output, written=write_output(output, json_text(asdict(found)), overwrite=force))
 
 
 @app.command()
@@ -475,17 +366,6 @@ def _image_spec(detector: Detector) -> InputSpec:
 
     placement = find_placement(detector.model)
     return InputSpec(placement.image, placement.shape, "float32")
-
-
-def _say(output: Path, *, written: bool) -> None:
-    typer.echo(f"wrote {output}" if written else f"{output} is up to date")
-
-
-def _memory_pool(text: str) -> tuple[str, int]:
-    name, separator, size = text.partition("=")
-    if not separator or not size.isdecimal():
-        raise EngineError(f"--memory-pool {text}: POOL=MIB expected, e.g. workspace=4096")
-    return name, int(size) << 20
 
 
 if __name__ == "__main__":

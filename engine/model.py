@@ -15,6 +15,7 @@ from engine.protocol import (
     DETECTION_FIELDS,
     DETECTIONS,
     NUM_DETECTIONS,
+    TARGET_KEY,
     InputSpec,
     input_scale,
 )
@@ -98,6 +99,14 @@ class Detector:
     def quantized(self) -> bool:
         """Whether any of it is INT8."""
         return any(node.op_type == "QuantizeLinear" for node in self.model.graph.node)
+
+    def require_any_engine(self) -> None:
+        """Raise EngineError when the file is for ONNX Runtime on CPUs alone."""
+        if TARGET_KEY in self.metadata:
+            raise EngineError(
+                f"{self.path}: INT8 for ONNX Runtime on a CPU; of this engine is what 'engine "
+                "quantize' writes without --target cpu"
+            )
 
     def require_dynamic_batch(self) -> None:
         """Raise EngineError when the batch is fixed."""

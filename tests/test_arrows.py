@@ -52,7 +52,8 @@ ARROWS = {
             "backends backends.cudnn backends.onnxruntime backends.tensorrt comparison data load "
             "manifest model quantization speed"
         ),
-        "cli": "backends.tensorrt comparison data inspect model quantization report",
+        "plans": "backends.tensorrt model",
+        "cli": "comparison data inspect model plans quantization report",
         "__main__": "cli",
     },
     "harness": {

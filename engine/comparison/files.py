@@ -10,17 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.comparison.compare import (
-    FLOAT_TOLERANCE,
-    INT8_TOLERANCE,
-    SAME_INT8_TOLERANCE,
-    Comparison,
-    Truth,
-    compare,
-    load_truth,
-)
+from engine.comparison.compare import Comparison, Truth, compare, load_truth
 from engine.comparison.runners import Opened, Side, find_side, open_side
 from engine.comparison.tensors import shown
+from engine.comparison.tolerance import FLOAT_TOLERANCE, INT8_TOLERANCE, SAME_INT8_TOLERANCE
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed
 from engine.errors import EngineError
 from engine.protocol import InputSpec
@@ -72,7 +65,7 @@ def compare_files(
     layers
         Compare the tensors between the layers as well.
     overrides
-        Fields of `engine.comparison.compare.Tolerance` to their value; None: the default.
+        Fields of `engine.comparison.tolerance.Tolerance` to their value; None: the default.
     kept
         JSON file that may not be replaced: refused before the work where it is of anything else.
 

@@ -98,6 +98,7 @@ def calibrate_all(
             "onnxruntime": onnxruntime.__version__,
         },
         "empty_images": seen.empty,
+        "model": detector.path.name,
         "largest": seen.largest,
     }
     scales = {
@@ -122,6 +123,10 @@ def _calibration(
         # beyond what pixels can be: images of another normalisation, none of which is clipped
         other = seen.brightest > 1.001 * PIXEL_RANGE
         taken[placement.image] = (seen.brightest if other else PIXEL_RANGE) / STEPS
+    sums = {
+        main.tensor: scales[main.tensor][method] if main.tensor in scales else 1.0
+        for main in placement.mains
+    }
     statistics = {
         name: Statistics(
             known,
@@ -129,19 +134,27 @@ def _calibration(
             snr_db(seen.histograms[name], known[method] * STEPS),
         )
         for name, known in scales.items()
+        if name in taken
     }
     narrowed = [
         name
         for name, known in scales.items()
-        if method == "auto" and known[method] < known["minmax"]
+        if method == "auto" and name in taken and known[method] < known["minmax"]
     ]
-    return Calibration(taken, method, **common, narrowed=tuple(narrowed), statistics=statistics)
+    return Calibration(
+        taken, method, **common, narrowed=tuple(narrowed), statistics=statistics, sums=sums
+    )
 
 
 def is_current(
     path: Path, detector: Detector, images: PreprocessedSet, *, method: str, limit: int | None
-) -> bool:
+) -> bool | None:
     """Tell whether a cache holds what `calibrate` would find, so that it need not run again.
+
+    Returns
+    -------
+    bool or None
+        None when it is out of date: of this model file as it was before.
 
     Raises
     ------
@@ -153,9 +166,12 @@ def is_current(
     count = check_images(placement, images, limit, placement.batch or 1)
     try:
         cache = Calibration.load(path)
-        cache.check(network, placement)
     except EngineError:
         return False
+    try:
+        cache.check(network, placement)
+    except EngineError:
+        return None if cache.model == detector.path.name else False
     return (cache.method, cache.images) == (method, count) and (
         cache.images_sha256 == images_sha256(images, count)
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -100,6 +100,9 @@ class Placement:
         Every convolution, in the order of the graph.
     points
         Every quantised activation input, in the order of the graph.
+    mains
+        What residual additions take from their main branch: quantised for ONNX Runtime on CPUs
+        alone, whose integer additions take both sides so.
     floats
         Every tensor between image and heads, these included, but for those that one ReLU alone
         reads, perhaps behind the addition of something not negative: what of them is too large for
@@ -112,6 +115,7 @@ class Placement:
     heads: tuple[str, ...]
     layers: tuple[Layer, ...]
     points: tuple[Point, ...]
+    mains: tuple[Point, ...]
     floats: tuple[str, ...]
 
     @property
@@ -189,11 +193,20 @@ def _place(graph: gs.Graph) -> Placement:
     biases = [_bias(graph, node) for node in convolutions]
     layers = tuple(map(Layer, _readable(weights), names, weights, biases))
     points = tuple(_points(graph, nodes, {name: index for index, name in enumerate(names)}))
+    made_by = {node.outputs[0].name: node for node in nodes}
+    mains = tuple(
+        replace(
+            point, input=1 - point.input, tensor=made_by[point.node].inputs[1 - point.input].name
+        )
+        for point in points
+        if made_by[point.node].op == "Add"
+    )
     return Placement(
         *_image(graph, nodes),
         tuple(tensor.name for tensor in heads),
         layers,
         points,
+        mains,
         tuple(_floats(graph, nodes)),
     )
 
@@ -211,13 +224,14 @@ def _ends_in_relu(tensor: gs.Tensor) -> bool:
     if kinds == ["Add"]:
         (add,) = tensor.outputs
         others = [other for other in add.inputs if other is not tensor]
-        return all(map(_not_negative, others)) and _ends_in_relu(add.outputs[0])
+        return all(map(not_negative, others)) and _ends_in_relu(add.outputs[0])
     return kinds == ["Relu"]
 
 
-def _not_negative(tensor: gs.Tensor) -> bool:
+def not_negative(tensor: gs.Tensor) -> bool:
+    """Whether a ReLU made a tensor, or a max pooling of what one made."""
     kinds = [node.op for node in tensor.inputs]
-    return kinds == ["Relu"] or (kinds == ["MaxPool"] and _not_negative(tensor.inputs[0].inputs[0]))
+    return kinds == ["Relu"] or (kinds == ["MaxPool"] and not_negative(tensor.inputs[0].inputs[0]))
 
 
 def _image(

@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import EngineError
@@ -92,6 +94,29 @@ def check_output(output: Path, read: Iterable[Path]) -> None:
 def another(path: Path) -> EngineError:
     """Say that a file that a user named exists, and is not what would be written."""
     return EngineError(f"{path}: exists already, and is another: remove it or pass --force")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder that appears only when it is complete, under a name of this process until then.
+
+    Raises
+    ------
+    OSError
+        It cannot be made, or there is one of its name that is not empty; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process of the same number that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

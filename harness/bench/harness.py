@@ -256,7 +256,8 @@ class _NullEngine:
     manifest: Mapping[str, object] = {"backend": "null"}
 
     def __init__(self) -> None:
-        self._detections = np.zeros((_SAMPLES_IN_MEMORY, 200, DETECTION_FIELDS), np.float32)
+        self._detections = np.ones((_SAMPLES_IN_MEMORY, 200, DETECTION_FIELDS), np.float32)
+        self._detections[..., 0] = np.arange(_SAMPLES_IN_MEMORY)[:, None]
         self._counts = np.full(_SAMPLES_IN_MEMORY, 10, np.int32)
 
     def session(self) -> BlockingSession:

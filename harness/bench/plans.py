@@ -23,7 +23,8 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.backends.tensorrt.build import BuildOptions, build
+from engine.backends.tensorrt.build import build
+from engine.backends.tensorrt.options import BuildOptions
 from engine.backends.triton.engine import TritonEngine
 from engine.backends.triton.engine import load as connect
 from engine.backends.triton.memory import SystemMemory

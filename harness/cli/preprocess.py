@@ -164,7 +164,7 @@ def _specs(
     elif calibration is not None:
         from engine.data.preprocessed import preprocessing_sha256
         from engine.quantization.cache import Calibration
-        from engine.quantization.quantize import activation_scale
+        from engine.quantization.scales import activation_scale
 
         cache = Calibration.load(calibration)
         if cache.preprocessing_sha256 != preprocessing_sha256(shape):

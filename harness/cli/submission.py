@@ -139,9 +139,11 @@ def submission(
     check: Annotated[
         Path | None, typer.Option(help="Check the submission tree in this folder instead.")
     ] = None,
+    build_dir: BuildDir = Path("build"),
 ) -> None:
     """Write a submission tree in the layout of MLPerf Inference v2.0, or check one.
 
+    The accuracy logs are evaluated for it again, which takes the annotations of their data set.
     The exit code of a check is 1 when it finds an error; warnings do not count.
     """
     if check is not None:
@@ -160,11 +162,21 @@ def submission(
         submitter=submitter,
         division=division,
         description=load_description(system),
+        annotations=functools.partial(_annotations, build_dir),
         output=output,
     )
     typer.echo(tree)
     for note in notes:
         typer.echo(f"  {note}")
+
+
+def _annotations(build_dir: Path, name: str) -> Path:
+    """Annotations of a data set's split, ``<data set>-<split>``."""
+    dataset, _, split = name.rpartition("-")
+    annotations = known_dataset(dataset, split, build_dir).annotations
+    if annotations is None:
+        raise HarnessError(f"{name} has no annotations, and its runs no mAP")
+    return annotations
 
 
 def _check(tree: Path) -> None:

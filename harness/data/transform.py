@@ -23,6 +23,10 @@ from numpy.typing import NDArray
 from engine.data.preprocessed import MEAN, STD
 from engine.protocol import InputSpec
 
+_EXTRANEOUS = "extraneous bytes before marker"
+_CORRUPT = ("Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression")
+"""How libjpeg's warnings of damage begin (jerror.h)."""
+
 
 class BadImageError(Exception):
     """An image that cannot be used; the text is the reason."""
@@ -56,43 +60,66 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     Raises
     ------
     BadImageError
-        Empty, cut short or undecodable data. (OpenCV itself fills the missing part of a JPEG
-        with grey and only warns.)
+        Empty, cut short or undecodable data, and a JPEG in which the decoder met an error. What
+        is damaged and decodes without one is not noticed.
     """
     import cv2
 
     if not data:
         raise BadImageError("empty file")
-    if data.startswith(b"\xff\xd8") and not _has_jpeg_end(data):
-        raise BadImageError("truncated JPEG, no end-of-image marker")
-    if data.startswith(b"\x89PNG") and b"IEND\xaeB`\x82" not in data[-4096:]:
+    if data.startswith(b"\x89PNG") and b"IEND\xaeB`\x82" not in data:
         raise BadImageError("truncated PNG, no IEND chunk")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         raise BadImageError(f"cannot be decoded: {error.err}") from error
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
     if image is None:
         raise BadImageError("cannot be decoded, damaged or no image")
     return image.astype(np.uint8, copy=False)
 
 
-def _has_jpeg_end(data: bytes) -> bool:
-    """Tell whether an end-of-image marker follows the first scan.
+def _check_jpeg(data: bytes) -> None:
+    """Refuse a JPEG of whose data the decoder says that they end early or are no code.
 
-    The segments before it are skipped by their lengths, because an EXIF thumbnail has such a
-    marker of its own; inside a scan 0xFF is always stuffed, so there the marker is unambiguous
-    (ITU-T T.81, B.1.1).
+    OpenCV fills the missing part with grey and prints what libjpeg-turbo says, if that. Bytes
+    between two markers (of webcams, above all) harm nothing, but hide what is said later.
     """
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
+    found = _warning(data)
+    if _EXTRANEOUS in found:
+        found = _warning(_without_extraneous(data))
+    if found and _EXTRANEOUS not in found:
+        raise BadImageError(f"truncated or damaged JPEG ({found})")
+
+
+def _warning(data: bytes) -> str:
+    """First thing that libjpeg-turbo says against the data of a JPEG; empty: nothing."""
+    import simplejpeg
+
+    try:
+        # for the codes alone: an eighth of the size, without colours
+        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)
+    except ValueError as error:
+        # anything else, as a kind of file that it does not know, is for OpenCV to judge
+        found = str(error)
+        return found if found.startswith(_CORRUPT) else ""
+    return ""
+
+
+def _without_extraneous(data: bytes) -> bytes:
+    """JPEG without what lies between the segments before its first scan (ITU-T T.81, B.1.1)."""
+    parts, position = [data[:2]], 2
+    while (start := data.find(b"\xff", position)) >= 0:
+        marker = data[start + 1 : start + 2]
+        position = start + 1
+        if marker in (b"\x00", b"\xff", b""):  # no marker, or a fill byte before one
             continue
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker == 0xDA:  # start of scan
-            return data.find(b"\xff\xd9", position) >= 0
-    return False
+        position += 1 + int.from_bytes(data[start + 2 : start + 4], "big")
+        if marker == b"\xda":  # start of scan
+            return b"".join([*parts, data[start:]])
+        parts.append(data[start:position])
+    return data
 
 
 @lru_cache(maxsize=2)

@@ -45,7 +45,12 @@ def check_outputs(detections: NDArray[np.float32], counts: NDArray[np.int32], ba
 
 
 def pack(
-    detections: NDArray[np.float32], counts: NDArray[np.int32], indices: Sequence[int]
+    detections: NDArray[np.float32],
+    counts: NDArray[np.int32],
+    indices: Sequence[int],
+    *,
+    checked: bool = True,
+    labels: int | None = None,
 ) -> tuple[NDArray[np.float32], list[int]]:
     """Valid detections of a batch as MLPerf's response payloads.
 
@@ -57,6 +62,10 @@ def pack(
         int32 [N], valid rows per image.
     indices
         N QSL indices; below 2**24 they are exact in float32.
+    checked
+        Whether to look at the order of rows, too, which takes longer than all else here.
+    labels
+        Largest label; None: unknown.
 
     Returns
     -------
@@ -69,10 +78,32 @@ def pack(
     Raises
     ------
     EngineError
-        When a valid row holds a NaN or an infinity.
+        When a valid row holds a NaN or an infinity. Checked: when its image index is not the
+        position in the batch, its label none of 1 to `labels`, a box has its corners swapped, or
+        the scores of an image do not fall.
     """
     rows = detections[np.arange(detections.shape[1]) < counts[:, None]]
     if not np.isfinite(rows).all():
         raise EngineError("the engine returned NaN or infinite detections")
+    if checked:
+        _check_rows(rows, np.repeat(np.arange(len(counts)), counts), labels)
     rows[:, 0] = np.repeat(indices, counts)
     return rows, [count * _ROW_BYTES for count in counts.tolist()]
+
+
+def _check_rows(rows: NDArray[np.float32], images: NDArray[np.int64], labels: int | None) -> None:
+    """Check finite rows [R, 7], whose images are at these positions [R] of the batch."""
+    image, ymin, xmin, ymax, xmax, score, label = rows.T
+    rising = np.zeros(len(rows), bool)
+    rising[1:] = (score[1:] > score[:-1]) & (images[1:] == images[:-1])
+    most = np.inf if labels is None else labels
+    for bad, what in (
+        (image != images, "an image index that is not its image's: are rows in another order?"),
+        ((label != np.rint(label)) | (label < 1) | (label > most), f"a label outside 1..{most:g}"),
+        ((ymin > ymax) | (xmin > xmax), "a box whose corners are swapped"),
+        (rising, "a higher score than the row before"),
+    ):
+        if bad.any():
+            row, where = rows[bad][0].tolist(), images[bad][0]
+            shown = ", ".join(f"{value:g}" for value in row)
+            raise EngineError(f"the engine returned {what} (image {where} of a batch: {shown})")

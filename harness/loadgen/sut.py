@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from engine.errors import SessionLostError
 from engine.protocol import Engine, Session
 from harness.loadgen.batcher import Batch, Batcher
+from harness.loadgen.clock import Times
 from harness.loadgen.numa import gpu_cpus, running_on
 from harness.loadgen.qsl import SampleLibrary
 from harness.loadgen.response import check_outputs, pack
 
 _WARM_UP_SECONDS = 2.0
 _WARM_UP_RUNS = 5
+_CHECK_SECONDS = 0.05  # between two batches of a session that are checked, of 0.1 ms each
 _SMALL_SECONDS = 10.0  # for all smaller batches, which an engine on a CPU has no need of
 
 
@@ -51,6 +53,10 @@ class Sut:
     one_by_one
         Whether a query comes only after the answer to the last one: a session's first thread then
         takes the result, too, which saves the time that waking up the other one takes.
+    check_all
+        Whether every batch is checked, or as many as take no time that counts.
+    labels
+        Largest label of a detection; None: unknown.
     """
 
     def __init__(
@@ -62,9 +68,13 @@ class Sut:
         max_wait_s: float,
         streams: int = 1,
         one_by_one: bool = False,
+        check_all: bool = True,
+        labels: int | None = None,
     ) -> None:
         self.library = library
         self.one_by_one = one_by_one
+        self.check_all = check_all
+        self.labels = labels
         self.batcher = Batcher(batch, max_wait_s)
         self.ended = threading.Event()
         self.failure: BaseException | None = None
@@ -72,10 +82,10 @@ class Sut:
         self.completed = 0
         self.batch_seconds: list[float] = []
         self.losses: list[str] = []
+        self.times = Times()
         self._lock = threading.Lock()
         self._outstanding: set[int] = set()
-        self.last_progress = time.monotonic()
-        self._first_issue = self._last_issue = 0.0
+        self._last_progress = time.monotonic()
         self._ready = threading.Event()
         self._together = threading.Condition(self._lock)
         self._came = 0
@@ -92,15 +102,9 @@ class Sut:
         times = [lane.warm_up_seconds for lane in self._lanes]
         return 1 / sum(1 / seconds for seconds in times if seconds)
 
-    @property
-    def issuing_s(self) -> float:
-        """Seconds from the first query to the last one."""
-        return self._last_issue - self._first_issue
-
-    @property
-    def span_s(self) -> float:
-        """Seconds from the first query to the last progress, which is a completion at the end."""
-        return self.last_progress - self._first_issue
+    def loaded(self) -> None:
+        """Take notice that samples have been loaded, for queries that come now."""
+        self.times.loaded = self._last_progress = time.monotonic()
 
     def start(self, warm_up: Sequence[int], sizes: Sequence[int] = ()) -> None:
         """Start the sessions, which first run the engines.
@@ -136,10 +140,11 @@ class Sut:
             with self._lock:
                 accepted = self.failure is None
                 if accepted:
-                    self._first_issue = self._first_issue or now
-                    self._last_issue = now
+                    self.times.first_query = self.times.first_query or now
+                    self.times.last_query = now
+                    self.times.before_last = self.times.last_completion
                     if not self._outstanding:
-                        self.last_progress = now
+                        self._last_progress = now
                     self._outstanding.update(ids)
                     self.issued += len(ids)
             if accepted:
@@ -161,9 +166,10 @@ class Sut:
                 return
             self._outstanding.difference_update(batch.ids)
             self.completed += len(responses)
-            self.last_progress = time.monotonic()
+            self.times.last_completion = self._last_progress = time.monotonic()
         # LoadGen copies the data before it returns, and `rows` lives at least until then
         lg.QuerySamplesComplete(responses)
+        self.times.handed_over = time.monotonic()
 
     def fail(self, error: BaseException) -> None:
         """End the test: keep the first error and complete what is outstanding with empty data."""
@@ -198,13 +204,13 @@ class Sut:
     def idle_for(self) -> float:
         """Seconds for which no sample has come or been due; 0 while one is due."""
         with self._lock:
-            return 0.0 if self._outstanding else time.monotonic() - self.last_progress
+            return 0.0 if self._outstanding else time.monotonic() - self._last_progress
 
     def stalled_for(self) -> float:
         """Seconds without progress: of the slowest session's, or of all while samples are due."""
         now = time.monotonic()
         with self._lock:
-            due = now - self.last_progress if self._outstanding else 0.0
+            due = now - self._last_progress if self._outstanding else 0.0
         return max(due, *(lane.busy_for(now) for lane in self._lanes))
 
     def stop(self, timeout: float) -> None:
@@ -238,7 +244,7 @@ class _Lane:
         self._lock = threading.Lock()
         self.lost = False
         self._started: deque[float] = deque()
-        self._last_result = 0.0
+        self._last_result = self._last_check = 0.0
         self._threads: list[threading.Thread] = []
 
     def start(self, warm_up: Sequence[int], sizes: Sequence[int]) -> None:
@@ -372,7 +378,11 @@ class _Lane:
         sut.batch_seconds.append(self._took_result() - started)
         self._slots.put(None)  # the arrays are valid until the next result is taken
         check_outputs(detections, counts, len(batch.ids))
-        sut.complete(batch, *pack(detections, counts, batch.indices))
+        checked = sut.check_all or self._last_result - self._last_check >= _CHECK_SECONDS
+        if checked:
+            self._last_check = self._last_result
+        packed = pack(detections, counts, batch.indices, checked=checked, labels=sut.labels)
+        sut.complete(batch, *packed)
 
     def _took_result(self) -> float:
         self._started.popleft()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +72,7 @@ def run_test(
     timeout_s: float,
     progress: Progress | None = None,
     audit: Audit | None = None,
+    labels: int | None = None,
 ) -> Outcome:
     """Run one LoadGen test and read its logs back.
 
@@ -94,6 +94,9 @@ def run_test(
         Called about once a second and at the end.
     audit
         Compliance test that the run belongs to.
+    labels
+        Largest label of a detection; None: unknown. An accuracy run checks the labels, the order of
+        images, scores and corners in every batch, a performance run in some.
 
     Raises
     ------
@@ -114,6 +117,8 @@ def run_test(
         max_wait_s=settings.max_wait_s,
         streams=settings.streams,
         one_by_one=isinstance(settings, SingleStream | MultiStream),
+        check_all=mode == "AccuracyOnly",
+        labels=labels,
     )
     total = len(source.files)
     warm_up = [index % total for index in range(batch)]
@@ -153,7 +158,7 @@ def run_test(
         raise RunFailedError("interrupted", exit_code=130) from None
     detail = read_complete(directory, accuracy=mode == "AccuracyOnly")
     if mode == "PerformanceOnly":
-        check_times(settings.scenario, detail.values, sut.issuing_s, sut.span_s)
+        check_times(settings.scenario, detail.values, sut.times)
     return Outcome(
         detail,
         settings,
@@ -217,6 +222,7 @@ class _StartTest(threading.Thread):
     def _load(self, indices: list[int]) -> None:
         try:
             self._library.load(indices)
+            self._sut.loaded()
         except BaseException as error:  # an exception in a callback kills LoadGen
             self._sut.fail(error)
 
@@ -232,7 +238,6 @@ def _watch(
 ) -> None:
     """Start the test and stay until it ends or fails."""
     clock = WallClock()
-    sut.last_progress = time.monotonic()
     test.start()
     polls = 0
     ended = False

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
 from engine.errors import EngineError
@@ -46,7 +46,10 @@ WEIGHTS = Path("models") / MODEL / "resnet34-ssd1200.pytorch"
 """The benchmark's weights in the build folder."""
 
 _DEMO_WEIGHTS = Path("demo") / f"{DEMO}.safetensors"
-_INT8_SUFFIX = {"fp32": "int8", "fp16": "int8.fp16"}
+Form = Literal["fp32", "fp16", "cpu"]
+"""What lies between the INT8 islands of a graph, or the form for ONNX Runtime on a CPU."""
+
+_INT8_SUFFIX = {"fp32": "int8", "fp16": "int8.fp16", "cpu": "int8.cpu"}
 _QUANTIZATION_CODE = (
     *("engine/model.py", "engine/data/npy.py", "engine/data/preprocessed.py"),
     *("engine/quantization/*.py", "graph_surgery/*.py"),
@@ -134,11 +137,14 @@ def build_onnx(route: Route) -> Path:
     )
 
 
-def float_type(backend: str) -> Literal["fp32", "fp16"]:
-    """Type between the INT8 islands of the graph that a backend takes.
+def int8_form(backend: str, device: str) -> Form:
+    """Form of the INT8 graph that a backend takes.
 
-    TensorRT is strongly typed, and runs as float32 what the graph says is float32.
+    TensorRT is strongly typed, and runs as float32 what the graph says is float32; ONNX Runtime on
+    a CPU has a form of its own.
     """
+    if backend == "onnxruntime" and device == "cpu":
+        return "cpu"
     return "fp16" if backend.startswith("tensorrt") else "fp32"
 
 
@@ -164,11 +170,10 @@ class Quantized:
     calibration: Calibration
 
 
-def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quantized:
+def build_int8(route: Route, form: Form = "fp32") -> Quantized:
     """Weights and calibration images to the calibration cache and the INT8 ONNX file.
 
-    `between` is the type of the tensors between the INT8 islands. What speaks against the
-    calibration is said before it is used.
+    What speaks against the calibration is said before it is used.
 
     Raises
     ------
@@ -190,7 +195,7 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     warn(calibration)
     quantized = Artefact(
         "quantize",
-        route.build_dir / "onnx" / f"{route.benchmark}.{_INT8_SUFFIX[between]}.onnx",
+        route.build_dir / "onnx" / f"{route.benchmark}.{_INT8_SUFFIX[form]}.onnx",
         {
             "ONNX": detector.sha256,
             "calibration": file_sha256(cache.path),
@@ -200,7 +205,8 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     )
 
     def build() -> None:
-        save(quantize(detector.model, calibration, float_type=between), quantized.path)
+        options: dict[str, Any] = {"target": form} if form == "cpu" else {"float_type": form}
+        save(quantize(detector.model, calibration, **options), quantized.path)
 
     return Quantized(make(quantized, build, route.say), detector.path, images, calibration)
 
@@ -304,8 +310,9 @@ def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> 
     if batch is None:
         route.say(f"engine: {backend} runs {model} as it is")
         return model
-    from engine.backends.tensorrt.build import BuildOptions, build
+    from engine.backends.tensorrt.build import build
     from engine.backends.tensorrt.module import import_tensorrt
+    from engine.backends.tensorrt.options import BuildOptions
     from engine.model import load_detector
     from engine.support.environment import gpu_name
 

@@ -18,7 +18,7 @@ from harness.make.route import (
     build_engine,
     build_int8,
     build_onnx,
-    float_type,
+    int8_form,
     preprocess,
 )
 from harness.make.system_config import SystemConfig, system_config
@@ -70,7 +70,7 @@ def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Make the engines of all scenarios."""
     for route in routes:
         config, settings = _settings(route, arguments)
-        model = build_int8(route, float_type(config.builder)).path
+        model = build_int8(route, int8_form(config.builder, config.device)).path
         files = _engines(route, model, config, settings)
         if config.engine == "triton":
             for file in dict.fromkeys(files.values()):
@@ -91,7 +91,7 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
         config, settings = _settings(route, arguments)
         if config.engine == "triton" and arguments.urls is None and config.url is None:
             find_server(route.build_dir)  # missing, it is missed before hours of preparation
-        model = build_int8(route, float_type(config.builder)).path
+        model = build_int8(route, int8_form(config.builder, config.device)).path
         files = _engines(route, model, config, settings)
         images = val_images(route, model)
         data = known_dataset(DATASETS[route.benchmark], "val", route.build_dir)

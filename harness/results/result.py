@@ -15,10 +15,13 @@ import numpy as np
 from engine.support.documents import read_as
 from engine.support.environment import cpu_count, cpu_name
 from engine.support.files import write_atomically
-from harness.errors import as_harness_error
+from harness.errors import HarnessError, as_harness_error
+from harness.loadgen.settings import SCENARIOS
 from harness.loadgen.test import Outcome
 
 RESULT = "result.json"
+
+_NOT_OURS = "it is not a result of 'harness run'"
 
 _METRICS = {
     "Offline": ("samples per second", "result_samples_per_second", 1.0),
@@ -111,10 +114,20 @@ def read_result(path: Path) -> RunResult:
     Raises
     ------
     HarnessError
-        When it cannot be read or is none of ours.
+        When it cannot be read, is none of ours, or tells the figure that counts in two ways.
     """
     with as_harness_error():
-        return read_as(RunResult, path, "it is not a result of 'harness run'")
+        result = read_as(RunResult, path, _NOT_OURS)
+    if result.scenario not in SCENARIOS:
+        raise HarnessError(f"{path}: scenario {result.scenario!r} is unknown; {_NOT_OURS}")
+    name, figure = "value", result.value
+    if result.mode == "AccuracyOnly":
+        name, figure = "accuracy.mAP", (result.accuracy or {}).get("mAP")
+    elif result.scenario in ("Offline", "Server"):
+        name, figure = "samples_per_second", result.samples_per_second
+    if figure != result.value:
+        raise HarnessError(f"{path}: value is {result.value}, but {name} {figure}; {_NOT_OURS}")
+    return result
 
 
 def performance_figures(outcome: Outcome) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -77,6 +78,14 @@ class Benchmark:
                 raise HarnessError(
                     f"the engines come from different models: SHA-256 {hashes[0]}, {hashes[1]}"
                 )
+
+    @functools.cached_property
+    def labels(self) -> int | None:
+        """Largest label of a detection: the categories of the annotations; None without them."""
+        annotations = self.dataset.annotations if self.dataset else None
+        if annotations is None or not annotations.exists():
+            return None
+        return len(category_names(annotations))
 
     @property
     def manifest(self) -> dict[str, object]:
@@ -169,6 +178,7 @@ def _run(
         timeout_s=benchmark.timeout_s,
         progress=progress,
         audit=audit,
+        labels=benchmark.labels,
     )
     result = _result(benchmark, outcome, mode, directory)
     if audit is not None:

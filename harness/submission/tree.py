@@ -12,17 +12,20 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.support.documents import read_as
-from engine.support.files import file_sha256, write_atomically
+from engine.support.files import file_sha256, whole_folder, write_atomically
+from harness.data.dataset import load_map
 from harness.errors import HarnessError, as_harness_error
 from harness.loadgen.audit import COMPLIANCE_TESTS
 from harness.loadgen.log import ACCURACY, DETAIL, SUMMARY
 from harness.loadgen.settings import MODEL, MODES
 from harness.loadgen.test import USER_CONF
+from harness.results.accuracy import evaluate
 from harness.results.result import RESULT, RunResult
+from harness.results.run import SAMPLES
 from harness.submission.compliance import VERDICT, Base, Verdict
 from harness.submission.description import (
     CALIBRATION,
@@ -41,6 +44,7 @@ ACCURACY_LIMIT = 10 * 1024
 KEPT = 4 * 1024
 """Bytes kept of each end of a longer one, as truncate_accuracy_log.py does."""
 
+_SAME = 1e-6  # of two evaluations of one log
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?(?:-dirty)?")
 
@@ -51,6 +55,7 @@ def write_submission(
     submitter: str,
     division: str,
     description: Description,
+    annotations: Callable[[str], Path],
     output: Path,
 ) -> tuple[Path, tuple[str, ...]]:
     """Write the tree.
@@ -64,6 +69,8 @@ def write_submission(
         Names of the two top folders.
     description
         What the owner says of the system.
+    annotations
+        From a data set's name to its COCO annotations, by which the accuracy logs are evaluated.
     output
         Folder of the tree.
 
@@ -77,8 +84,8 @@ def write_submission(
     Raises
     ------
     HarnessError
-        Bad names, also of a run's engine or commit, a missing run, a scenario given twice, or a
-        tree that is there already.
+        Bad names, also of a run's engine or commit, a missing run, a scenario given twice, another
+        mAP than that of the accuracy log, or a tree that is there already.
     """
     if division not in DIVISIONS:
         raise HarnessError(f"unknown division {division!r}; choose of: {', '.join(DIVISIONS)}")
@@ -87,32 +94,27 @@ def write_submission(
     if root.exists():
         raise HarnessError(f"{root} exists; remove it or choose another folder")
     _check_bases(bases, division)
-    partial = root.with_name(f".{submitter}.partial")
     notes: list[str] = []
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for base in bases:
-            _write_scenario(partial, base, description, notes)
-        for base in {_system(base): base for base in bases}.values():
-            system = system_json(
-                description,
-                base.run("PerformanceOnly")[1],
-                name=_system(base),
-                submitter=submitter,
-                division=division,
-            )
-            _write(partial / "systems" / f"{_system(base)}.json", _json(system))
-            empty = [key for key, value in system.items() if value == ""]
-            _note_empty(notes, f"systems/{_system(base)}.json", empty)
-        _write_code(partial / "code" / MODEL, bases, notes)
-        partial.rename(root)
+        with whole_folder(root) as partial:
+            for base in bases:
+                _write_scenario(partial, base, description, annotations, notes)
+            for base in {_system(base): base for base in bases}.values():
+                system = system_json(
+                    description,
+                    base.run("PerformanceOnly")[1],
+                    name=_system(base),
+                    submitter=submitter,
+                    division=division,
+                )
+                _write(partial / "systems" / f"{_system(base)}.json", _json(system))
+                empty = [key for key, value in system.items() if value == ""]
+                _note_empty(notes, f"systems/{_system(base)}.json", empty)
+            _write_code(partial / "code" / MODEL, bases, notes)
     except OSError as error:
         raise HarnessError(
-            f"{error.filename or partial}: cannot write the submission: {error.strerror}"
+            f"{error.filename or root}: cannot write the submission: {error.strerror}"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return root, tuple(dict.fromkeys(notes))
 
 
@@ -165,14 +167,23 @@ def _check_result(directory: Path, result: RunResult) -> None:
         raise HarnessError(f"{directory / RESULT}: commit {commit!r} is none of git's")
 
 
-def _write_scenario(root: Path, base: Base, description: Description, notes: list[str]) -> None:
+def _write_scenario(
+    root: Path,
+    base: Base,
+    description: Description,
+    annotations: Callable[[str], Path],
+    notes: list[str],
+) -> None:
     place = Path(_system(base)) / MODEL / base.scenario
     performance_dir, performance = base.run("PerformanceOnly")
     accuracy_dir, accuracy = base.run("AccuracyOnly")
     results = root / "results" / place
     _copy(performance_dir, results / "performance" / "run_1", SUMMARY, DETAIL)
     _copy(accuracy_dir, results / "accuracy", SUMMARY, DETAIL)
-    _write_accuracy(accuracy_dir, results / "accuracy", accuracy.value)
+    ground_truth = annotations(str(accuracy.dataset["name"]))
+    _write_accuracy(
+        accuracy_dir, results / "accuracy", _average_precision(accuracy_dir, accuracy, ground_truth)
+    )
     if not performance.valid:
         notes.append(f"results/{place}: LoadGen calls the performance run INVALID")
     _write_measurements(root, place, base, description, notes)
@@ -184,6 +195,17 @@ def _write_scenario(root: Path, base: Base, description: Description, notes: lis
     ]
     if missing:
         notes.append(f"compliance/{place} lacks {', '.join(missing)}; see 'harness compliance'")
+
+
+def _average_precision(directory: Path, result: RunResult, annotations: Path) -> float:
+    """Evaluate a run's accuracy log again, and hold its result against that."""
+    found = evaluate(directory / ACCURACY, annotations, load_map(directory / SAMPLES)).mAP
+    if result.value is None or abs(found - result.value) > _SAME:
+        raise HarnessError(
+            f"{directory / RESULT} says mAP {result.value}, and {ACCURACY} gives {found:.6f} with "
+            f"{annotations}; run the accuracy test again"
+        )
+    return found
 
 
 def _write_accuracy(source: Path, target: Path, value: float | None) -> None:

@@ -24,7 +24,7 @@ from engine.load import ONNX_BACKENDS, load_engine
 from engine.manifest import check_engine, check_plugins, save_engine
 from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS
 from engine.support.external import data_files, model_sha256
-from engine.support.files import write_atomically
+from engine.support.files import whole_folder, write_atomically
 from engine.support.progress import progress_bar
 from harness.errors import HarnessError
 from harness.loadgen.settings import DEFAULT_BATCH, SCENARIOS, MultiStream
@@ -140,19 +140,17 @@ def write_repository(
     configs = {"config.pbtxt": make(None)}
     for scenario in SCENARIOS:
         configs[f"configs/{scenario}.pbtxt"] = make(scenario)
-    partial = output.with_name(f"{output.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        version = partial / MODEL_NAME / _VERSION
-        version.mkdir(parents=True)
-        (partial / MODEL_NAME / "configs").mkdir()
-        _copy_model(served, backend, version)
-        for name, config in configs.items():
-            text = text_format.MessageToString(config)
-            write_atomically(partial / MODEL_NAME / name, text.encode())
-        arguments = _server_arguments(output, served, backend)
-        write_atomically(partial / "README", _readme(served, backend, arguments).encode())
-        partial.rename(output)
+        with whole_folder(output) as partial:
+            version = partial / MODEL_NAME / _VERSION
+            version.mkdir(parents=True)
+            (partial / MODEL_NAME / "configs").mkdir()
+            _copy_model(served, backend, version)
+            for name, config in configs.items():
+                text = text_format.MessageToString(config)
+                write_atomically(partial / MODEL_NAME / name, text.encode())
+            arguments = _server_arguments(output, served, backend)
+            write_atomically(partial / "README", _readme(served, backend, arguments).encode())
     except OSError as error:
         raise HarnessError(f"{error.filename}: cannot write it: {error.strerror}") from error
     return Repository(output, arguments)

@@ -293,7 +293,7 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
         *("--optimization-level", 5, "--tf32", "--strip-plan", "--refit"),
     )
     assert code == 0 and "5 bytes" in out
-    from engine.backends.tensorrt.build import BuildOptions
+    from engine.backends.tensorrt.options import BuildOptions
 
     assert calls[0][1:] == ("tensorrt-rtx", tmp_path / "m.engine", BuildOptions())
     assert calls[1][3] == BuildOptions(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import onnx
 import pytest
 
 from engine.cli import main
@@ -124,3 +126,28 @@ def test_sensitivity(engine, files, tmp_path, monkeypatch):
     command = ["sensitivity", model, cache, "--data", images, "-o", output]
     check(engine, output, command)
     check_inputs(engine, tmp_path, [model, cache], lambda path: [*command[:-1], path])
+
+
+@pytest.mark.slow
+def test_what_was_made_of_the_same_file_as_it_was_before_is_renewed(engine, files, tmp_path):
+    model, _, images = files
+    cache, output = tmp_path / "new.json", tmp_path / "int8.onnx"
+    calibrate = ["calibrate", model, "--data", images, "--images", 1, "-o", cache]
+    assert engine(*calibrate)[0] == 0
+    assert engine("quantize", model, cache, output)[0] == 0
+    content = onnx.load(model)
+    (weight, *_) = (tensor for tensor in content.graph.initializer if len(tensor.dims) == 4)
+    value = onnx.numpy_helper.to_array(weight) * np.float32(1.5)
+    weight.CopyFrom(onnx.numpy_helper.from_array(value, weight.name))
+    other = tmp_path / "other.onnx"
+    onnx.save(content, other)
+    made = cache.read_bytes(), output.read_bytes()
+    refused = engine("calibrate", other, *calibrate[2:])
+    assert refused == (2, "", f"engine: error: {cache}: {ANOTHER}")
+    assert (cache.read_bytes(), output.read_bytes()) == made
+    onnx.save(content, model)  # the file itself is another now
+    assert f"wrote {cache}" in engine(*calibrate)[1].replace("\n", "")
+    assert f"wrote {output}" in engine("quantize", model, cache, output)[1].replace("\n", "")
+    assert output.read_bytes() != made[1]
+    refused = engine("quantize", model, cache, output, "--keep-float", "loc.*")
+    assert refused == (2, "", f"engine: error: {output}: {ANOTHER}")

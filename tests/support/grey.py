@@ -15,14 +15,15 @@ CATEGORY_IDS = [1, 2, 4, 8, 16, 90]
 def grey_detector(path):
     """ONNX: one detection at BOX, its label the grey value / 10, found again from channel 0."""
     mean, std = 0.485, 0.229  # ImageNet's, of the red channel
-    fields = ", ".join(map(str, (0, *BOX, 0.9)))
+    fields = ", ".join(map(str, (*BOX, 0.9)))
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 18]>
         grey (float[batch,3,8,8] image)
             => (float[batch,1,7] detections, int32[batch] num_detections)
-        <int64[2] axes = {{1, 2}}, int64 zero = {{0}}, int64[1] one = {{1}}, int64[1] six = {{6}},
+        <int64[2] axes = {{1, 2}}, int64 zero = {{0}}, int64 step = {{1}}, int64[1] one = {{1}},
+         int64[1] five = {{5}},
          float gain = {{{std * 255 / 10}}}, float offset = {{{mean * 255 / 10}}},
-         float[1,6] fields = {{{fields}}}>
+         float[1,5] fields = {{{fields}}}>
         {{
             red = Gather <axis = 1> (image, zero)
             level = ReduceMean <keepdims = 0> (red, axes)
@@ -31,9 +32,13 @@ def grey_detector(path):
             label = Round (value)
             column = Unsqueeze (label, one)
             batch = Shape (label)
-            wide = Concat <axis = 0> (batch, six)
+            images = Squeeze (batch)
+            numbers = Range (zero, images, step)
+            index = Cast <to = 1> (numbers)
+            first = Unsqueeze (index, one)
+            wide = Concat <axis = 0> (batch, five)
             boxes = Expand (fields, wide)
-            row = Concat <axis = 1> (boxes, column)
+            row = Concat <axis = 1> (first, boxes, column)
             detections = Unsqueeze (row, one)
             num_detections = ConstantOfShape <value = int32[1] {{1}}> (batch)
         }}""")

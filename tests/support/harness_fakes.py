@@ -61,6 +61,28 @@ def detect(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return detections, counts
 
 
+def _with(detections, column, values):
+    """The same detections with other values in a column, or several."""
+    changed = detections.copy()
+    changed[..., column] = values
+    return changed
+
+
+WRONG = {
+    "nan": lambda d, c: (_with(d, 5, np.nan), np.ones_like(c)),
+    "shape": lambda d, c: (d[..., :6], c),
+    "dtype": lambda d, c: (d.astype(np.float64), c),
+    "count": lambda d, c: (d, np.full_like(c, KEEP + 1)),
+    "images": lambda d, c: (d[::-1].copy(), c[::-1].copy()),
+    "fraction": lambda d, c: (_with(d, 6, d[..., 6] + 0.5), c),
+    "background": lambda d, c: (_with(d, 6, 0), c),
+    "label": lambda d, c: (_with(d, 6, 81), c),
+    "scores": lambda d, c: (_with(d, 5, d[:, ::-1, 5]), c),
+    "corners": lambda d, c: (_with(d, [1, 3], d[..., [3, 1]]), c),
+}
+"""Kinds of wrong answers, each from the right one."""
+
+
 def short(scenario, **more):
     """Settings of a run that LoadGen ends after a twentieth of a second."""
     values = {"min_duration_ms": 50, "min_query_count": 10, "performance_sample_count": 20}
@@ -118,21 +140,14 @@ class FakeEngine:
             match self.fault:
                 case "raise" | "warm-up":
                     raise RuntimeError("no more\nmemory")
-                case "nan":
-                    detections[..., 5] = np.nan
-                    counts[:] = 1
-                case "shape":
-                    detections = detections[..., :6]
-                case "dtype":
-                    detections = detections.astype(np.float64)
-                case "count":
-                    counts[:] = KEEP + 1
                 case "nothing":
                     return None
                 case "block":
                     time.sleep(1e6)
                 case str(step) if step.startswith("clock "):
                     ctypes.CDLL(None).set_wall_clock(int(step.removeprefix("clock ")))
+                case wrong if wrong in WRONG:
+                    return WRONG[wrong](detections, counts)
         return detections, counts
 
 

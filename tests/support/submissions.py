@@ -35,6 +35,7 @@ def submit(runs, output, division="closed"):
         submitter="Acme",
         division=division,
         description=owner(output),
+        annotations=lambda _: runs / "data" / "annotations.json",
         output=output,
     )
 

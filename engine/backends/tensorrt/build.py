@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.backends.tensorrt.log import Verbosity
 from engine.backends.tensorrt.module import (
     BACKENDS,
     RTX,
     import_tensorrt,
     require_lean_runtime,
 )
+from engine.backends.tensorrt.options import BuildOptions, check_options, set_options
 from engine.backends.tensorrt.plan import PlanRequest, build_plan
 from engine.backends.tensorrt.plugins import headers_version, is_registered, load_plugins
 from engine.errors import EngineError
 from engine.manifest import (
     KEEP_TOP_K,
     Manifest,
-    check_plugins,
     manifest_path,
     plugin_library,
     same_engine,
@@ -39,100 +37,6 @@ from graph_surgery.pattern import find_nms_node
 
 if TYPE_CHECKING:
     from engine.backends.cuda import Gpu
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How to build. Precision is no option: it is what the ONNX graph says.
-
-    Attributes
-    ----------
-    min_batch, opt_batch, max_batch
-        Optimisation profile of a dynamic batch; `opt_batch` None: the largest.
-    memory_pools
-        Memory pool, as ``workspace`` or ``tactic_shared_memory``, to its limit in bytes.
-    timing_cache
-        File that is read, when it exists, and extended. TensorRT only.
-    optimization_level
-        0 to 5: the time spent on searching; None: TensorRT's default.
-    tf32
-        Allow TF32 for what is float32 in the graph.
-    version_compatible
-        Also run on later releases of the same major version. TensorRT only, with its lean runtime.
-    hardware_compatible
-        Run on every GPU from Ampere on. TensorRT only.
-    strip_plan
-        Leave the weights out of the plan; it must be refitted before it runs. Needs a GPU.
-    refit
-        Keep the plan refittable. Needs a GPU.
-    verbosity
-        Least severe messages to show.
-    layer_info
-        File for the engine inspector's JSON; needs the GPU.
-    plugins
-        Plugin libraries to load first.
-    compute_capabilities
-        Targets of an ahead-of-time build, as ``8.9``; empty: the portable default. TensorRT-RTX
-        only.
-    device
-        GPU to build on. None: the first one for TensorRT, none for TensorRT-RTX.
-
-    Raises
-    ------
-    EngineError
-        For a value out of range.
-    """
-
-    min_batch: int = 1
-    opt_batch: int | None = None
-    max_batch: int = 64
-    memory_pools: Mapping[str, int] = field(default_factory=dict)
-    timing_cache: Path | None = None
-    optimization_level: int | None = None
-    tf32: bool = False
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    strip_plan: bool = False
-    refit: bool = False
-    verbosity: Verbosity = "warning"
-    layer_info: Path | None = None
-    plugins: tuple[Path, ...] = ()
-    compute_capabilities: tuple[str, ...] = ()
-    device: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_batch <= self.best_batch <= self.max_batch:
-            raise EngineError(
-                f"--min-batch {self.min_batch}, --opt-batch {self.best_batch}, --max-batch "
-                f"{self.max_batch}: 1 <= min <= opt <= max expected"
-            )
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise EngineError(f"--optimization-level {self.optimization_level}: 0 to 5 expected")
-        if self.device is not None and self.compute_capabilities:
-            raise EngineError("give --device or --compute-capability, not both")
-
-    @property
-    def best_batch(self) -> int:
-        """`opt_batch`, or what stands for it."""
-        return self.max_batch if self.opt_batch is None else self.opt_batch
-
-
-_ONLY = {
-    "timing_cache": "tensorrt",
-    "version_compatible": "tensorrt",
-    "hardware_compatible": "tensorrt",
-    "compute_capabilities": RTX,
-}
-"""Options that only one backend has."""
-
-_NEED_GPU = ("strip_plan", "refit", "layer_info")
-"""Options that TensorRT-RTX cannot serve without a GPU."""
-
-_IN_OTHER_LINES = {
-    *("min_batch", "opt_batch", "max_batch", "plugins", "compute_capabilities"),
-    *("verbosity", "layer_info"),
-}
-"""Options that have a line of their own in the manifest, or leave the engine as it is."""
 
 
 def build(
@@ -171,7 +75,7 @@ def build(
         raise EngineError(
             f"no engine can be built for {backend!r}; choose one of: {', '.join(BACKENDS)}"
         )
-    _check_options(backend, options)
+    check_options(backend, options)
     read = [detector.path, *data_files(detector.model), *options.plugins]
     read += [options.timing_cache] if options.timing_cache else []
     for file in (output, manifest_path(output), options.layer_info):
@@ -196,7 +100,7 @@ def build(
         min_batch=options.min_batch,
         opt_batch=options.best_batch,
         max_batch=options.max_batch,
-        options=_set_options(options),
+        options=set_options(options),
         seconds=0.0,
         keep_top_k=rows,
         outputs=output_shapes(rows),
@@ -259,33 +163,6 @@ def plan_of(
     return build_plan(trt, backend, request)
 
 
-def options_of(engine: Path, manifest: Manifest) -> BuildOptions:
-    """Return the options with which an engine was built, to build the like.
-
-    Raises
-    ------
-    EngineError
-        When a plugin library is missing or another one, or an option is not known.
-    """
-    known = dict(manifest.options)
-    for name in ("strip_plan", "refit"):  # of the file, not of how it computes
-        known.pop(name, None)
-    if cache := known.get("timing_cache"):
-        known["timing_cache"] = Path(str(cache))
-    try:
-        return BuildOptions(
-            min_batch=manifest.min_batch,
-            opt_batch=manifest.opt_batch,
-            max_batch=manifest.max_batch,
-            plugins=check_plugins(engine, manifest),
-            **known,  # type: ignore[arg-type]
-        )
-    except TypeError as error:
-        raise EngineError(
-            f"{manifest_path(engine)}: options of another release: {error}"
-        ) from error
-
-
 def _builder_of(backend: str, options: BuildOptions) -> tuple[Any, Gpu | None]:
     """Import what builds, and choose its GPU."""
     trt = import_tensorrt(backend)
@@ -338,6 +215,7 @@ def wanted_plugin(detector: Detector) -> Plugin:
             f"{path}: outputs {', '.join(outputs)}; those of {OP_TYPE} ({', '.join(made)}) and no "
             "others expected"
         )
+    detector.require_any_engine()
     detector.require_dynamic_batch()
     wanted = node.attrs
     return Plugin(
@@ -345,27 +223,6 @@ def wanted_plugin(detector: Detector) -> Plugin:
         wanted.get("plugin_namespace", ""),
         wanted.get("keepTopK", KEEP_TOP_K),
     )
-
-
-def _check_options(backend: str, options: BuildOptions) -> None:
-    for name, owner in _ONLY.items():
-        if getattr(options, name) and backend != owner:
-            instead = {
-                "hardware_compatible": "; give --compute-capability instead",
-                "compute_capabilities": "; it builds for the GPU it runs on",
-            }.get(name, "")
-            raise EngineError(f"{backend} has no option {_typed(name)}{instead}")
-    if backend == RTX and options.device is None:
-        for name in _NEED_GPU:
-            if getattr(options, name):
-                raise EngineError(
-                    f"{backend} needs a GPU for the option {_typed(name)}; name it with --device"
-                )
-
-
-def _typed(name: str) -> str:
-    """Return an option as the user types it."""
-    return "--" + name.replace("_", "-").replace("capabilities", "capability")
 
 
 def _require_plugin(trt: Any, detector: Detector, plugin: Plugin) -> None:
@@ -412,13 +269,3 @@ def _capability(rtx: Any, text: str) -> tuple[int, int]:
         raise EngineError(f"TensorRT-RTX cannot build for {text!r}; choose from: {names}")
     major, minor = text.split(".")
     return int(major), int(minor)
-
-
-def _set_options(options: BuildOptions) -> dict[str, object]:
-    """Return the options that differ from their defaults and have no line of their own."""
-    values: dict[str, object] = {}
-    for item in fields(options):
-        value = getattr(options, item.name)
-        if item.name not in _IN_OTHER_LINES and value not in (None, False, {}):
-            values[item.name] = str(value) if isinstance(value, Path) else value
-    return values

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream, use_gpu
-from engine.backends.tensorrt.build import options_of, plan_of
+from engine.backends.tensorrt.build import plan_of
 from engine.backends.tensorrt.engine import deserialize, make_context, set_addresses, start
+from engine.backends.tensorrt.options import options_of
 from engine.manifest import load_manifest
 
 if TYPE_CHECKING:

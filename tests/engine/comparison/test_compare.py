@@ -17,9 +17,10 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from rich.console import Console
 
-from engine.comparison.compare import FLOAT_TOLERANCE, Tolerance, compare, load_truth
+from engine.comparison.compare import compare, load_truth
 from engine.comparison.runners import IMAGES, find_side, open_side
 from engine.comparison.tensors import shown
+from engine.comparison.tolerance import FLOAT_TOLERANCE, Tolerance
 from engine.data.preprocessed import quantize_images
 from engine.errors import EngineError
 from engine.protocol import InputSpec

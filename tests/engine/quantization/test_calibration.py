@@ -118,6 +118,9 @@ def test_an_image_is_read_once_and_what_was_read_is_hashed(surgered, images, tmp
         np.save(tmp_path / f"{done - 1:03}.jpg.npy", np.zeros((3, 400, 400), np.float32))
 
     found = calibrate(load_detector(surgered), copy, method="minmax", progress=replace)
+    with pytest.raises(EngineError, match=r"000\.jpg\.npy was written since this command opened"):
+        images_sha256(copy, 3)
+    copy = dataclasses.replace(copy, times={})  # opened anew
     assert found.images_sha256 == before != images_sha256(copy, 3)
     assert found.scales == calibrate(load_detector(surgered), images, method="minmax").scales
     found.save(tmp_path / "cache.json")
@@ -310,7 +313,7 @@ def test_unusable_images_and_options(surgered, images, exported, tmp_path) -> No
 def write_images_but_last(directory, images):
     for index in range(2):
         np.save(directory / f"{index:03}.jpg.npy", images.load([index])[0])
-    return dataclasses.replace(images, directory=directory)
+    return dataclasses.replace(images, directory=directory, times={})
 
 
 def test_a_fixed_batch(surgered, images, tmp_path) -> None:

@@ -64,6 +64,24 @@ def test_a_faulty_engine_ends_the_run(fault, message, tmp_path):
     assert_no_result(tmp_path / "run")
 
 
+@pytest.mark.parametrize("mode", ["PerformanceOnly", "AccuracyOnly"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("images", "an image index that is not its image's"),
+        ("background", "a label outside"),
+        ("scores", "a higher score"),
+        ("corners", "corners are swapped"),
+    ],
+)
+def test_detections_that_contradict_themselves_end_the_run(fault, message, mode, tmp_path):
+    code, stderr = finish(start(fault, tmp_path / "run", "Offline", mode))
+    assert code == 1, stderr
+    assert stderr.startswith(f"Offline {mode}: the engine returned ")
+    assert message in stderr
+    assert_no_result(tmp_path / "run")
+
+
 @pytest.mark.parametrize("fault", ["raise", "block"])
 @pytest.mark.parametrize("mode", ["PerformanceOnly", "AccuracyOnly"])
 @pytest.mark.parametrize("scenario", ["Offline", "Server", "SingleStream", "MultiStream"])

@@ -162,8 +162,39 @@ def test_truncated_images_are_found(kept: float) -> None:
     png = cv2.imencode(".png", image)[1].tobytes()
     for data in (jpeg, progressive, png):
         assert decode(data).shape == image.shape
-        with pytest.raises(BadImageError, match="truncated"):
+        with pytest.raises(BadImageError, match=r"truncated|cannot be decoded"):
             decode(data[: int(len(data) * kept)])
+
+
+JPEG = cv2.imencode(".jpg", cv2.resize(photo(8, 8), (96, 64)))[1].tobytes()
+TABLES = JPEG.index(b"\xff\xdb")
+MIDDLE = (JPEG.index(b"\xff\xda") + len(JPEG)) // 2
+HEIGHT = JPEG.index(b"\xff\xc0") + 5
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        JPEG[:MIDDLE] + b"\xff\xd9",
+        JPEG[:HEIGHT] + struct.pack(">H", 128) + JPEG[HEIGHT + 2 :],
+        JPEG[:TABLES] + bytes(16) + JPEG[TABLES:MIDDLE] + b"\xff\xd9",
+        JPEG[:MIDDLE] + bytes([170, 213, 127] * 5) + b"\xff\xd9",
+    ],
+    ids=["cut, end appended", "height doubled", "behind extraneous bytes", "other codes"],
+)
+def test_a_damaged_jpeg_with_its_end_is_found(data: bytes) -> None:
+    with pytest.raises(BadImageError, match=r"damaged JPEG \(Corrupt JPEG data"):
+        decode(data)
+
+
+@pytest.mark.parametrize("count", [1, 16, 5000])
+def test_bytes_that_the_decoder_skips_are_no_damage(count: int) -> None:
+    """Of webcams, between markers; behind the end of a PNG (opencv/opencv#9477)."""
+    whole = cv2.imdecode(np.frombuffer(JPEG, np.uint8), cv2.IMREAD_COLOR)
+    np.testing.assert_array_equal(decode(JPEG[:TABLES] + bytes(count) + JPEG[TABLES:]), whole)
+    np.testing.assert_array_equal(decode(JPEG[:-2] + bytes(count) + JPEG[-2:]), whole)
+    png = cv2.imencode(".png", whole)[1].tobytes()
+    np.testing.assert_array_equal(decode(png + bytes(count)), whole)
 
 
 def test_bytes_after_the_image_are_no_damage() -> None:

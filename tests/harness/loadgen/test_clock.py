@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from harness.errors import RunFailedError
 from harness.loadgen import test as loadgen_test
-from harness.loadgen.clock import check_times
+from harness.loadgen.clock import Times, check_times
 from harness.loadgen.settings import SCENARIOS
 from harness.loadgen.sut import Sut
 from harness.loadgen.test import run_test
@@ -88,30 +89,40 @@ def measured(request, tmp_path_factory):
             tmp_path_factory.mktemp("run"),
             timeout_s=30,
         )
-    return request.param, outcome.detail.values, suts[0]
+    return request.param, outcome.detail.values, suts[0].times
 
 
 def test_a_duration_that_was_not_is_refused(measured):
-    scenario, values, sut = measured
-    check_times(scenario, values, sut.issuing_s, sut.span_s)
-    for more in (0.2, 30.0):  # seconds that LoadGen did not see
-        if scenario == "MultiStream":  # which logs no duration: too long a one alone is noticed
-            continue
-        with pytest.raises(RunFailedError, match=r"measured .* s for what took .* s"):
-            check_times(scenario, values, sut.issuing_s + more, sut.span_s + more)
+    scenario, values, times = measured
+    check_times(scenario, values, times)
+    end = ("last_query", "before_last", "last_completion", "handed_over")
+    for step in (0.2, 30.0):  # seconds that LoadGen does not see
+        moved = replace(times, **{name: getattr(times, name) + step for name in end})
+        if scenario != "MultiStream":  # which logs no duration: too long a one alone is noticed
+            with pytest.raises(RunFailedError, match=r"measured .* s for what took .* s"):
+                check_times(scenario, values, moved)
+    moved = replace(times, **{name: getattr(times, name) - 0.2 for name in end})
     with pytest.raises(RunFailedError, match="LoadGen measured"):
-        check_times(scenario, values, sut.issuing_s / 2, sut.span_s / 2)
+        check_times(scenario, values, moved)
 
 
 def test_a_negative_latency_is_refused(measured):
-    scenario, values, sut = measured
+    scenario, values, times = measured
     for key in (key for key in values if key.endswith("_latency_ns") and "result_" in key):
         with pytest.raises(RunFailedError, match="a latency of -4992 ms"):
-            check_times(scenario, {**values, key: -4_992_000_000}, sut.issuing_s, sut.span_s)
+            check_times(scenario, {**values, key: -4_992_000_000}, times)
 
 
 def test_the_slack_is_half_a_percent():
     values = {"result_max_latency_ns": 100_000_000_000, "result_query_count": 1}
-    check_times("Offline", values, 0.0, 100.49)
+    check_times("Offline", values, Times(last_completion=100.49, handed_over=100.49))
     with pytest.raises(RunFailedError):
-        check_times("Offline", values, 0.0, 100.51)
+        check_times("Offline", values, Times(last_completion=100.51, handed_over=100.51))
+
+
+def test_the_way_of_many_samples_into_python_is_no_difference(tmp_path):
+    """LoadGen counts from before it hands over the query, here of 400,000 samples."""
+    many = {"min_query_count": 400_000, "batch_size": 2000, "target_qps": 1.0}
+    engine, settings = FakeEngine(), short("Offline", **many)
+    done = run_test((engine,), Memory(20), settings, "PerformanceOnly", tmp_path, timeout_s=30)
+    assert done.detail.values["generated_samples_per_query"] >= 400_000

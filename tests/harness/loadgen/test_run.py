@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.support.progress import progress_bar
+from harness.data.dataset import known_dataset
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.log import ACCURACY, DETAIL, SUMMARY, read_complete
 from harness.loadgen.settings import SCENARIOS
@@ -18,6 +19,7 @@ from harness.results.report import find_results, print_table
 from harness.results.result import read_result
 from harness.results.run import run
 from harness.results.run_all import new_log_dir
+from tests.support import ROOT
 from tests.support.harness_fakes import (
     TOTAL,
     FakeEngine,
@@ -184,6 +186,18 @@ def test_after_a_failed_run_the_next_one_works(tmp_path):
     assert "in infer" in (tmp_path / "bad.partial" / "error.txt").read_text()
     good = run(benchmark(FakeEngine()), short("Offline"), "AccuracyOnly", tmp_path / "good")
     assert good.errors == ()
+
+
+def test_labels_are_held_against_the_categories(tmp_path, monkeypatch):
+    """The demo's annotations have 80."""
+    monkeypatch.chdir(ROOT)
+    demo = known_dataset("demo", "val", tmp_path)
+    wrong = replace(benchmark(FakeEngine(fault="label", seconds=0.002)), dataset=demo)
+    settings = short("Offline", min_duration_ms=300)
+    with pytest.raises(RunFailedError, match=r"a label outside 1\.\.80 .* 81\)"):
+        run(wrong, settings, "PerformanceOnly", tmp_path / "run")
+    unknown = replace(wrong, dataset=replace(demo, annotations=tmp_path / "none.json"))
+    run(unknown, settings, "PerformanceOnly", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import HarnessError
+from harness.loadgen.settings import SCENARIOS
 from harness.results.result import RESULT, RunResult, read_result
 from tests.support.formats import JSON, Sample, damages
 
@@ -50,24 +53,45 @@ SAMPLE = Sample(
 )
 
 
+NUMBER = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+
+
 @given(
     st.builds(
         RunResult,
+        scenario=st.sampled_from(list(SCENARIOS)),
+        mode=st.sampled_from(["PerformanceOnly", "TEST01"]),
         latency_ms=FIGURES,
         batch_latency_ms=FIGURES,
-        value=st.none() | st.floats(allow_nan=False, allow_infinity=False),
-        samples_per_second=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+        value=NUMBER,
         accuracy=st.none() | ANYTHING,
         dataset=ANYTHING,
         engine=ANYTHING,
         settings=ANYTHING,
         versions=st.dictionaries(TEXT, TEXT, max_size=3),
-    )
+    ).map(lambda one: replace(one, samples_per_second=one.value))
 )
 def test_a_result_comes_back(tmp_path_factory, result):
     folder = tmp_path_factory.getbasetemp()
     result.write(folder)
     assert read_result(folder / RESULT) == result
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scenario": "Online"}, "scenario 'Online' is unknown"),
+        ({"value": 1000.0}, "value is 1000.0, but samples_per_second 960.5"),
+        ({"mode": "AccuracyOnly", "value": 0.9}, "value is 0.9, but accuracy.mAP 0.2"),
+        ({"mode": "AccuracyOnly", "accuracy": None}, "value is 960.5, but accuracy.mAP None"),
+        ({"mode": "AccuracyOnly", "value": None}, "value is None, but accuracy.mAP 0.2"),
+    ],
+)
+def test_a_figure_that_is_told_in_two_ways_is_refused(changes, message, tmp_path):
+    path = tmp_path / RESULT
+    path.write_text(json.dumps({**SAMPLE.document, **changes}))
+    with pytest.raises(HarnessError, match=f"{re.escape(f'{path}: {message}')}; it is not a"):
+        read_result(path)
 
 
 @given(damages(SAMPLE))

@@ -141,6 +141,7 @@ def test_bad_names_are_refused(change, message, runs, tmp_path):
         write_submission(
             find_bases([runs / "logs"]),
             description=owner(tmp_path),
+            annotations=lambda _: runs / "data" / "annotations.json",
             output=tmp_path / "tree",
             **arguments,
         )
@@ -167,6 +168,19 @@ def test_a_result_that_is_not_ours_is_refused(change, message, mode, runs, tmp_p
     with pytest.raises(HarnessError, match=f"{mode}/result.json: .*{re.escape(message)}"):
         submit(tmp_path / "copy", tmp_path)
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "system.toml"])
+
+
+@pytest.mark.parametrize("value", [0.9, 0.0, None])
+def test_the_mean_average_precision_is_that_of_the_log(value, runs, tmp_path):
+    """Whose hash stands beside it in accuracy.txt; result.json is easily edited."""
+    shutil.copytree(runs, tmp_path / "copy")
+    path = tmp_path / "copy" / "logs" / MODEL / "Server" / "AccuracyOnly" / "result.json"
+    result = json.loads(path.read_text())
+    accuracy = None if value is None else {**result["accuracy"], "mAP": value}
+    path.write_text(json.dumps({**result, "value": value, "accuracy": accuracy}))
+    with pytest.raises(HarnessError, match=r"AccuracyOnly.* mAP"):
+        submit(tmp_path / "copy", tmp_path)
+    assert not (tmp_path / "closed" / "Acme").exists()
 
 
 def test_a_tree_is_not_written_over_another(runs, tmp_path):
@@ -203,6 +217,7 @@ def test_a_scenario_is_given_once(runs, tmp_path):
             submitter="Acme",
             division="open",
             description=owner(tmp_path),
+            annotations=lambda _: runs / "data" / "annotations.json",
             output=tmp_path,
         )
 
@@ -219,8 +234,11 @@ def test_a_missing_run_is_refused(runs, tmp_path):
 def test_commands(runs, good, tmp_path):
     system = tmp_path / "system.toml"
     system.write_text(OWNER)
+    known = tmp_path / "demo" / "data" / "annotations" / "instances_val.json"
+    known.parent.mkdir(parents=True)
+    shutil.copyfile(runs / "data" / "annotations.json", known)
     options = ["--submitter", "Acme", "--division", "closed", "--system", system]
-    done = harness(ROOT, "submission", *options, "-o", tmp_path / "tree", runs / "logs")
+    done = harness(tmp_path, "submission", *options, "-o", tmp_path / "tree", runs / "logs")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(tmp_path / "tree" / "closed" / "Acme")
     done = harness(ROOT, "submission", "--check", tmp_path / "tree")
@@ -254,6 +272,7 @@ def test_user_errors_are_one_line(arguments, message, tmp_path):
 def test_the_demo_is_not_the_benchmark(runs, tmp_path):
     (system,) = (runs / "logs").iterdir()
     shutil.copytree(system, tmp_path / "logs" / system.name)
+    shutil.copytree(runs / "data", tmp_path / "data")
     (folder,) = (tmp_path / "logs" / system.name).iterdir()
     folder.rename(folder.with_name("ssd-resnet34-demo"))
     with pytest.raises(HarnessError, match="ssd-resnet34-demo is not the benchmark"):

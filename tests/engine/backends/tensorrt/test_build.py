@@ -9,7 +9,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from engine.backends.tensorrt.build import BuildOptions, Plugin, build, wanted_plugin
+from engine.backends.tensorrt.build import Plugin, build, wanted_plugin
+from engine.backends.tensorrt.options import BuildOptions
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.manifest import (

@@ -12,8 +12,9 @@ import numpy as np
 import onnx
 import pytest
 
-from engine.backends.tensorrt.build import BuildOptions, build
+from engine.backends.tensorrt.build import build
 from engine.backends.tensorrt.layers import describe_plan
+from engine.backends.tensorrt.options import BuildOptions
 from engine.backends.tensorrt.refit import refit
 from engine.backends.triton import engine as triton
 from engine.backends.triton.config import KNOWN_PARAMETER

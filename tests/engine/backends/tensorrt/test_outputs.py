@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine.backends.tensorrt.build import BuildOptions, build
+from engine.backends.tensorrt.build import build
 from engine.backends.tensorrt.module import RTX
+from engine.backends.tensorrt.options import BuildOptions
 from engine.errors import EngineError
 from engine.manifest import load_manifest, manifest_path
 from engine.model import load_detector

@@ -9,8 +9,9 @@ import onnx
 import pytest
 
 from engine.backends.cuda import Gpu
-from engine.backends.tensorrt.build import BuildOptions, build
+from engine.backends.tensorrt.build import build
 from engine.backends.tensorrt.module import RTX
+from engine.backends.tensorrt.options import BuildOptions
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.manifest import load_manifest
