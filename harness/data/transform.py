@@ -33,11 +33,15 @@ class BadImageError(Exception):
 
 
 class Source(NamedTuple):
-    """State of an image file: size in bytes, modification time in ns, SHA-256 of its content."""
+    """State of an image file: size in bytes, modification time in ns, SHA-256 of its content.
+
+    `shape` is its height and width as it was decoded; None: not known.
+    """
 
     size: int
     mtime_ns: int
     sha256: str
+    shape: tuple[int, int] | None = None
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
@@ -180,5 +184,7 @@ def preprocess_image(path: Path, spec: InputSpec, out: NDArray[np.generic]) -> S
         raise BadImageError("missing") from None
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror}") from error
-    transform(decode(data), spec, out)
-    return Source(state.st_size, state.st_mtime_ns, sha256(data).hexdigest())
+    image = decode(data)
+    transform(image, spec, out)
+    shape = image.shape[0], image.shape[1]
+    return Source(state.st_size, state.st_mtime_ns, sha256(data).hexdigest(), shape)
