@@ -19,6 +19,9 @@ DETECTION_FIELDS = 7
 DETECTIONS, NUM_DETECTIONS = "detections", "num_detections"
 """Names of a detector's outputs, as `Session.result` returns them."""
 
+TARGET_KEY = "target"
+"""Metadata of an INT8 file that is for ONNX Runtime on CPUs alone; its value is ``cpu``."""
+
 INPUT_SCALE_KEY = "input_scale"
 """ONNX metadata key that holds the real value of one step of an INT8 image input."""
 

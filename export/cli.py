@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from export.errors import ExportError
+from graph_surgery.command import run_command
 from graph_surgery.errors import SurgeryError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -65,7 +65,13 @@ def export_onnx(
     config = checkpoint.infer_config(loaded, image_size)
     class_names, source = choose_names(names, loaded.names, config.num_classes)
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
-    say(f"read {weights}: {config}, {config.num_priors} default boxes")
+    entry = f" ({loaded.entry})" if loaded.entry else ""
+    say(f"read {weights}{entry}: {config}, {config.num_priors} default boxes")
+    if image_size is None and loaded.config is None:
+        say(
+            f"image size: guessed {config.image_size}, which the weights do not tell; if it is "
+            "another: --image-size"
+        )
     say(f"class names: {len(class_names)}, {source}" if class_names else f"class names: {source}")
     facts = onnx_export.metadata(loaded, config.to_json(), class_names)
     if output.exists() and not force:
@@ -86,9 +92,5 @@ def export_onnx(
 
 
 def main() -> None:
-    """Entry point: a user error is one message and exit code 2, without a traceback."""
-    try:
-        app(prog_name="export-onnx")
-    except (ExportError, SurgeryError) as error:
-        print(f"export-onnx: error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+    """Entry point: a user error is one line and exit code 2, without a traceback."""
+    run_command(app, "export-onnx", ExportError, SurgeryError, program="export-onnx")

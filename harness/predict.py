@@ -19,7 +19,7 @@ from engine.protocol import Engine
 from engine.support.files import write_output
 from engine.support.progress import Progress
 from graph_surgery.names import NAMES_KEY, names_from_json, read_names
-from harness.data.transform import BadImageError, decode, transform
+from harness.data.transform import BadImageError, decode, read_image, transform
 from harness.errors import HarnessError
 from harness.results.pictures import draw_rows, enlarged, to_jpeg
 
@@ -157,11 +157,9 @@ def predict(
             loaded: list[tuple[int, NDArray[np.uint8]]] = []
             for number, image in enumerate(images[start : start + size], start):
                 try:
-                    pixels = decode(image.read_bytes())
+                    pixels = decode(read_image(image)[0])
                 except BadImageError as error:
                     bad[image] = str(error)
-                except OSError as error:
-                    bad[image] = f"cannot be read: {error.strerror}"
                 else:
                     transform(pixels, engine.input_spec, batch[len(loaded)])
                     loaded.append((number, pixels))

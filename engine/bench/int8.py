@@ -1,7 +1,8 @@
 """INT8 against FP32 in ONNX Runtime on this CPU: ``python -m engine.bench int8 FP32.onnx…``.
 
 For every model, in one run, on the same images and threads: milliseconds per image of FP32 and INT8
-in turns, and of calibration against the bare FP32 inference.
+in both forms (``engine quantize --target``) in turns, and of calibration against the bare FP32
+inference.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from engine.load import load_engine
 from engine.model import Detector, load_detector
 from engine.protocol import Session
 from engine.quantization.calibration import calibrate
-from engine.quantization.quantize import quantize
+from engine.quantization.quantize import Target, quantize
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
 from graph_surgery.files import save
@@ -51,7 +52,8 @@ def bench(
         document["models"][model.name] = found
         typer.echo(
             f"{model.name}: FP32 {found['fp32_ms']:.1f} ms, INT8 {found['int8_ms']:.1f} ms, "
-            f"FP32 / INT8 {found['fp32_over_int8']:.2f}; calibration "
+            f"for CPUs {found['int8_cpu_ms']:.1f} ms; FP32 / INT8 {found['fp32_over_int8']:.2f}, "
+            f"for CPUs {found['fp32_over_int8_cpu']:.2f}; calibration "
             f"{found['calibration_ms']:.1f} ms, {found['calibration_over_fp32']:.2f} of FP32"
         )
     write_json(output, document | {"finished": now()})
@@ -82,18 +84,25 @@ def measure(model: Path, folder: Path, count: int, rounds: int) -> dict[str, obj
         raise EngineError(f"{count} images asked for, {folder} has {len(source.files)}")
     batches = [source.load([index]).astype(np.float32, copy=False) for index in range(count)]
     calibration = calibrate(detector, source, limit=count)  # a turn to warm up, too
+    targets: tuple[Target, ...] = ("gpu", "cpu")
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "int8.onnx"
-        save(quantize(detector.model, calibration), path)
-        int8_engine = load_engine("onnxruntime", path)
-    int8_batches = [quantize_images(batch, int8_engine.input_spec) for batch in batches]
-    float_session, int8_session = float_engine.session(), int8_engine.session()
-    turns: dict[str, list[float]] = {"fp32": [], "int8": [], "calibration": []}
-    _infer(float_session, batches)
-    _infer(int8_session, int8_batches)
+        engines = {}
+        for target in targets:
+            path = Path(scratch) / f"{target}.onnx"
+            save(quantize(detector.model, calibration, target=target), path)
+            engines[target] = load_engine("onnxruntime", path)
+    int8_batches = [quantize_images(batch, engines["cpu"].input_spec) for batch in batches]
+    sides: dict[str, tuple[Session, Sequence[NDArray[np.generic]]]] = {
+        "fp32": (float_engine.session(), batches),
+        "int8": (engines["gpu"].session(), int8_batches),
+        "int8_cpu": (engines["cpu"].session(), int8_batches),
+    }
+    turns: dict[str, list[float]] = {name: [] for name in (*sides, "calibration")}
+    for session, inputs in sides.values():
+        _infer(session, inputs)
     for _ in range(rounds):
-        turns["fp32"].append(_infer(float_session, batches))
-        turns["int8"].append(_infer(int8_session, int8_batches))
+        for name, (session, inputs) in sides.items():
+            turns[name].append(_infer(session, inputs))
         turns["calibration"].append(_calibrate(detector, source, count))
     medians = {name: statistics.median(values) for name, values in turns.items()}
     return {
@@ -102,6 +111,7 @@ def measure(model: Path, folder: Path, count: int, rounds: int) -> dict[str, obj
         "images": count,
         **{f"{name}_ms": value for name, value in medians.items()},
         "fp32_over_int8": medians["fp32"] / medians["int8"],
+        "fp32_over_int8_cpu": medians["fp32"] / medians["int8_cpu"],
         "calibration_over_fp32": medians["calibration"] / medians["fp32"],
         "turns_ms": turns,
     }

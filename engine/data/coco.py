@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
+from engine.support.documents import parse_json
 
 STATS = (
     "AP",
@@ -87,6 +87,30 @@ def _check_entry(entry: object, keys: Mapping[str, _Check], where: str) -> None:
             raise EngineError(f"{where}: {key} is {shown}, not {what}")
 
 
+_REFERENCES = {"images": "image_id", "categories": "category_id", "annotations": None}
+"""List to the key by which annotations refer to it."""
+
+
+def _number_texts(content: dict[str, Any], section: str, reference: str | None) -> None:
+    """Number the entries of a list whose ids are texts, which pycocotools would not sort."""
+    entries = content.get(section)
+    if not isinstance(entries, list) or not entries:
+        return
+    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
+    if not all(isinstance(one, str) for one in ids) or len(set(ids)) < len(ids):
+        return
+    numbers = {name: number for number, name in enumerate(ids, 1)}
+    content[section] = [{**entry, "id": numbers[entry["id"]]} for entry in entries]
+    annotations = content.get("annotations")
+    if reference is not None and isinstance(annotations, list):
+        content["annotations"] = [
+            {**entry, reference: numbers[entry[reference]]}
+            if isinstance(entry, dict) and entry.get(reference) in numbers
+            else entry
+            for entry in annotations
+        ]
+
+
 def load_annotations(path: Path) -> dict[str, Any]:
     """Read a COCO instances JSON file and check what every user of it relies on.
 
@@ -95,7 +119,7 @@ def load_annotations(path: Path) -> dict[str, Any]:
     dict
         The file's content: ``images`` (id, file_name, height, width), ``annotations``
         (id, image_id, category_id, bbox [x, y, w, h] in pixels, area, iscrowd) and
-        ``categories`` (id, name).
+        ``categories`` (id, name). Ids that are texts are numbered from 1, in the file's order.
 
     Raises
     ------
@@ -104,16 +128,18 @@ def load_annotations(path: Path) -> dict[str, Any]:
         missing or repeated, or a value of another kind.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise EngineError(f"annotation file {path} not found") from None
     except OSError as error:
         raise EngineError(f"annotation file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"annotation file {path} is no valid JSON: {error}") from error
+    except ValueError as error:
+        raise EngineError(f"annotation file {path}: {error}") from error
     if not isinstance(content, dict):
         kind = "a list, as of detections" if isinstance(content, list) else "one value"
         raise EngineError(f"{path} is no COCO instances file: it holds {kind}")
+    for section, references in _REFERENCES.items():
+        _number_texts(content, section, references)
     for section, keys in _REQUIRED.items():
         entries = content.get(section)
         if not isinstance(entries, list):

@@ -6,7 +6,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -93,6 +93,8 @@ class Calibration:
         Of every tensor with a scale that is neither the image nor 0 everywhere.
     model
         Name of the detector's file; empty in caches from before 0.2.
+    sums
+        Scales of `Placement.mains`; none in caches from before.
     """
 
     scales: Mapping[str, Scale]
@@ -107,6 +109,7 @@ class Calibration:
     largest: Mapping[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     statistics: Mapping[str, Statistics]
     model: str = ""
+    sums: Mapping[str, Scale] = field(default_factory=dict)
 
     @property
     def changed(self) -> str | None:

@@ -123,6 +123,10 @@ def _calibration(
         # beyond what pixels can be: images of another normalisation, none of which is clipped
         other = seen.brightest > 1.001 * PIXEL_RANGE
         taken[placement.image] = (seen.brightest if other else PIXEL_RANGE) / STEPS
+    sums = {
+        main.tensor: scales[main.tensor][method] if main.tensor in scales else 1.0
+        for main in placement.mains
+    }
     statistics = {
         name: Statistics(
             known,
@@ -130,13 +134,16 @@ def _calibration(
             snr_db(seen.histograms[name], known[method] * STEPS),
         )
         for name, known in scales.items()
+        if name in taken
     }
     narrowed = [
         name
         for name, known in scales.items()
-        if method == "auto" and known[method] < known["minmax"]
+        if method == "auto" and name in taken and known[method] < known["minmax"]
     ]
-    return Calibration(taken, method, **common, narrowed=tuple(narrowed), statistics=statistics)
+    return Calibration(
+        taken, method, **common, narrowed=tuple(narrowed), statistics=statistics, sums=sums
+    )
 
 
 def is_current(

@@ -50,7 +50,7 @@ class Observations:
     brightest
         Largest magnitude of the images.
     histograms
-        Of every quantised activation but the image.
+        Of every quantised activation but the image, and of `Placement.mains`.
     largest
         Largest magnitude of every tensor of `Placement.floats`.
     """
@@ -109,7 +109,8 @@ class _Pass:
 
     def __init__(self, network: onnx.ModelProto, placement: Placement, at_once: int) -> None:
         cpus = len(os.sched_getaffinity(0))
-        tensors = [name for name in placement.tensors if name != placement.image]
+        mains = (main.tensor for main in placement.mains)
+        tensors = [name for name in (*placement.tensors, *mains) if name != placement.image]
         self.histograms = {name: Histogram() for name in tensors}
         self.largest = dict.fromkeys(placement.floats, 0.0)
         self.brightest = 0.0

@@ -19,26 +19,20 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from engine.errors import EngineError
-from engine.protocol import INPUT_SCALE_KEY
+from engine.protocol import INPUT_SCALE_KEY, TARGET_KEY
 from engine.quantization.cache import Calibration
+from engine.quantization.cpu import insert_for_cpu, shift_image
 from engine.quantization.placement import Placement, find_placement
-from engine.quantization.thresholds import STEPS
+from engine.quantization.scales import FloatType, activation_scale, round_up, weight_scales
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import export_graph, fix, import_graph, namer, value
 from graph_surgery.nms_function import DOMAIN, add_definition
 from graph_surgery.protobuf import check, convert, with_types
 
-FloatType = Literal["fp32", "fp16"]
-"""Type of everything that is not INT8."""
+Target = Literal["gpu", "cpu"]
+"""What an INT8 file is for: TensorRT, cuDNN and all others, or ONNX Runtime on CPUs alone."""
 
 _FP16_LARGEST = float(np.finfo(np.float16).max)
-_BIAS_STEPS = {"fp32": 2**30, "fp16": 60_000}
-"""Most steps of a bias. int32 has 2^31, of which the sums of a convolution take 127² a product; in
-a float16 graph, ONNX Runtime divides the bias by its step in float16, which ends at 65,504, less
-what rounding may add."""
-_LEAST_STEP = {"fp32": float(np.finfo(np.float32).tiny), "fp16": 2.0**-24}
-"""Least step of a bias, which is a divisor: normal in float32, not 0 in float16."""
-
 _FP16_OPSET = 19
 """First opset whose QuantizeLinear and DequantizeLinear take float16 (ONNX operator changelog)."""
 
@@ -49,6 +43,7 @@ def quantize(
     *,
     float_type: FloatType = "fp32",
     keep_float: Sequence[str] = (),
+    target: Target = "gpu",
 ) -> onnx.ModelProto:
     """Quantise a detector.
 
@@ -63,6 +58,9 @@ def quantize(
         the outputs of NMS_OPT_TRT.
     keep_float
         Shell patterns of layer names (``loc.*``) to leave unquantised.
+    target
+        ``cpu``: the form of `engine.quantization.cpu`, for ONNX Runtime on CPUs alone. INT8 images
+        are the same.
 
     Returns
     -------
@@ -79,6 +77,8 @@ def quantize(
     placement = find_placement(model)
     calibration.check(model, placement)
     if float_type == "fp16":
+        if target == "cpu":
+            raise EngineError("--target cpu: what is not INT8 is float32 there, not float16")
         _check_fp16(calibration)
     kept = placement.match(keep_float)
     layers = frozenset(range(len(placement.layers))) - kept
@@ -92,8 +92,12 @@ def quantize(
         raise EngineError(str(error)) from error
     if float_type == "fp16":
         _store_constants(graph)
-    insert_qdq(graph, placement, calibration.scales, layers, float_type)
-    image_scale = _int8_input(graph, placement)
+    if target == "cpu":
+        insert_for_cpu(graph, placement, calibration.scales, calibration.sums, layers)
+        image_scale = shift_image(graph, placement.image)
+    else:
+        insert_qdq(graph, placement, calibration.scales, layers, float_type)
+        image_scale = _int8_input(graph, placement)
     if float_type == "fp16":
         _to_fp16(graph, placement)
     new = export_graph(graph.cleanup(recurse_functions=False), model)
@@ -109,6 +113,8 @@ def quantize(
         "float_network_sha256": calibration.model_sha256,
         "preprocessing_sha256": calibration.preprocessing_sha256,
     }
+    if target == "cpu":
+        facts[TARGET_KEY] = target
     if image_scale is not None:
         facts[INPUT_SCALE_KEY] = repr(image_scale)
     known = {entry.key: entry.value for entry in model.metadata_props}
@@ -173,55 +179,6 @@ def insert_qdq(
         conv.inputs[1] = _pair(graph, tensors[layer.weight], scale, name, axis=0)
 
 
-def activation_scale(scale: float) -> np.float32:
-    """Scale of an activation in the graph: the calibrated one, rounded up to a float16 number.
-
-    So the FP32 and the FP16 graph quantise alike and take the same INT8 images, and rounding (by
-    less than 0.1 %) clips nothing that the threshold keeps.
-
-    Raises
-    ------
-    EngineError
-        When it is above the range of float16.
-    """
-    rounded = np.float32(_round_up(np.asarray(scale, np.float64)))
-    if not np.isfinite(rounded):
-        raise EngineError(f"a scale of {scale} is out of the range of float16")
-    return rounded
-
-
-def weight_scales(
-    weight: NDArray[np.float32],
-    bias: NDArray[np.float32] | None = None,
-    input_scale: float | np.float32 = 1.0,
-    float_type: FloatType = "fp32",
-) -> NDArray[np.float32]:
-    """Scale of every output channel, float32 [M]: the largest magnitude is the last step.
-
-    Engines may hold a bias in int32 steps of input scale x weight scale. Where weights are so
-    small beside it, or all 0, that this takes more steps than there are, their scale is what the
-    bias needs. A channel without weights and bias has the scale 1.
-
-    Parameters
-    ----------
-    weight
-        float32 [M, C, kH, kW].
-    bias
-        float32 [M]; None: there is none.
-    input_scale
-        Scale of what the convolution reads.
-    float_type
-        Type of what is not INT8.
-    """
-    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1).astype(np.float64)
-    size = np.zeros(len(weight)) if bias is None else np.abs(bias.astype(np.float64))
-    scales = np.maximum(largest / STEPS, size / _BIAS_STEPS[float_type] / input_scale)
-    scales[scales == 0] = 1
-    least = _LEAST_STEP[float_type] / min(1.0, float(input_scale))
-    scaled: NDArray[np.float32] = np.maximum(scales, least).astype(np.float32)
-    return scaled
-
-
 def _check_fp16(calibration: Calibration) -> None:
     """Refuse a model whose activations are out of the range of float16."""
     over = {n: value for n, value in calibration.largest.items() if not value <= _FP16_LARGEST}
@@ -232,13 +189,6 @@ def _check_fp16(calibration: Calibration) -> None:
             f"{f', and {len(over) - 1} more are' if len(over) > 1 else ', which is'} out of the "
             f"range of float16, {_FP16_LARGEST:,.0f}: take --float-type fp32"
         )
-
-
-def _round_up(values: NDArray[np.floating]) -> NDArray[np.float16]:
-    """Least float16 that is not below."""
-    with np.errstate(over="ignore"):
-        rounded = values.astype(np.float16)
-        return np.where(rounded < values, np.nextafter(rounded, np.float16(np.inf)), rounded)
 
 
 def _pair(
@@ -315,7 +265,7 @@ def _to_fp16(graph: gs.Graph, placement: Placement) -> None:
         if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and name not in kept:
             values = np.asarray(value(graph, tensor))
             with np.errstate(over="ignore"):
-                half = _round_up(values) if name in scales else values.astype(np.float16)
+                half = round_up(values) if name in scales else values.astype(np.float16)
             if not np.isfinite(half).all():
                 raise EngineError(f"{name!r} has values out of the range of float16")
             fix(tensor, half)

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from engine.support.leaving import leave_in_order
 from engine.support.progress import progress_bar
 from harness.cli.options import BuildDir, Device, RunBackend, Threads, Url
 from harness.errors import HarnessError
@@ -60,7 +59,6 @@ def predict(
     from harness.predict import BATCH, class_names, find_images
     from harness.predict import predict as predict_images
 
-    leave_in_order()
     files = find_images(images)
     urls = None if url is None else parse_urls(url)
     if urls is not None and len(urls) > 1:

@@ -12,14 +12,15 @@ import sys
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
-from engine.errors import EngineError
+from engine.errors import EngineError, naming
 from engine.protocol import InputSpec
 from engine.quantization.thresholds import METHODS
 from engine.support.external import model_sha256
 from engine.support.files import file_sha256
+from engine.support.leaving import end_with_parent
 from harness.artefacts import (
     TRANSFORM_CODE,
     Artefact,
@@ -46,7 +47,10 @@ WEIGHTS = Path("models") / MODEL / "resnet34-ssd1200.pytorch"
 """The benchmark's weights in the build folder."""
 
 _DEMO_WEIGHTS = Path("demo") / f"{DEMO}.safetensors"
-_INT8_SUFFIX = {"fp32": "int8", "fp16": "int8.fp16"}
+Form = Literal["fp32", "fp16", "cpu"]
+"""What lies between the INT8 islands of a graph, or the form for ONNX Runtime on a CPU."""
+
+_INT8_SUFFIX = {"fp32": "int8", "fp16": "int8.fp16", "cpu": "int8.cpu"}
 _QUANTIZATION_CODE = (
     *("engine/model.py", "engine/data/npy.py", "engine/data/preprocessed.py"),
     *("engine/quantization/*.py", "graph_surgery/*.py"),
@@ -71,19 +75,33 @@ class Route:
         The build folder.
     say
         Takes one line for each artefact.
+    dataset
+        Name of its data set; see `harness.data.dataset.known_dataset`.
+    image_size
+        Side of the checkpoint's input image; None: what it says itself, or a guess that is said.
     """
 
     benchmark: str
     weights: Path
     build_dir: Path
     say: Say
+    dataset: str
+    image_size: int | None = None
 
 
-def route_of(benchmark: str, weights: Path | None, build_dir: Path, say: Say) -> Route:
-    """Return the route of a benchmark; `weights` are ssd-resnet34's, the demo brings its own."""
-    if benchmark == DEMO:
-        return Route(benchmark, _DEMO_WEIGHTS, build_dir, say)
-    return Route(benchmark, weights or build_dir / WEIGHTS, build_dir, say)
+def route_of(
+    benchmark: str,
+    weights: Path | None,
+    build_dir: Path,
+    say: Say,
+    *,
+    dataset: str | None = None,
+    image_size: int | None = None,
+) -> Route:
+    """Return the route of a benchmark; weights and data set are its own where none are given."""
+    own = _DEMO_WEIGHTS if benchmark == DEMO else build_dir / WEIGHTS
+    used = dataset or DATASETS[benchmark]
+    return Route(benchmark, weights or own, build_dir, say, used, image_size)
 
 
 def build_onnx(route: Route) -> Path:
@@ -101,20 +119,26 @@ def build_onnx(route: Route) -> Path:
         )
     folder = route.build_dir / "onnx"
     detector = route.weights
+    if detector.suffix == ".onnx" and route.image_size is not None:
+        raise HarnessError(f"{detector} has its image size; leave out --image-size")
     if detector.suffix != ".onnx":
+        size = [] if route.image_size is None else ["--image-size", str(route.image_size)]
         detector = folder / f"{route.benchmark}.onnx"
         exported = Artefact(
             "export-onnx",
             detector,
             {
                 "weights": file_sha256(route.weights),
+                "image size": str(route.image_size or "the checkpoint's own"),
                 "code": code_sha256("export/*.py"),
                 "torch": version("torch"),
             },
         )
         make(
             exported,
-            lambda: _command("export", "--weights", route.weights, "-o", detector, "--force"),
+            lambda: _command(
+                "export", "--weights", route.weights, "-o", detector, "--force", *size
+            ),
             route.say,
         )
     surgered = Artefact(
@@ -134,11 +158,14 @@ def build_onnx(route: Route) -> Path:
     )
 
 
-def float_type(backend: str) -> Literal["fp32", "fp16"]:
-    """Type between the INT8 islands of the graph that a backend takes.
+def int8_form(backend: str, device: str) -> Form:
+    """Form of the INT8 graph that a backend takes.
 
-    TensorRT is strongly typed, and runs as float32 what the graph says is float32.
+    TensorRT is strongly typed, and runs as float32 what the graph says is float32; ONNX Runtime on
+    a CPU has a form of its own.
     """
+    if backend == "onnxruntime" and device == "cpu":
+        return "cpu"
     return "fp16" if backend.startswith("tensorrt") else "fp32"
 
 
@@ -164,11 +191,10 @@ class Quantized:
     calibration: Calibration
 
 
-def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quantized:
+def build_int8(route: Route, form: Form = "fp32") -> Quantized:
     """Weights and calibration images to the calibration cache and the INT8 ONNX file.
 
-    `between` is the type of the tensors between the INT8 islands. What speaks against the
-    calibration is said before it is used.
+    What speaks against the calibration is said before it is used.
 
     Raises
     ------
@@ -183,14 +209,15 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     from graph_surgery.files import save
 
     detector = load_detector(build_onnx(route))
-    placement = find_placement(detector.model)
+    with naming(detector.path):
+        placement = find_placement(detector.model)
     images = preprocess(route, "cal", InputSpec(placement.image, placement.shape, "float32"))
     cache = build_cache(route, detector, images)
     calibration = Calibration.load(cache.path)
     warn(calibration)
     quantized = Artefact(
         "quantize",
-        route.build_dir / "onnx" / f"{route.benchmark}.{_INT8_SUFFIX[between]}.onnx",
+        route.build_dir / "onnx" / f"{route.benchmark}.{_INT8_SUFFIX[form]}.onnx",
         {
             "ONNX": detector.sha256,
             "calibration": file_sha256(cache.path),
@@ -200,7 +227,8 @@ def build_int8(route: Route, between: Literal["fp32", "fp16"] = "fp32") -> Quant
     )
 
     def build() -> None:
-        save(quantize(detector.model, calibration, float_type=between), quantized.path)
+        options: dict[str, Any] = {"target": form} if form == "cpu" else {"float_type": form}
+        save(quantize(detector.model, calibration, **options), quantized.path)
 
     return Quantized(make(quantized, build, route.say), detector.path, images, calibration)
 
@@ -242,7 +270,7 @@ def preprocess(route: Route, split: str, spec: InputSpec) -> PreprocessedSet:
     from harness.data.preprocess import open_current
     from harness.data.preprocess import preprocess as preprocess_images
 
-    data = known_dataset(DATASETS[route.benchmark], split, route.build_dir)
+    data = known_dataset(route.dataset, split, route.build_dir)
     check_annotated(data)
     directory = preprocessed_dir(route.build_dir, data, spec)
     images = Artefact(
@@ -345,6 +373,6 @@ def _images_sha256(images: PreprocessedSet) -> str:
 def _command(room: str, *arguments: str | Path) -> None:
     """Run the command of a room that this one must not import; what it prints goes to stderr."""
     command = [sys.executable, "-m", room, *map(str, arguments)]
-    done = subprocess.run(command, stdout=_STDERR, check=False)
+    done = subprocess.run(command, stdout=_STDERR, check=False, preexec_fn=end_with_parent)
     if done.returncode != 0:
         raise HarnessError(f"python -m {room} failed with exit code {done.returncode}; see above")

@@ -21,7 +21,7 @@ from engine.support.progress import progress_bar
 from harness.errors import HarnessError
 from harness.loadgen.settings import MODEL, Offline, Server, Settings
 from harness.loadgen.test import Outcome, run_test
-from harness.make.route import Route, build_engine, build_int8, float_type
+from harness.make.route import Route, build_engine, build_int8, int8_form
 from harness.make.system_config import (
     CONFIGS,
     DEFAULT_VERSION,
@@ -99,7 +99,7 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
     RunFailedError
         When a trial fails.
     """
-    model = build_int8(route, float_type(tuning.engine)).path
+    model = build_int8(route, int8_form(tuning.engine, tuning.device)).path
     images = val_images(route, model)
     onnx = tuning.engine in ONNX_BACKENDS
 

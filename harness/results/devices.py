@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def parse_urls(text: str) -> tuple[str, ...]:
         raise HarnessError(f"--url {text!r} names a server twice; see --streams")
     return urls
 
+
+_LOG = logging.getLogger(__name__)
 
 AUTO = "auto"
 """Name that stands for the fastest engine; see `fastest`."""
@@ -136,7 +139,16 @@ def load_engines(
         names = [f"cuda:{number}" for number in devices]
     else:
         raise HarnessError(f"--devices chooses GPUs, but the device is {device}")
-    return tuple(
+    engines = tuple(
         load_engine(backend, model, device=name, threads=threads, max_batch=max_batch)
         for name in names
     )
+    first = engines[0]
+    on_cpu = first.manifest.get("provider") == "CPUExecutionProvider"
+    if on_cpu and first.input_spec.dtype == "int8" and "target" not in first.manifest:
+        _LOG.warning(
+            "%s: this form of INT8 is slower than FP32 in ONNX Runtime on a CPU; the one that "
+            "'engine quantize --target cpu' writes is faster",
+            model,
+        )
+    return engines

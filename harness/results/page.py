@@ -17,7 +17,7 @@ from engine.data.coco import STATS
 from engine.errors import EngineError
 from engine.support.files import write_atomically
 from harness.data.dataset import Dataset, known_dataset, load_map
-from harness.data.transform import BadImageError, decode
+from harness.data.transform import BadImageError, decode, read_image
 from harness.errors import HarnessError
 from harness.loadgen.log import ACCURACY
 from harness.results import charts
@@ -241,8 +241,8 @@ def _drawn(review: ImageReview, image_dir: Path) -> str | None:
     import cv2
 
     try:
-        picture = enlarged(decode((image_dir / review.file).read_bytes()))
-    except (OSError, BadImageError):
+        picture = enlarged(decode(read_image(image_dir / review.file)[0]))
+    except BadImageError:
         return None
     height, width = picture.shape[:2]
     if (factor := _LONG_SIDE / max(height, width)) < 1:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.data.coco import load_annotations
 from engine.support.files import write_atomically
-from harness.data.transform import BadImageError, decode
+from harness.data.transform import BadImageError, decode, read_image
 from harness.errors import HarnessError
 
 SCORE_THRESHOLD = 0.3
@@ -98,9 +98,7 @@ def draw_detections(
 
 def _read(path: Path) -> _Image:
     try:
-        return enlarged(decode(path.read_bytes()))
-    except OSError as error:
-        raise HarnessError(f"image {path} cannot be read: {error.strerror}") from error
+        return enlarged(decode(read_image(path)[0]))
     except BadImageError as error:
         raise HarnessError(f"image {path}: {error}") from error
 

@@ -85,6 +85,7 @@ def preprocessed(direct, tmp_path_factory) -> Path:
         overwrite=False,
         skip_bad=False,
         progress=False,
+        say=print,
     )
     return folder / "out"
 

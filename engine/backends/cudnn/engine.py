@@ -107,7 +107,9 @@ def load(
     cudnn = import_cudnn()
     gpu = use_gpu(index)
     try:
-        parts = split(load_detector(model).model)
+        detector = load_detector(model)
+        detector.require_any_engine()
+        parts = split(detector.model)
         library = load_layers_library()
     except (UnsplitError, PluginError) as error:
         raise EngineError(f"{model}: {error}") from error

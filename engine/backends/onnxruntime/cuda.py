@@ -82,7 +82,9 @@ def load_split(
         When ONNX Runtime cannot run the model on a GPU at all.
     """
     provider = find_provider(model, device)
-    parts = split(load_detector(model).model)
+    detector = load_detector(model)
+    detector.require_any_engine()
+    parts = split(detector.model)
     try:
         runtime()
     except EngineError as error:

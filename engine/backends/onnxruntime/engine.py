@@ -21,7 +21,7 @@ from engine.backends.onnxruntime.session import (
     open_session,
 )
 from engine.errors import EngineError, one_line
-from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, InputSpec
+from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, TARGET_KEY, InputSpec
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -91,6 +91,8 @@ def load_whole(
     manifest = describe(model, device, threads, spec, max_batch=max_batch, keep_top_k=rows)
     if index is not None:
         manifest["nms"] = "ONNX Runtime"
+    elif target := session.get_modelmeta().custom_metadata_map.get(TARGET_KEY):
+        manifest["target"] = target
     return OnnxRuntimeEngine(spec, max_batch, manifest, session)
 
 

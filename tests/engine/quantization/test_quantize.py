@@ -15,7 +15,8 @@ from engine.errors import EngineError
 from engine.load import load_engine
 from engine.quantization.network import network_sha256
 from engine.quantization.placement import find_placement
-from engine.quantization.quantize import activation_scale, quantize, weight_scales
+from engine.quantization.quantize import quantize
+from engine.quantization.scales import activation_scale, weight_scales
 from tests.support.calibrated import (
     activations,
     constants,

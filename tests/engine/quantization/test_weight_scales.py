@@ -13,7 +13,8 @@ from onnx import numpy_helper
 
 from engine.quantization.network import network_sha256
 from engine.quantization.placement import find_placement
-from engine.quantization.quantize import quantize, weight_scales
+from engine.quantization.quantize import quantize
+from engine.quantization.scales import weight_scales
 from tests.support.calibrated import heads, run, snr_db, to_int8
 
 
