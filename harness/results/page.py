@@ -24,13 +24,12 @@ from harness.results import charts
 from harness.results.accuracy import Evaluation, evaluation_of
 from harness.results.latencies import read_latencies
 from harness.results.pictures import SCORE_THRESHOLD, draw_boxes, enlarged, to_jpeg
-from harness.results.report import Runs, as_text, facts_of, root_of
+from harness.results.report import INDEX, Runs, as_text, facts_of, root_of
 from harness.results.result import RESULT, RunResult, read_result
 from harness.results.review import ClassReview, ImageReview, review_classes, review_images
 from harness.results.run import SAMPLES
 
 PAGE = "report.html"
-INDEX = "index.html"
 
 _PICTURES = 24  # on a page: some 5 MB
 _PICTURES_OF_RUN = 12

@@ -16,6 +16,9 @@ from rich.text import Text
 from harness.errors import HarnessError
 from harness.results.result import RESULT, RunResult, read_result
 
+INDEX = "index.html"
+"""The list of all runs, in the folder that they lie in."""
+
 _COLUMNS = (
     ("run", "date", "data set"),
     ("model", "engine", "device"),
@@ -39,6 +42,8 @@ def find_results(directories: Sequence[Path]) -> Runs:
     """
     found: dict[Path, RunResult] = {}
     for directory in directories:
+        if directory.name == INDEX and len(directories) > 1:
+            continue  # build/logs/* has it, too
         paths = [
             path
             for path in ([directory] if directory.is_file() else sorted(directory.rglob(RESULT)))

@@ -13,8 +13,8 @@ from hypothesis import given
 from harness.errors import HarnessError
 from harness.loadgen.log import ACCURACY
 from harness.results import run_all
-from harness.results.page import INDEX, PAGE, render_page, write_index
-from harness.results.report import find_results
+from harness.results.page import PAGE, render_page, write_index
+from harness.results.report import INDEX, find_results
 from tests.harness.results.test_result import ANYTHING, FIGURES
 from tests.support.harness_fakes import FakeEngine, benchmark, short
 from tests.support.pages import HOSTILE, Page, accuracy_run, performance_run, shown
@@ -147,6 +147,9 @@ def test_index(performance, accuracy, tmp_path):
     assert links == ["%231%3F/report.html", "old%20run/report.html"]
     assert f"{broken}: not JSON" in read.text
     assert not [tag for tag, _ in read.elements if tag in ("script", "img")]
+    broken.unlink()
+    found = find_results(sorted(logs.glob("[!b]*")))  # as a shell's build/logs/*
+    assert [folder.relative_to(logs).parts[0] for folder, _ in found] == ["#1?", "new", "old run"]
 
 
 @pytest.fixture
