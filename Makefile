@@ -16,6 +16,7 @@ endif
 BIN := .venv/bin
 HARNESS := $(BIN)/python -m harness
 DEMO := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
+DEMO_INT8 := $(BUILD_DIR)/demo/ssd-resnet34-demo.int8.cpu.onnx
 TRITON := $(BUILD_DIR)/triton-server/bin/tritonserver
 DEMO_DATA := $(BUILD_DIR)/preprocessed_data
 CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
@@ -39,12 +40,19 @@ CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lint]'
 	touch $@
 
-# The whole route on a CPU, with the checkpoint and the images of demo/.
+# The whole route on a CPU, with the checkpoint and the images of demo/: FP32, and INT8 for CPUs.
 demo: demo_onnx
-	$(HARNESS) preprocess $(DEMO) --dataset demo --val_only
-	$(HARNESS) run $(DEMO) --dataset demo --scenarios Offline \
-	  --test_mode AccuracyOnly,PerformanceOnly --min-duration 20 --min-queries 1 \
-	  --pictures 8
+	$(HARNESS) preprocess $(DEMO) --dataset demo
+	mkdir -p $(dir $(DEMO_INT8))
+	$(BIN)/engine calibrate $(DEMO) --data $(DEMO_DATA)/demo-cal/float32_400x400 \
+	  -o $(DEMO_INT8:.onnx=.json) --force
+	$(BIN)/engine quantize $(DEMO) $(DEMO_INT8:.onnx=.json) $(DEMO_INT8) --target cpu --force
+	$(HARNESS) preprocess $(DEMO_INT8) --dataset demo --val_only
+	for model in $(DEMO) $(DEMO_INT8); do \
+	  $(HARNESS) run $$model --dataset demo --scenarios Offline \
+	    --test_mode AccuracyOnly,PerformanceOnly --min-duration 15 --min-queries 1 \
+	    --pictures 8 || exit; \
+	done
 
 # What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
 IMAGES ?= demo/data/val

@@ -19,9 +19,12 @@ from engine.protocol import (
     InputSpec,
     input_scale,
 )
+from engine.support.documents import parse_json
 from engine.support.external import model_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
+from graph_surgery.names import NAMES_KEY
+from graph_surgery.nms_function import OP_TYPE
 
 _DTYPES: dict[int, Literal["float32", "int8"]] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -95,6 +98,16 @@ class Detector:
                 return rows
         return None
 
+    @cached_property
+    def classes(self) -> int | None:
+        """Classes of NMS_OPT_TRT besides background; None without that node or a class 0 for it."""
+        for node in self.model.graph.node:
+            if node.op_type == OP_TYPE:
+                values = {attribute.name: attribute.i for attribute in node.attribute}
+                if values.get("backgroundLabelId") == 0 and values.get("numClasses"):
+                    return int(values["numClasses"]) - 1
+        return None
+
     @property
     def quantized(self) -> bool:
         """Whether any of it is INT8."""
@@ -127,6 +140,16 @@ class Detector:
             )
         image: onnx.ValueInfoProto = inputs[0]
         return image
+
+
+def class_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the labels 1, 2… in the metadata of a model; none where it does not say."""
+    try:
+        names = parse_json(metadata.get(NAMES_KEY, "[]"))
+    except ValueError:
+        return ()
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if listed else ()
 
 
 def load_detector(path: Path) -> Detector:

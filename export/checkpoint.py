@@ -16,13 +16,17 @@ from export.errors import ExportError
 from export.model import SSDResNet34
 from export.names import names_from_json
 from export.unpickle import LEGACY_MAGIC, load_pickle
+from export.weights import Weights, find_weights, shown
 from graph_surgery.names import NAMES_KEY
 
 CONFIG_KEY = "ssd_config"
 """Metadata key of the configuration, in .safetensors checkpoints and in the ONNX file."""
 
-PARALLEL_PREFIX = "module."
-"""What nn.DataParallel and DistributedDataParallel put before every name."""
+_COMPARED = 20
+"""Unexpected names of which the nearest is told: comparing one with all takes milliseconds."""
+
+_LISTED = 500
+"""Findings that a message lists, more than a model of another width has."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Checkpoint:
         The configuration that the file itself states, if it does.
     names
         Class names that the file itself states; none: it does not.
+    entry
+        Keys that led to the weights, for people; empty: the file holds nothing else.
     """
 
     path: Path
@@ -46,13 +52,15 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     config: SSDConfig | None
     names: tuple[str, ...] = ()
+    entry: str = ""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a .safetensors file or any ``torch.save`` file (by content, not by suffix).
 
     Nothing in the file is executed. A PyTorch file may hold a whole pickled module of any class
-    path, or a state dict, also under ``model`` or ``state_dict``; a DataParallel prefix is dropped.
+    path, or a state dict, alone or with what training scripts keep beside it; which entry holds
+    the weights, and what wrappers put before their names, `export.weights` finds out.
 
     Raises
     ------
@@ -68,22 +76,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ExportError(f"{path}: cannot read the weights ({error.strerror})") from error
     config = None
     if head.startswith((b"PK\x03\x04", LEGACY_MAGIC)):
-        tensors, names = load_pickle(path)
+        found: list[Weights] = []
+
+        def choose(root: object) -> Mapping[str, object]:
+            found.append(find_weights(root))
+            return found[0].values
+
+        tensors = load_pickle(path, choose)
+        names, entry = found[0].names, found[0].said
     elif head[8:9] == b"{":
         tensors, config, names = _read_safetensors(path)
+        entry = ""
     else:
         raise ExportError(
             f"{path}: unknown format; expected .safetensors or a file of torch.save "
             "(a whole module, or a state_dict, also under 'model' or 'state_dict')"
         )
-    wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if wrong or not tensors:
-        found = f"{wrong[0]!r} is no tensor" if wrong else "no tensor in it"
-        raise ExportError(f"{path}: not a state_dict: {found}")
     checked = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-    if all(name.startswith(PARALLEL_PREFIX) for name in checked):
-        checked = {name.removeprefix(PARALLEL_PREFIX): t for name, t in checked.items()}
-    return Checkpoint(path, digest, checked, config, names)
+    if not checked:
+        raise ExportError(f"{path}: not a state_dict: no tensor in it")
+    return Checkpoint(path, digest, checked, config, names, entry)
 
 
 def _read_safetensors(
@@ -144,9 +156,12 @@ def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
     missing = [n for n in expected if n not in found and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in found if n not in expected]
     problems = [f"missing {name} {list(expected[name])}" for name in missing]
-    for name in unexpected:
-        near = difflib.get_close_matches(name, missing or expected, n=1, cutoff=0.0)
-        problems.append(f"unexpected {name} {list(found[name])}; nearest expected: {near[0]}")
+    for number, name in enumerate(unexpected):
+        problem = f"unexpected {shown(name)} {list(found[name])}"
+        if number < _COMPARED:
+            near = difflib.get_close_matches(name, missing or expected, n=1, cutoff=0.0)
+            problem += f"; nearest expected: {near[0]}"
+        problems.append(problem)
     problems += [
         f"wrong shape {name}: {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
@@ -168,7 +183,8 @@ def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
     if problems:
         raise ExportError(
             f"{checkpoint.path} does not fit {config} in {len(problems)} points:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(problems[:_LISTED])
+            + (f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else "")
         )
 
 

@@ -65,7 +65,13 @@ def export_onnx(
     config = checkpoint.infer_config(loaded, image_size)
     class_names, source = choose_names(names, loaded.names, config.num_classes)
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
-    say(f"read {weights}: {config}, {config.num_priors} default boxes")
+    entry = f" ({loaded.entry})" if loaded.entry else ""
+    say(f"read {weights}{entry}: {config}, {config.num_priors} default boxes")
+    if image_size is None and loaded.config is None:
+        say(
+            f"image size: guessed {config.image_size}, which the weights do not tell; if it is "
+            "another: --image-size"
+        )
     say(f"class names: {len(class_names)}, {source}" if class_names else f"class names: {source}")
     facts = onnx_export.metadata(loaded, config.to_json(), class_names)
     if output.exists() and not force:

@@ -87,6 +87,30 @@ def _check_entry(entry: object, keys: Mapping[str, _Check], where: str) -> None:
             raise EngineError(f"{where}: {key} is {shown}, not {what}")
 
 
+_REFERENCES = {"images": "image_id", "categories": "category_id", "annotations": None}
+"""List to the key by which annotations refer to it."""
+
+
+def _number_texts(content: dict[str, Any], section: str, reference: str | None) -> None:
+    """Number the entries of a list whose ids are texts, which pycocotools would not sort."""
+    entries = content.get(section)
+    if not isinstance(entries, list) or not entries:
+        return
+    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
+    if not all(isinstance(one, str) for one in ids) or len(set(ids)) < len(ids):
+        return
+    numbers = {name: number for number, name in enumerate(ids, 1)}
+    content[section] = [{**entry, "id": numbers[entry["id"]]} for entry in entries]
+    annotations = content.get("annotations")
+    if reference is not None and isinstance(annotations, list):
+        content["annotations"] = [
+            {**entry, reference: numbers[entry[reference]]}
+            if isinstance(entry, dict) and entry.get(reference) in numbers
+            else entry
+            for entry in annotations
+        ]
+
+
 def load_annotations(path: Path) -> dict[str, Any]:
     """Read a COCO instances JSON file and check what every user of it relies on.
 
@@ -95,7 +119,7 @@ def load_annotations(path: Path) -> dict[str, Any]:
     dict
         The file's content: ``images`` (id, file_name, height, width), ``annotations``
         (id, image_id, category_id, bbox [x, y, w, h] in pixels, area, iscrowd) and
-        ``categories`` (id, name).
+        ``categories`` (id, name). Ids that are texts are numbered from 1, in the file's order.
 
     Raises
     ------
@@ -114,6 +138,8 @@ def load_annotations(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         kind = "a list, as of detections" if isinstance(content, list) else "one value"
         raise EngineError(f"{path} is no COCO instances file: it holds {kind}")
+    for section, references in _REFERENCES.items():
+        _number_texts(content, section, references)
     for section, keys in _REQUIRED.items():
         entries = content.get(section)
         if not isinstance(entries, list):

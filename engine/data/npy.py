@@ -63,7 +63,8 @@ def is_npy(path: Path, spec: InputSpec) -> bool:
 
 
 def write_npy(path: Path, image: NDArray[np.generic], spec: InputSpec) -> None:
-    """Write a C-contiguous image of the spec's shape and dtype."""
+    """Write a C-contiguous image of the spec's shape and dtype, in a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, _header(spec), image.data.cast("B"))
 
 

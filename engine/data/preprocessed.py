@@ -54,6 +54,7 @@ class ImageEntry:
     size: int
     mtime_ns: int
     sha256: str | None = None  # the first sets did not say
+    shape: tuple[int, int] | None = None  # nor this
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ def run(
             "streams": streams,
         },
     )
+    from harness.data.oddities import oddities
     from harness.data.preprocess import open_current
     from harness.results.run import Benchmark
     from harness.results.run_all import new_folder, run_all
@@ -165,7 +166,8 @@ def run(
     data = known_dataset(dataset, split, build_dir)
     directory = preprocessed or preprocessed_dir(build_dir, data, spec)
     source = open_current(data, spec, directory)
-    benchmark = Benchmark(engines, source, data, timeout, pictures)
+    warnings = oddities(data, source, model) if "AccuracyOnly" in modes else ()
+    benchmark = Benchmark(engines, source, data, timeout, pictures, warnings)
     root = log_dir or new_folder(build_dir / "logs")
     home = root / (system or platform.node()) / MODEL
     run_all(

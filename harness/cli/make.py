@@ -20,8 +20,25 @@ _Weights = Annotated[
     Path | None,
     typer.Option(
         envvar="WEIGHTS",
-        help="Checkpoint of ssd-resnet34, or its .onnx.",
-        show_default="models/ssd-resnet34/resnet34-ssd1200.pytorch in the build folder",
+        help="Checkpoint, or its .onnx.",
+        show_default="models/ssd-resnet34/resnet34-ssd1200.pytorch in the build folder; the demo's",
+    ),
+]
+_ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        "--image-size",
+        min=1,
+        help="Side of the checkpoint's input image.",
+        show_default="the checkpoint's own, else 1200",
+    ),
+]
+_Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        help="Another data set; see harness dataset add.",
+        show_default="the benchmark's: coco, demo",
     ),
 ]
 
@@ -70,6 +87,8 @@ def make_command(
         ),
     ] = None,
     weights: _Weights = None,
+    image_size: _ImageSize = None,
+    dataset: _Dataset = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
     """Do what the make target TARGET stands for, from the weights on.
@@ -103,7 +122,12 @@ def make_command(
     )
     with locked(build_dir), _one_line():
         make(
-            [route_of(name, weights, build_dir, typer.echo) for name in arguments.benchmarks],
+            [
+                route_of(
+                    name, weights, build_dir, typer.echo, dataset=dataset, image_size=image_size
+                )
+                for name in arguments.benchmarks
+            ],
             arguments,
         )
 
@@ -132,6 +156,8 @@ def tune_command(
         bool, typer.Option("--force", help="Put the figures into -o FILE where it exists.")
     ] = False,
     weights: _Weights = None,
+    image_size: _ImageSize = None,
+    dataset: _Dataset = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
     """Measure the best settings of this machine, and put them into its system configuration.
@@ -164,7 +190,10 @@ def tune_command(
         raise HarnessError(f"{output}: exists already: name another, or pass --force to change it")
     with locked(build_dir), _one_line():
         try:
-            found = tune(route_of(benchmark, weights, build_dir, typer.echo), tuning)
+            route = route_of(
+                benchmark, weights, build_dir, typer.echo, dataset=dataset, image_size=image_size
+            )
+            found = tune(route, tuning)
         except RunFailedError as error:
             leave(error)
         document = read_config(path, benchmark, device)  # as it is now

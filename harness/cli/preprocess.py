@@ -107,6 +107,7 @@ def preprocess(
             f"--preprocessed takes one set and these are {len(tasks)}; give --val_only or "
             "--cal_only, and one of --formats"
         )
+    from harness.data.oddities import oddities
     from harness.data.preprocess import preprocess as preprocess_images
 
     for data, spec in tasks:
@@ -122,6 +123,8 @@ def preprocess(
             say=functools.partial(typer.echo, err=True),
         )
         typer.echo(f"{len(done.files)} images in {directory}")
+        for warning in oddities(data, done, model):
+            typer.echo(f"warning: {warning}", err=True)
 
 
 def _input_of(model: Path) -> InputSpec:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from engine.data.coco import load_annotations, positions_by_name
 from engine.protocol import InputSpec
@@ -119,7 +120,7 @@ def check_annotated(dataset: Dataset) -> None:
 
 
 def load_map(path: Path) -> tuple[str, ...]:
-    """Read a map file: one image file name per line.
+    """Read a map file: one image file name per line, perhaps in a sub-folder.
 
     Parameters
     ----------
@@ -134,32 +135,49 @@ def load_map(path: Path) -> tuple[str, ...]:
     Raises
     ------
     HarnessError
-        Missing, unreadable or empty file; a blank line, a path instead of a file name, or a name
-        that occurs twice. Names the file and the line.
+        Missing, unreadable or empty file; a blank line, a name that leads out of the image folder,
+        or one that occurs twice. Names the file and the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors write a mark
     except FileNotFoundError:
         raise HarnessError(f"map file {path} not found; run from the repository root") from None
     except (OSError, UnicodeDecodeError) as error:
         raise HarnessError(f"map file {path} cannot be read: {error}") from error
-    if not lines:
+    # not splitlines(): U+2028, NEL and others may stand in a file name
+    lines = text.removesuffix("\n").split("\n")
+    if not text:
         raise HarnessError(f"map file {path} is empty; it needs one image file name per line")
     first_line: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
-        name = line.strip()
+        name = line.strip(" \t\r")
         if not name:
             raise HarnessError(f"{path}, line {number}: blank line; remove it")
-        if "/" in name or "\\" in name or name in (".", ".."):
-            raise HarnessError(
-                f"{path}, line {number}: {name!r} is a path; a map holds bare file names"
-            )
+        check_image_name(name, f"{path}, line {number}")
         if name in first_line:
             raise HarnessError(
                 f"{path}, line {number}: {name!r} stands in line {first_line[name]} already"
             )
         first_line[name] = number
     return tuple(first_line)
+
+
+def check_image_name(name: str, where: str) -> None:
+    """Make sure that an image's name, with ``/`` between its parts, stays in the image folder.
+
+    Raises
+    ------
+    HarnessError
+        It does not, is empty, or has control characters.
+    """
+    control = any(unicodedata.category(character) == "Cc" for character in name)
+    if control or any(part in ("", ".", "..") for part in name.split("/")):
+        raise HarnessError(
+            f"{where}: {name!a} is no name of an image; names are relative to the image folder, "
+            "without '..'"
+        )
+    if "\\" in name or PureWindowsPath(name).drive:
+        raise HarnessError(f"{where}: {name!a} is a path of Windows; write / between folders")
 
 
 def category_names(annotations: Path) -> tuple[str, ...]:

@@ -169,14 +169,15 @@ def _fill(
         }
     shared = {name for name, (_, folder) in found.items() if folder == current}
     keep = {LOCK, JOURNAL, MANIFEST, *(f"{name}.npy" for name in found.keys() - shared)}
-    for path in partial.iterdir():
-        if path.name not in keep:
+    for path in partial.rglob("*"):
+        if not path.is_dir() and str(path.relative_to(partial)) not in keep:
             path.unlink()
     present = [name for name in files if name not in found and (dataset.image_dir / name).exists()]
     require_space(partial, len(present) * npy_bytes(spec))
     for name in shared:
         try:
-            os.link(found[name][1] / f"{name}.npy", npy_path(partial, name))
+            npy_path(partial, name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(npy_path(found[name][1], name), npy_path(partial, name))
         except OSError:  # not every file system has hard links
             del found[name]
     finished = {name: source for name, (source, _) in found.items()}
@@ -354,7 +355,13 @@ def _entries(sources: Mapping[str, Source]) -> list[dict[str, object]]:
 
 
 def _source(entry: Mapping[str, Any]) -> Source:
-    return Source(*(entry[field] for field in Source._fields))
+    shape = entry.get("shape")  # the first sets did not say
+    return Source(
+        entry["size"],
+        entry["mtime_ns"],
+        entry["sha256"],
+        None if shape is None else (shape[0], shape[1]),
+    )
 
 
 def _write_text(path: Path, text: str) -> None:

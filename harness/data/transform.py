@@ -40,11 +40,15 @@ class BadImageError(Exception):
 
 
 class Source(NamedTuple):
-    """State of an image file: size in bytes, modification time in ns, SHA-256 of its content."""
+    """State of an image file: size in bytes, modification time in ns, SHA-256 of its content.
+
+    `shape` is its height and width as it was decoded; None: not known.
+    """
 
     size: int
     mtime_ns: int
     sha256: str
+    shape: tuple[int, int] | None = None
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
@@ -212,7 +216,9 @@ def preprocess_image(path: Path, spec: InputSpec, out: NDArray[np.generic]) -> S
 
     data, state = read_image(path)
     try:
-        transform(decode(data), spec, out)
+        image = decode(data)
+        transform(image, spec, out)
     except (cv2.error, MemoryError) as error:
         raise _too_large(error) from error
-    return Source(state.st_size, state.st_mtime_ns, sha256(data).hexdigest())
+    shape = image.shape[0], image.shape[1]
+    return Source(state.st_size, state.st_mtime_ns, sha256(data).hexdigest(), shape)

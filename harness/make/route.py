@@ -75,19 +75,33 @@ class Route:
         The build folder.
     say
         Takes one line for each artefact.
+    dataset
+        Name of its data set; see `harness.data.dataset.known_dataset`.
+    image_size
+        Side of the checkpoint's input image; None: what it says itself, or a guess that is said.
     """
 
     benchmark: str
     weights: Path
     build_dir: Path
     say: Say
+    dataset: str
+    image_size: int | None = None
 
 
-def route_of(benchmark: str, weights: Path | None, build_dir: Path, say: Say) -> Route:
-    """Return the route of a benchmark; `weights` are ssd-resnet34's, the demo brings its own."""
-    if benchmark == DEMO:
-        return Route(benchmark, _DEMO_WEIGHTS, build_dir, say)
-    return Route(benchmark, weights or build_dir / WEIGHTS, build_dir, say)
+def route_of(
+    benchmark: str,
+    weights: Path | None,
+    build_dir: Path,
+    say: Say,
+    *,
+    dataset: str | None = None,
+    image_size: int | None = None,
+) -> Route:
+    """Return the route of a benchmark; weights and data set are its own where none are given."""
+    own = _DEMO_WEIGHTS if benchmark == DEMO else build_dir / WEIGHTS
+    used = dataset or DATASETS[benchmark]
+    return Route(benchmark, weights or own, build_dir, say, used, image_size)
 
 
 def build_onnx(route: Route) -> Path:
@@ -105,20 +119,26 @@ def build_onnx(route: Route) -> Path:
         )
     folder = route.build_dir / "onnx"
     detector = route.weights
+    if detector.suffix == ".onnx" and route.image_size is not None:
+        raise HarnessError(f"{detector} has its image size; leave out --image-size")
     if detector.suffix != ".onnx":
+        size = [] if route.image_size is None else ["--image-size", str(route.image_size)]
         detector = folder / f"{route.benchmark}.onnx"
         exported = Artefact(
             "export-onnx",
             detector,
             {
                 "weights": file_sha256(route.weights),
+                "image size": str(route.image_size or "the checkpoint's own"),
                 "code": code_sha256("export/*.py"),
                 "torch": version("torch"),
             },
         )
         make(
             exported,
-            lambda: _command("export", "--weights", route.weights, "-o", detector, "--force"),
+            lambda: _command(
+                "export", "--weights", route.weights, "-o", detector, "--force", *size
+            ),
             route.say,
         )
     surgered = Artefact(
@@ -250,7 +270,7 @@ def preprocess(route: Route, split: str, spec: InputSpec) -> PreprocessedSet:
     from harness.data.preprocess import open_current
     from harness.data.preprocess import preprocess as preprocess_images
 
-    data = known_dataset(DATASETS[route.benchmark], split, route.build_dir)
+    data = known_dataset(route.dataset, split, route.build_dir)
     check_annotated(data)
     directory = preprocessed_dir(route.build_dir, data, spec)
     images = Artefact(

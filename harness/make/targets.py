@@ -9,11 +9,11 @@ from pathlib import Path
 from engine.data.preprocessed import PreprocessedSet
 from engine.load import ONNX_BACKENDS
 from harness.data.dataset import known_dataset
+from harness.data.oddities import oddities
 from harness.errors import RunFailedError
 from harness.loadgen.settings import Settings, largest_batch, settings_from
 from harness.make.arguments import FAST, RunArgs
 from harness.make.route import (
-    DATASETS,
     Route,
     build_engine,
     build_int8,
@@ -94,7 +94,8 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
         model = build_int8(route, int8_form(config.builder, config.device)).path
         files = _engines(route, model, config, settings)
         images = val_images(route, model)
-        data = known_dataset(DATASETS[route.benchmark], "val", route.build_dir)
+        data = known_dataset(route.dataset, "val", route.build_dir)
+        warnings = oddities(data, images, model) if "AccuracyOnly" in arguments.modes else ()
         engines = {}
         for file in dict.fromkeys(files.values()):
             urls, device = arguments.urls, None if config.engine == "triton" else config.device
@@ -113,7 +114,9 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
         folder = root / config.name.replace("/", "-") / route.benchmark
         tests += [
             (
-                Benchmark(engines[files[setting.scenario]], images, data, TIMEOUT_S),
+                Benchmark(
+                    engines[files[setting.scenario]], images, data, TIMEOUT_S, warnings=warnings
+                ),
                 setting,
                 mode,
                 folder / setting.scenario / mode,

@@ -21,11 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engine.data.coco import STATS, coco_evaluation, load_annotations, positions_by_name
+from engine.data.coco import (
+    STATS,
+    coco_evaluation,
+    coco_stats,
+    load_annotations,
+    positions_by_name,
+)
+from harness.data.oddities import annotation_oddities
 from harness.errors import HarnessError
 from harness.loadgen.accuracy_log import AccuracyLog, read_accuracy_log
 
+_SUSPICIOUS = 0.3
+"""AP50 below which other readings of the rows are tried, on the first `_TRIED` images."""
+_TRIED = 200
 _FAR = 4.0  # unclipped boxes reach a little over the edge; pixel coordinates reach hundreds
 
 
@@ -79,13 +90,16 @@ class Evaluation:
         The annotation file.
     images
         Its image of each of the log's samples.
+    rows
+        float32 [R, 7], as `engine.data.coco.coco_evaluation` takes them.
     coco
         pycocotools' COCOeval.
     """
 
     log: AccuracyLog
     content: Mapping[str, Any]
-    images: Sequence[Mapping[str, Any]]
+    images: Sequence[dict[str, Any]]
+    rows: NDArray[np.float32]
     coco: Any
 
 
@@ -105,7 +119,10 @@ def evaluate(
         detections=len(found.log.rows),
         duplicates=found.log.duplicates,
         empties=found.log.empties,
-        warnings=_warnings(found.log, found.content, total, stats["AP"]),
+        warnings=(
+            *_warnings(found.log, found.content, total, stats["AP"]),
+            *_better_reading(found.content, found.images, found.rows, stats["AP50"]),
+        ),
     )
 
 
@@ -147,7 +164,7 @@ def evaluation_of(
     slot_of_sample[list(log.samples)] = np.arange(len(log.samples))
     rows = log.rows.copy()
     rows[:, 0] = slot_of_sample[log.rows[:, 0].astype(np.int64)]
-    return Evaluation(log, content, images, coco_evaluation(content, images, rows))
+    return Evaluation(log, content, images, rows, coco_evaluation(content, images, rows))
 
 
 def _images_of_samples(
@@ -184,7 +201,8 @@ def _warnings(
     # COCOeval asks for the categories of the annotation file alone
     background = int((log.rows[:, 6] == 0).sum())
     remote = int((np.abs(log.rows[:, 1:5]) > _FAR).any(axis=1).sum())
-    zero_id = any(entry["id"] == 0 for entry in content["annotations"])
+    inverted = int((log.rows[:, 3:5] < log.rows[:, 1:3]).any(axis=1).sum())
+    odd_scores = int(((log.rows[:, 5] < 0) | (log.rows[:, 5] > 1)).sum())
     cases = [
         (seen < total, f"only {seen} of {total} images were seen; mAP is over these alone"),
         (log.mismatches, f"{log.mismatches} rows name another sample than their record"),
@@ -192,6 +210,72 @@ def _warnings(
         (remote, f"{remote} rows have coordinates far outside 0..1; they must be normalised"),
         (not len(log.rows), "no image has a detection"),
         (average_precision < 0, "the images seen have no ground truth, so mAP is undefined (-1)"),
-        (zero_id, "annotation id 0 never counts as matched; number annotations from 1"),
+        (
+            inverted,
+            f"{inverted} rows end before they begin; a row is ymin, xmin, ymax, xmax, as fractions",
+        ),
+        (odd_scores, f"{odd_scores} rows have a score outside 0..1"),
     ]
-    return tuple(text for applies, text in cases if applies)
+    return (*(text for applies, text in cases if applies), *annotation_oddities(content))
+
+
+def _better_reading(
+    content: Mapping[str, Any],
+    images: Sequence[dict[str, Any]],
+    rows: NDArray[np.float32],
+    found: float,
+) -> list[str]:
+    """Say by which other order or unit of the rows much more is found, where little is.
+
+    Parameters
+    ----------
+    content, images, rows
+        See `engine.data.coco.coco_stats`.
+    found
+        AP50 of the rows as they are.
+    """
+    if not 0 <= found < _SUSPICIOUS or not len(rows):
+        return []
+    few = rows[rows[:, 0] < _TRIED]
+    tried = images[:_TRIED]
+    sizes = np.array([(image["height"], image["width"]) for image in tried], np.float32)
+    height, width = sizes[few[:, 0].astype(np.int64)].T
+    a, b, c, d = few[:, 1:5].T
+    unit = "fractions"
+    if 2 * (np.abs(few[:, 1:5]) > _FAR).any(axis=1).sum() > len(few):
+        unit = "pixels"
+    orders = {
+        "ymin, xmin, ymax, xmax": (a, b, c, d),
+        "xmin, ymin, xmax, ymax": (b, a, d, c),
+        "ymin, xmin, height, width": (a, b, a + c, b + d),
+        "xmin, ymin, width, height": (b, a, b + d, a + c),
+        "the centre's x, y, width, height": (b - d / 2, a - c / 2, b + d / 2, a + c / 2),
+    }
+    places = {entry["id"]: place for place, entry in enumerate(content["categories"], 1)}
+    label = few[:, 6]
+    labels = {
+        "counted from 0": label + 1,
+        "counted from 2": label - 1,
+        "the categories' ids": np.array([places.get(int(one), 0) for one in label], np.float32),
+    }
+
+    def ap50(corners: Sequence[NDArray[np.float32]], label: NDArray[np.float32]) -> float:
+        scale = (height, width, height, width) if unit == "pixels" else (1, 1, 1, 1)
+        boxes = [corner / by for corner, by in zip(corners, scale, strict=True)]
+        kept = (label >= 1) & (label <= len(places))
+        again = np.stack([few[:, 0], *boxes, few[:, 5], label], axis=1)[kept]
+        return coco_stats(content, tried, again)["AP50"] if len(again) else 0.0
+
+    as_is = coco_stats(content, tried, few)["AP50"]
+    (usual, corners), *_ = orders.items()
+    readings = {f"boxes are {name} in {unit}": ap50(box, label) for name, box in orders.items()}
+    readings |= {f"labels are {name}": ap50(corners, one) for name, one in labels.items()}
+    if unit == "fractions":
+        del readings[f"boxes are {usual} in {unit}"]
+    best = max(readings, key=lambda name: readings[name])
+    if readings[best] < 2 * as_is + _SUSPICIOUS / 2:
+        return []
+    return [
+        f"AP50 of the first {len(tried)} images is {as_is:.3f}, and would be {readings[best]:.3f} "
+        f"if {best}; a row is ymin, xmin, ymax, xmax as fractions, score, label from 1"
+    ]

@@ -53,6 +53,8 @@ class Benchmark:
         Longest time in seconds that the engine may take for one batch.
     pictures
         Number of images on which an accuracy run draws its detections.
+    warnings
+        What speaks against the data before anything runs.
 
     Raises
     ------
@@ -65,6 +67,7 @@ class Benchmark:
     dataset: Dataset | None
     timeout_s: float
     pictures: int = 0
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the engines may stand for each other."""
@@ -250,7 +253,8 @@ def _accuracy_figures(benchmark: Benchmark, outcome: Outcome, directory: Path) -
     accuracy = evaluate(log, dataset.annotations, files)
     figures["value"] = accuracy.mAP
     figures["accuracy"] = dataclasses.asdict(accuracy)
-    figures["warnings"] = (*_skipped(benchmark), *outcome.losses, *accuracy.warnings)
+    warnings = (*_skipped(benchmark), *outcome.losses, *benchmark.warnings, *accuracy.warnings)
+    figures["warnings"] = tuple(dict.fromkeys(warnings))
     if benchmark.pictures:
         draw_detections(
             dataset.image_dir,

@@ -63,6 +63,9 @@ def run_all(tests: Sequence[Test], build_dir: Path) -> None:
         See `harness.results.run.run`.
     """
     results: list[tuple[Path, RunResult]] = []
+    evaluated = (one.warnings for one, _, mode, _ in tests if mode == "AccuracyOnly")
+    for warning in dict.fromkeys(chain.from_iterable(evaluated)):
+        typer.echo(f"warning: {warning}", err=True)
     try:
         for benchmark, settings, mode, where in tests:
             typer.echo(_announcement(settings, mode, len(benchmark.source.files)), err=True)

@@ -68,8 +68,13 @@ def test_map_order_is_kept(tmp_path: Path) -> None:
         (b"", "is empty"),
         (b"a.jpg\n\nb.jpg\n", "line 2: blank"),
         (b"a.jpg\nb.jpg\na.jpg\n", r"line 3: 'a.jpg' stands in line 1"),
-        (b"a.jpg\n../b.jpg\n", "line 2: '../b.jpg' is a path"),
-        (b"a.jpg\nval\\b.jpg\n", "line 2: .* is a path"),
+        (b"a.jpg\n../b.jpg\n", "line 2: '../b.jpg' is no name of an image"),
+        (b"a.jpg\nval/../../b.jpg\n", "line 2: .* is no name of an image"),
+        (b"/etc/passwd\n", "line 1: '/etc/passwd' is no name of an image"),
+        (b"a//b.jpg\n", "line 1: .* is no name of an image"),
+        (b"a\x1b[2Jb.jpg\n", r"line 1: 'a\\x1b\[2Jb.jpg' is no name"),
+        (b"a.jpg\nval\\b.jpg\n", "line 2: .* is a path of Windows"),
+        (b"c:b.jpg\n", "line 1: .* is a path of Windows"),
         (b"..\n", "line 1"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
@@ -80,6 +85,21 @@ def test_bad_maps(tmp_path: Path, content: bytes, problem: str) -> None:
     with pytest.raises(HarnessError, match=problem) as caught:
         load_map(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (b"\xef\xbb\xbfa.jpg\r\nb.jpg\r\n", ("a.jpg", "b.jpg")),
+        ("a\u2028b.jpg\nc.jpg".encode(), ("a\u2028b.jpg", "c.jpg")),
+        ("a\u3000b.jpg\n".encode(), ("a\u3000b.jpg",)),
+        (b"north/1.jpg\nsouth/1.jpg\n", ("north/1.jpg", "south/1.jpg")),
+    ],
+)
+def test_names_in_maps(tmp_path: Path, content: bytes, names: tuple[str, ...]) -> None:
+    path = tmp_path / "map.txt"
+    path.write_bytes(content)
+    assert load_map(path) == names
 
 
 def test_missing_map(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Whose weights, data set and image size a route has."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import harness.make.route
+from harness.errors import HarnessError
+from harness.make.route import DATASETS, build_onnx, route_of
+
+
+@pytest.mark.parametrize("benchmark", DATASETS)
+def test_weights_and_data_set_that_are_given_are_used(benchmark):
+    mine = route_of(benchmark, Path("my.pth"), Path("build"), print, dataset="traffic")
+    assert (mine.weights, mine.dataset) == (Path("my.pth"), "traffic")
+    own = route_of(benchmark, None, Path("build"), print)
+    assert own.dataset == DATASETS[benchmark]
+    assert own.weights != mine.weights
+
+
+class StoppedError(Exception):
+    """After the export."""
+
+
+@pytest.mark.parametrize(("size", "given"), [(None, None), (640, "640")])
+def test_the_image_size_reaches_the_export(tmp_path, monkeypatch, size, given):
+    weights = tmp_path / "my.pth"
+    weights.touch()
+    commands = []
+
+    def command(*arguments):
+        commands.append(arguments)
+        raise StoppedError
+
+    monkeypatch.setattr(harness.make.route, "_command", command)
+    route = route_of("ssd-resnet34-demo", weights, tmp_path, lambda _: None, image_size=size)
+    with pytest.raises(StoppedError):
+        build_onnx(route)
+    ((room, *arguments),) = commands
+    assert room == "export"
+    options = dict(pairwise(arguments))
+    assert options["--weights"] == weights
+    assert options.get("--image-size") == given
+
+
+def test_an_onnx_file_has_its_image_size(tmp_path):
+    (tmp_path / "my.onnx").touch()
+    route = route_of("ssd-resnet34", tmp_path / "my.onnx", tmp_path, print, image_size=640)
+    with pytest.raises(HarnessError, match="leave out --image-size"):
+        build_onnx(route)
