@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_weights_and_data_set_that_are_given_are_used(benchmark):
     assert own.weights != mine.weights
 
 
-class Stop(Exception):
+class StopError(Exception):
     """After the export."""
 
 
@@ -32,15 +33,15 @@ def test_the_image_size_reaches_the_export(tmp_path, monkeypatch, size, given):
 
     def command(*arguments):
         commands.append(arguments)
-        raise Stop
+        raise StopError
 
     monkeypatch.setattr(harness.make.route, "_command", command)
     route = route_of("ssd-resnet34-demo", weights, tmp_path, lambda _: None, image_size=size)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         build_onnx(route)
     ((room, *arguments),) = commands
     assert room == "export"
-    options = dict(zip(arguments, arguments[1:], strict=False))
+    options = dict(itertools.pairwise(arguments))
     assert options["--weights"] == weights
     assert options.get("--image-size") == given
 
