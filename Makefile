@@ -2,6 +2,9 @@
 BUILD_DIR ?= build
 PYTHON ?= python3
 export BUILD_DIR
+ifneq ($(words $(BUILD_DIR)),1)
+$(error BUILD_DIR='$(BUILD_DIR)': name a folder without spaces)
+endif
 
 # RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS) or ssd-resnet34-demo (what is shipped);
 # the others: .venv/bin/harness make --help
@@ -13,13 +16,13 @@ endif
 BIN := .venv/bin
 HARNESS := $(BIN)/python -m harness
 DEMO := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
+DEMO_INT8 := $(BUILD_DIR)/demo/ssd-resnet34-demo.int8.cpu.onnx
 TRITON := $(BUILD_DIR)/triton-server/bin/tritonserver
-DEMO_LOGS := $(BUILD_DIR)/logs/demo
 DEMO_DATA := $(BUILD_DIR)/preprocessed_data
 CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: demo test test-fast lint lint_python lint_types lint_cuda format bench bench_nms bench_triton \
-  build_plugins triton_server demo_onnx download_data download_model preprocess_data calibrate \
+  build_plugins triton_server demo_onnx predict download_data download_model preprocess_data calibrate \
   generate_engines run_harness run
 
 # The virtual environment: the project and what its commands need, at the tested versions.
@@ -37,13 +40,24 @@ CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lint]'
 	touch $@
 
-# The whole route on a CPU, with the checkpoint and the images of demo/.
+# The whole route on a CPU, with the checkpoint and the images of demo/: FP32, and INT8 for CPUs.
 demo: demo_onnx
-	$(HARNESS) preprocess $(DEMO) --dataset demo --val_only
-	rm -rf $(DEMO_LOGS)
-	$(HARNESS) run $(DEMO) --dataset demo --scenarios Offline \
-	  --test_mode AccuracyOnly,PerformanceOnly --min-duration 20 --min-queries 1 \
-	  --pictures 8 --log-dir $(DEMO_LOGS)
+	$(HARNESS) preprocess $(DEMO) --dataset demo
+	mkdir -p $(dir $(DEMO_INT8))
+	$(BIN)/engine calibrate $(DEMO) --data $(DEMO_DATA)/demo-cal/float32_400x400 \
+	  -o $(DEMO_INT8:.onnx=.json) --force
+	$(BIN)/engine quantize $(DEMO) $(DEMO_INT8:.onnx=.json) $(DEMO_INT8) --target cpu --force
+	$(HARNESS) preprocess $(DEMO_INT8) --dataset demo --val_only
+	for model in $(DEMO) $(DEMO_INT8); do \
+	  $(HARNESS) run $$model --dataset demo --scenarios Offline \
+	    --test_mode AccuracyOnly,PerformanceOnly --min-duration 15 --min-queries 1 \
+	    --pictures 8 || exit; \
+	done
+
+# What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
+IMAGES ?= demo/data/val
+predict: demo_onnx
+	$(HARNESS) predict $(DEMO) $(IMAGES)
 
 test: .venv/installed
 	$(BIN)/tox run -e py

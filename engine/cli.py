@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from engine.errors import naming
 from engine.plans import Force, build, refit, say
 from engine.protocol import InputSpec
 from engine.support.command import run_command
@@ -161,13 +162,14 @@ def quantize(
     check_output(output, data_files(detector.model))
     images = None if check is None else load_preprocessed(check, _image_spec(detector))
     warn(calibration)
-    quantized = quantize_model(
-        detector.model,
-        calibration,
-        float_type=float_type,
-        keep_float=keep_float or (),
-        target=target,
-    )
+    with naming(f"{model} with {cache}"):
+        quantized = quantize_model(
+            detector.model,
+            calibration,
+            float_type=float_type,
+            keep_float=keep_float or (),
+            target=target,
+        )
     force = force or is_outdated(output, quantized)
     say(output, written=save(quantized, output, overwrite=force))
     if images is not None:
@@ -313,7 +315,7 @@ def sensitivity(
         check_output(output, [model, cache])
     detector = load_detector(model)
     source = load_preprocessed(data, _image_spec(detector))
-    with progress_bar("sensitivity") as progress:
+    with naming(f"{model} with {cache}"), progress_bar("sensitivity") as progress:
         found = find_sensitivity(
             detector, Calibration.load(cache), source, limit=images, batch=batch, progress=progress
         )
@@ -364,7 +366,8 @@ def _image_spec(detector: Detector) -> InputSpec:
     """Image input of a surgered FP32 model."""
     from engine.quantization.placement import find_placement
 
-    placement = find_placement(detector.model)
+    with naming(detector.path):
+        placement = find_placement(detector.model)
     return InputSpec(placement.image, placement.shape, "float32")
 
 

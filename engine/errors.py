@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EngineError(Exception):
     """A user-visible failure of an engine: what was wrong, where, what to do. One line."""
+
+
+@contextmanager
+def naming(files: object) -> Iterator[None]:
+    """Put the names of files before an error of what is in them."""
+    try:
+        yield
+    except EngineError as error:
+        raise EngineError(f"{files}: {error}") from error
 
 
 def one_line(error: object) -> str:

@@ -119,6 +119,8 @@ def _detector(path: Path) -> dict[str, object]:
 
 
 def _type(value: onnx.ValueInfoProto) -> str:
+    if not value.type.HasField("tensor_type"):
+        return str(value.type.WhichOneof("value")).removesuffix("_type")
     tensor = value.type.tensor_type
     sizes = [
         str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,8 @@ AMPERE = (8, 0)
 
 KEEP_TOP_K = 200
 """Detections of an image, the benchmark's, where a manifest from before does not say them."""
+
+_TOO_MANY = 2**31  # TensorRT's sizes are int32
 
 _REBUILD = "build it again with 'engine build --force'"
 
@@ -118,21 +121,31 @@ def manifest_path(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
+def _pair(engine: Path) -> tuple[Path, Path]:
+    return engine, manifest_path(engine)
+
+
 def save_engine(engine: Path, plan: bytes | memoryview, manifest: Manifest) -> None:
-    """Write an engine file, then its manifest.
+    """Write an engine file and its manifest.
 
     Raises
     ------
     EngineError
-        When a file cannot be written.
+        When a file cannot be written; what was there stays.
     """
     text = json.dumps(manifest.to_dict(), indent=2) + "\n"
+    written = {path: path.with_name(f"{path.name}.{os.getpid()}.new.tmp") for path in _pair(engine)}
     try:
+        for path, content in zip(written.values(), (plan, text.encode()), strict=True):
+            write_atomically(path, content)
         manifest_path(engine).unlink(missing_ok=True)  # never a manifest beside another engine
-        write_atomically(engine, plan)
-        write_atomically(manifest_path(engine), text.encode())
+        for path, temporary in written.items():
+            temporary.replace(path)
     except OSError as error:
-        raise EngineError(f"{error.filename}: cannot write it: {error.strerror}") from error
+        raise EngineError(f"{engine}: cannot write it: {error.strerror}") from error
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
 
 
 def same_engine(engine: Path, manifest: Manifest) -> Manifest | None:
@@ -153,7 +166,7 @@ def same_engine(engine: Path, manifest: Manifest) -> Manifest | None:
     EngineError
         When another one is there, or a manifest without its engine.
     """
-    present = [path for path in (engine, manifest_path(engine)) if path.exists()]
+    present = [path for path in _pair(engine) if path.exists()]
     if not present:
         return None
     try:
@@ -177,7 +190,20 @@ def load_manifest(engine: Path) -> Manifest:
     """
     path = manifest_path(engine)
     if path.exists():
-        return read_as(Manifest, path, _REBUILD)
+        manifest = read_as(Manifest, path, _REBUILD)
+        batches = [manifest.min_batch, manifest.opt_batch, manifest.max_batch]
+        sizes = [*manifest.input.shape, *batches, manifest.keep_top_k]
+        scale = manifest.input.scale
+        if (
+            not 1 <= min(sizes) <= max(sizes) < _TOO_MANY
+            or batches != sorted(batches)
+            or (manifest.input.dtype == "int8") is not (scale is not None and 0 < scale < math.inf)
+        ):
+            raise EngineError(
+                f"{path}: no engine has this input, these batches or this keep_top_k: "
+                f"{manifest.input.dtype} {sizes}, scale {scale}; {_REBUILD}"
+            )
+        return manifest
     if not engine.is_file():
         raise EngineError(f"{engine}: no such engine file")
     raise EngineError(

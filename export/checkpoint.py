@@ -174,10 +174,11 @@ def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
         and not name.endswith("num_batches_tracked")
         and not checkpoint.tensors[name].is_floating_point()
     ]
+    finite = {name: _finite(t) for name, t in checkpoint.tensors.items()}
     problems += [
-        f"not finite {name}: {int((~t.isfinite()).sum())} of {t.numel()} values"
-        for name, t in checkpoint.tensors.items()
-        if not t.isfinite().all()
+        f"not finite {name}: {int((~known).sum())} of {known.numel()} values"
+        for name, known in finite.items()
+        if not known.all()
     ]
     if problems:
         raise ExportError(
@@ -185,6 +186,12 @@ def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
             + "\n  ".join(problems[:_LISTED])
             + (f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else "")
         )
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Which values are; those of less than 16 bits have no function for that."""
+    small = tensor.is_floating_point() and tensor.itemsize < 2
+    return (tensor.float() if small else tensor).isfinite()
 
 
 def load_model(checkpoint: Checkpoint, config: SSDConfig) -> SSDResNet34:

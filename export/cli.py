@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from export.errors import ExportError
+from graph_surgery.command import run_command
 from graph_surgery.errors import SurgeryError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -92,9 +92,5 @@ def export_onnx(
 
 
 def main() -> None:
-    """Entry point: a user error is one message and exit code 2, without a traceback."""
-    try:
-        app(prog_name="export-onnx")
-    except (ExportError, SurgeryError) as error:
-        print(f"export-onnx: error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+    """Entry point: a user error is one line and exit code 2, without a traceback."""
+    run_command(app, "export-onnx", ExportError, SurgeryError, program="export-onnx")

@@ -33,6 +33,9 @@ EXTRA_BLOCKS = (
 )
 """Channels at width 64, strides and paddings of the additional blocks, MLCommons ssd_r34.py."""
 
+LARGEST_IMAGE = 4096
+"""Side of an image; PyTorch and ONNX Runtime run some before a file is written."""
+
 HEAD_STRIDE = 3
 """Stride of all twelve 3x3 head convolutions (padding 1)."""
 
@@ -69,6 +72,8 @@ class SSDConfig:
             raise ExportError(f"width must be an even number from 2, not {self.width}")
         if self.num_classes < 2:
             raise ExportError(f"num_classes counts background: at least 2, not {self.num_classes}")
+        if self.image_size > LARGEST_IMAGE:
+            raise ExportError(f"image_size must be at most {LARGEST_IMAGE}")
         if self.image_size < 1 or min(self.feature_sizes) < 1:
             raise ExportError(
                 f"image_size {self.image_size} is too small: feature maps {self.feature_sizes}"
@@ -112,9 +117,10 @@ class SSDConfig:
     def from_json(cls, text: str) -> SSDConfig:
         """Inverse of `to_json`. Raises ExportError on anything else."""
         try:
-            fields = json.loads(text)
-            if not all(type(value) is int for value in fields.values()):
-                raise TypeError("whole numbers expected")
+            pairs = json.loads(text, object_pairs_hook=list)
+            fields = dict(pairs)
+            if len(fields) < len(pairs) or not all(type(value) is int for value in fields.values()):
+                raise TypeError("whole numbers expected, each once")
             return cls(**fields)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ExportError(f"not an SSD configuration: {text[:80]!r} ({error})") from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from graph_surgery.command import run_command
 from graph_surgery.errors import SurgeryError
 
 app = typer.Typer(
@@ -93,8 +93,4 @@ def inspect(
 
 def main() -> None:
     """Entry point: a user error is one line and exit code 2, without a traceback."""
-    try:
-        app(prog_name="graph-surgery")
-    except SurgeryError as error:
-        print(f"graph-surgery: error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+    run_command(app, "graph-surgery", SurgeryError, program="graph-surgery")

@@ -19,6 +19,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from graph_surgery.errors import SurgeryError
+from graph_surgery.limits import check_limits
 from graph_surgery.protobuf import (
     SMALL,
     data_file,
@@ -52,6 +53,10 @@ def load(path: Path) -> onnx.ModelProto:
         raise SurgeryError(f"{error.filename or path}: cannot read: {error.strerror}") from error
     if not model.graph.node:
         raise SurgeryError(f"{path}: not an ONNX model, or one without nodes")
+    try:
+        check_limits(model)
+    except SurgeryError as error:
+        raise SurgeryError(f"{path}: {error}") from error
     large = [tensor for tensor in model.graph.initializer if _stays_outside(tensor)]
     try:
         for tensor in large:  # what is left is small

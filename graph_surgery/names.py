@@ -62,7 +62,7 @@ def add_names(model: onnx.ModelProto, file: Path | None) -> str:
     if file is not None:
         names, source = read_names(file), str(file)
     elif NAMES_KEY in entries:
-        names, source = _from_json(entries[NAMES_KEY]), "the model's own"
+        names, source = names_from_json(entries[NAMES_KEY]), "the model's own"
     elif labels == len(COCO):
         names, source = list(COCO), f"COCO's, for {labels} classes; others: --names FILE"
     else:
@@ -97,7 +97,14 @@ def read_names(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _from_json(text: str) -> list[str]:
+def names_from_json(text: str) -> list[str]:
+    """Read what stands under `NAMES_KEY`.
+
+    Raises
+    ------
+    SurgeryError
+        When it is no JSON list of texts.
+    """
     try:
         names = json.loads(text)
     except (ValueError, RecursionError):

@@ -19,7 +19,7 @@ from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import describe, downstream, output_names, upstream, value
 from graph_surgery.heads import HeadRunner, Heads
 from graph_surgery.network import CHANNELS
-from graph_surgery.nms_function import DOMAIN, OP_TYPE, NmsAttributes
+from graph_surgery.nms_function import DOMAIN, OP_TYPE, PLUGIN_ATTRIBUTES, NmsAttributes
 from graph_surgery.probe import FRACTIONS, OPERATOR_BOXES, Decoded, probe_boxes, probe_scores
 from graph_surgery.protobuf import inputs
 from graph_surgery.walk import find_heads, find_nms, read_heads
@@ -89,6 +89,12 @@ def read_surgered(graph: gs.Graph, node: gs.Node) -> DetectionTail:
     if wrong:
         raise SurgeryError(
             f"{OP_TYPE} lacks these attributes, or has them of another type: {', '.join(wrong)}"
+        )
+    version = values.get("plugin_version", PLUGIN_ATTRIBUTES["plugin_version"])
+    if version != PLUGIN_ATTRIBUTES["plugin_version"]:
+        raise SurgeryError(
+            f"{OP_TYPE} has plugin_version={str(version)[:20]!r}; known is "
+            f"{PLUGIN_ATTRIBUTES['plugin_version']!r}"
         )
     values["inputOrder"] = tuple(values["inputOrder"])
     attributes = NmsAttributes(**{name: values[name] for name in names})

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NoReturn
 
 import typer
 
+import graph_surgery.command
 from engine.errors import EngineError
 from engine.support.leaving import leave_now
+from graph_surgery.command import INTERRUPTED
 from graph_surgery.errors import SurgeryError
 from harness.errors import HarnessError, RunFailedError
 
 
 def run_command(app: typer.Typer, name: str | None = None) -> None:
-    """Run a command; an error of the user is one line on stderr and exit code 2.
+    """Run a command; see `graph_surgery.command.run_command`.
 
     Parameters
     ----------
     name
         Of the program in its help; None: what it was called by.
     """
+    errors = (HarnessError, EngineError, SurgeryError)
     try:
-        app(prog_name=name)
-    except (HarnessError, EngineError, SurgeryError) as error:
-        _complain(error)
-        sys.exit(2)
+        graph_surgery.command.run_command(app, "harness", *errors, program=name)
     except RunFailedError as error:
         leave(error)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # threads may wait for servers
+            leave_now(INTERRUPTED)
+        raise
 
 
 def leave(error: RunFailedError) -> NoReturn:
     """End the process at once, see `RunFailedError`."""
-    _complain(error)
+    graph_surgery.command.complain("harness", error)
     leave_now(error.exit_code)
-
-
-def _complain(error: Exception) -> None:
-    typer.echo(f"harness: error: {error}", err=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,9 +71,14 @@ def _architectures(text: str) -> list[int]:
 
 def main() -> None:
     """Entry point: a user error is one line and exit code 2, without a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    usage_error: Any = typer.BadParameter.__base__  # which typer does not name
     try:
-        app(prog_name="build-plugin")
+        sys.exit(app(prog_name="build-plugin", standalone_mode=False) or 0)
     except PluginError as error:
         print(getattr(error, "output", ""), end="", file=sys.stderr)  # noqa: T201
-        print(f"build-plugin: error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        problem = str(error)
+    except usage_error as error:
+        problem = f"{error.format_message().rstrip('.')}; see 'build-plugin --help'"
+    print(f"build-plugin: error: {problem}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)

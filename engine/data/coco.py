@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
+from engine.support.documents import parse_json
 
 STATS = (
     "AP",
@@ -128,13 +128,13 @@ def load_annotations(path: Path) -> dict[str, Any]:
         missing or repeated, or a value of another kind.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise EngineError(f"annotation file {path} not found") from None
     except OSError as error:
         raise EngineError(f"annotation file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"annotation file {path} is no valid JSON: {error}") from error
+    except ValueError as error:
+        raise EngineError(f"annotation file {path}: {error}") from error
     if not isinstance(content, dict):
         kind = "a list, as of detections" if isinstance(content, list) else "one value"
         raise EngineError(f"{path} is no COCO instances file: it holds {kind}")
@@ -180,6 +180,17 @@ def positions_by_name(images: Sequence[dict[str, Any]], source: Path) -> dict[st
 def coco_stats(
     content: Mapping[str, Any], images: Sequence[Mapping[str, Any]], rows: NDArray[np.float32]
 ) -> dict[str, float]:
+    """COCOeval's twelve numbers by name, `STATS`; see `coco_evaluation`.
+
+    -1 where no ground truth falls in the class.
+    """
+    stats = coco_evaluation(content, images, rows).stats
+    return dict(zip(STATS, (float(value) for value in stats), strict=True))
+
+
+def coco_evaluation(
+    content: Mapping[str, Any], images: Sequence[Mapping[str, Any]], rows: NDArray[np.float32]
+) -> Any:
     """Evaluate detections as MLPerf's ``accuracy-coco.py --use-inv-map`` does.
 
     Parameters
@@ -194,8 +205,8 @@ def coco_stats(
 
     Returns
     -------
-    dict
-        COCOeval's twelve numbers by name, `STATS`; -1 where no ground truth falls in the class.
+    pycocotools.cocoeval.COCOeval
+        After its summary; boxes in pixels, each detection's id its row's number from 1.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -240,4 +251,4 @@ def coco_stats(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(STATS, (float(value) for value in evaluation.stats), strict=True))
+    return evaluation

@@ -6,7 +6,9 @@ a Q behind every convolution: DequantizeLinear, Conv, (Relu,) QuantizeLinear bec
 QLinearAdd, a max pooling with one scale on both sides an integer one. A convolution whose output
 stays float, as a head, is faster in float32 (a ConvInteger takes twice as long) and gets the same
 numbers there, activations and weights in steps. The image comes in as for all engines, signed, and
-is shifted. (Facts: ONNX Runtime's QDQ selectors, onnxruntime/core/optimizer/qdq_transformer.)
+is shifted; a convolution of its three channels by strides of 2 reads blocks of 2x2 pixels as twelve
+channels, with the same sums: its kernel gathers the channels of one pixel at a time. (Facts: ONNX
+Runtime's QDQ selectors, onnxruntime/core/optimizer/qdq_transformer.)
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from engine.errors import EngineError
 from engine.quantization.placement import Placement, not_negative
 from engine.quantization.scales import activation_scale, weight_scales
 from engine.quantization.thresholds import STEPS
-from graph_surgery.graph import namer, value
+from graph_surgery.graph import namer, shape_of, value
 
 _UNSIGNED_STEPS = 255
 _MIDDLE = 128
+_FEW = 4
+"""Channels of a pixel that are too few to be gathered one pixel at a time."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +113,67 @@ def insert_for_cpu(
             rounded = (steps * wide).astype(np.float32)
             conv.inputs[1] = gs.Constant(name(f"{layer.weight}_rounded"), rounded)
             continue
-        held = gs.Constant(name(f"{layer.weight}_int8"), steps.astype(np.int8))
+        steps = steps.astype(np.int8)
+        conv, steps = _packed(graph, conv, steps, name)
+        held = gs.Constant(name(f"{layer.weight}_int8"), steps)
         conv.inputs[1] = _dequantised(graph, held, scale, name)
         if layer.bias is not None:
             both = read[layer.node] * scale
             bias = np.rint(layer.bias / both.astype(np.float64)).astype(np.int32)
             held = gs.Constant(name(f"{layer.node}_bias_int32"), bias)
             conv.inputs[2] = _dequantised(graph, held, both, name)
+
+
+def _packed(
+    graph: gs.Graph, conv: gs.Node, weight: NDArray[np.int8], name: Callable[[str], str]
+) -> tuple[gs.Node, NDArray[np.int8]]:
+    """Let a convolution of few channels and stride 2 read blocks of 2x2 pixels as channels.
+
+    Returns
+    -------
+    conv, weight
+        The node and int8 [M, 4 * C, KH, KW]; both as they are where it is no such convolution.
+    """
+    (dequantise,) = conv.inputs[0].inputs
+    steps, *constants = dequantise.inputs
+    shape = shape_of(steps.inputs[0].inputs[0])
+    filters, channels, *kernel = weight.shape
+    pads = conv.attrs.get("pads", [0] * 4)
+    plain = conv.attrs.get("group", 1) == 1 and set(conv.attrs.get("dilations", [1])) == {1}
+    if not plain or channels > _FEW or list(conv.attrs.get("strides", [])) != [2, 2]:
+        return conv, weight
+    sizes = [None, None] if shape is None else shape[2:]
+    if conv.attrs.get("auto_pad", "NOTSET") != "NOTSET" or any(
+        size is None or size % 2 for size in sizes
+    ):
+        return conv, weight
+    before, behind, blocks = [], [], []
+    for size, length, first, last in zip(sizes, kernel, pads[:2], pads[2:], strict=True):
+        outputs = ((size or 0) + first + last - length) // 2 + 1
+        before.append((first + 1) // 2)
+        blocks.append((length + first % 2 + 1) // 2)
+        behind.append(outputs - 1 + blocks[-1] - before[-1] - (size or 0) // 2)
+    if min(behind) < 0:
+        return conv, weight
+    wide = np.zeros((filters, channels, 2 * blocks[0], 2 * blocks[1]), np.int8)
+    top, left = pads[0] % 2, pads[1] % 2
+    wide[:, :, top : top + kernel[0], left : left + kernel[1]] = weight
+    parts = wide.reshape(filters, channels, blocks[0], 2, blocks[1], 2)
+    names = [name(f"{steps.name}_{part}") for part in ("blocks", "blocks_dequantized")]
+    made, real = map(gs.Variable, names)
+    graph.layer(
+        op="SpaceToDepth", name=names[0], inputs=[steps], outputs=[made], attrs={"blocksize": 2}
+    )
+    graph.layer(op="DequantizeLinear", name=names[1], inputs=[made, *constants], outputs=[real])
+    (output,) = conv.outputs
+    new = gs.Variable(name(f"{output.name}_of_blocks"))
+    for reader in list(output.outputs):
+        reader.inputs = [new if tensor is output else tensor for tensor in reader.inputs]
+    conv.outputs.clear()
+    geometry = {"kernel_shape": blocks, "strides": [1, 1], "pads": [*before, *behind]}
+    inputs = [real, *conv.inputs[1:]]
+    graph.layer(op="Conv", name=new.name, inputs=inputs, outputs=[new], attrs=geometry)
+    return new.inputs[0], parts.transpose(0, 3, 5, 1, 2, 4).reshape(filters, 4 * channels, *blocks)
 
 
 def shift_image(graph: gs.Graph, image: str) -> float | None:

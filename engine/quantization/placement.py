@@ -30,7 +30,15 @@ from numpy.typing import NDArray
 
 from engine.errors import EngineError
 from graph_surgery.errors import SurgeryError
-from graph_surgery.graph import import_graph, reads, shape_of, upstream, value
+from graph_surgery.graph import (
+    downstream,
+    import_graph,
+    output_names,
+    reads,
+    shape_of,
+    upstream,
+    value,
+)
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
 
@@ -51,7 +59,8 @@ class Point:
         Name of the tensor that it reads there.
     layer
         Index of the layer with which this point is quantised or left float: a convolution's own;
-        for an addition and a pooling, that of the convolution whose kernel feeds it.
+        for an addition, that of the convolution whose kernel feeds it; for a pooling, that of the
+        nearest convolution before it, or, where it reads the image, behind it.
     """
 
     node: str
@@ -156,9 +165,9 @@ def find_placement(model: onnx.ModelProto) -> Placement:
     Raises
     ------
     EngineError
-        When the graph has no NMS_OPT_TRT node, is quantised already, is not float32, calls a
-        function of the model in front of its heads, has an unfolded batch norm or a convolution
-        whose weight is no constant.
+        When the graph has no NMS_OPT_TRT node, no convolution, is quantised already, is not
+        float32, calls a function of the model in front of its heads, has an unfolded batch norm or
+        a convolution whose weight is no constant.
     """
     try:
         return _place(import_graph(model))
@@ -188,6 +197,8 @@ def _place(graph: gs.Graph) -> Placement:
                 "convolution; export the model with 'export-onnx'"
             )
     convolutions = [node for node in nodes if node.op == "Conv"]
+    if not convolutions:
+        raise EngineError("the heads depend on no convolution: there is nothing to quantise")
     names = [node.outputs[0].name for node in convolutions]
     weights = [_weight(graph, node) for node in convolutions]
     biases = [_bias(graph, node) for node in convolutions]
@@ -285,13 +296,27 @@ def _points(graph: gs.Graph, nodes: Iterable[gs.Node], layers: dict[str, int]) -
         if node.op == "Conv":
             source = [name]
         elif node.op == "MaxPool":
-            source = _convolutions_behind(node.inputs[0])
+            source = _nearest_convolution(graph, node)
         elif node.op == "Add" and (main := _main_branch(graph, node)) is not None:
             source, where = _convolutions_behind(node.inputs[main]), 1 - main
         else:
             continue
         if source:
             yield Point(name, where, node.inputs[where].name, layers[source[0]])
+
+
+def _nearest_convolution(graph: gs.Graph, pool: gs.Node) -> list[str]:
+    """What the last convolution before a pooling makes; else the first behind it."""
+    tensor = pool.inputs[0]
+    while [node.op for node in tensor.inputs] in (["Relu"], ["MaxPool"], ["Add"]):
+        (node,) = tensor.inputs
+        main = _main_branch(graph, node) if node.op == "Add" else 0
+        if main is None:
+            break
+        tensor = node.inputs[main]
+    before = [node for node in upstream(graph, [tensor]) if node.op == "Conv"]
+    behind = [node for node in downstream(graph, output_names(pool)) if node.op == "Conv"]
+    return [node.outputs[0].name for node in (*before[-1:], *behind)][:1]
 
 
 def _main_branch(graph: gs.Graph, add: gs.Node) -> int | None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
+import graph_surgery.command
 from engine.errors import EngineError
 from graph_surgery.errors import SurgeryError
 
 
-def run_command(app: typer.Typer, name: str | None = None) -> None:
-    """Run a command; what is wrong with its files is one line on stderr and exit code 2.
+def run_command(app: typer.Typer, name: str) -> None:
+    """Run a command; see `graph_surgery.command.run_command`.
 
     Parameters
     ----------
     name
-        Of the program in its help; None: what it was called by.
+        Of the program in its help.
     """
-    try:
-        app(prog_name=name)
-    except (EngineError, SurgeryError) as error:
-        typer.echo(f"engine: error: {error}", err=True)
-        sys.exit(2)
+    graph_surgery.command.run_command(app, "engine", EngineError, SurgeryError, program=name)

@@ -99,11 +99,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises
     ------
     EngineError
-        When it cannot be read, is not TOML, or more than `DEPTH` lists and tables lie in each
-        other.
+        When it cannot be read, is not TOML, a number is none or too large for 64 bits, or more than
+        `DEPTH` lists and tables lie in each other.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=_finite)
         _check_depth(document)
     except OSError as error:
         raise EngineError(f"{path}: cannot read it: {error.strerror}") from error
@@ -211,13 +211,17 @@ def _whole(text: str) -> int:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:_DIGITS]} is too large a number")
+        what = "no number" if math.isnan(value) else "too large a number"
+        raise ValueError(f"{text[:_DIGITS]} is {what}")
     return value
 
 
 def _check_depth(document: object) -> None:
     level = [document]
     for _ in range(DEPTH):
+        for one in level:  # TOML's; JSON's are looked at as they are read
+            if isinstance(one, int) and abs(one) >= 10**_DIGITS:
+                raise ValueError(f"{str(one)[:_DIGITS]}… is too large a number")
         level = [
             item
             for one in level

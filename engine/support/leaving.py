@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import signal
 import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 _undo: list[weakref.WeakMethod[Any]] = []
 
@@ -26,10 +30,9 @@ def _run() -> None:
             undo()
 
 
-def leave_in_order() -> None:
-    """End as Ctrl-C does when the process is told to, or its terminal is closed."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+def end_with_parent() -> None:
+    """Have the kernel end this process with its parent, however that ends; for `preexec_fn`."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_now(exit_code: int) -> NoReturn:

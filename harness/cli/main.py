@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.support.leaving import leave_in_order
 from harness.cli.dataset import dataset_app
 from harness.cli.doctor import doctor
 from harness.cli.download import download_app
@@ -25,6 +24,7 @@ from harness.cli.options import (
     Threads,
     Url,
 )
+from harness.cli.predict import predict
 from harness.cli.preprocess import preprocess
 from harness.cli.submission import compliance, submission
 from harness.cli.triton import triton_repository
@@ -48,6 +48,7 @@ app = typer.Typer(
 app.add_typer(download_app, name="download")
 app.add_typer(dataset_app, name="dataset")
 app.command()(preprocess)
+app.command()(predict)
 
 
 @app.command()
@@ -145,9 +146,8 @@ def run(
     from harness.data.oddities import oddities
     from harness.data.preprocess import open_current
     from harness.results.run import Benchmark
-    from harness.results.run_all import new_log_dir, run_all
+    from harness.results.run_all import new_folder, run_all
 
-    leave_in_order()
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
     if engine == AUTO:
@@ -170,14 +170,15 @@ def run(
     source = open_current(data, spec, directory)
     warnings = oddities(data, source, model) if "AccuracyOnly" in modes else ()
     benchmark = Benchmark(engines, source, data, timeout, pictures, warnings)
-    root = log_dir or new_log_dir(build_dir)
+    root = log_dir or new_folder(build_dir / "logs")
     home = root / (system or platform.node()) / MODEL
     run_all(
         [
             (benchmark, setting, mode, home / setting.scenario / mode)
             for mode in modes
             for setting in settings
-        ]
+        ],
+        build_dir,
     )
 
 
@@ -224,14 +225,36 @@ def accuracy(
 @app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Folders of or above runs.")],
+    *,
     json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write a page instead: HTML with charts and images, the runs side by side.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output where it is another file.")
+    ] = False,
+    build_dir: BuildDir = Path("build"),
 ) -> None:
-    """Print the results of runs again."""
-    from harness.results.report import find_results, print_table, to_json
+    """Print the results of runs again, or write them as a page."""
+    from harness.results.report import find_results, print_table, to_csv, to_json
 
     results: Runs = find_results(directories)
-    if json:
-        typer.echo(to_json(results))
+    if output is not None:
+        from engine.support.files import check_output, write_output
+        from harness.results.page import render_page
+
+        check_output(output, [])
+        write_output(output, render_page(results, build_dir).encode(), overwrite=force)
+        typer.echo(f"page in {output}")
+    elif json or csv:
+        typer.echo(to_json(results) if json else to_csv(results))
     else:
         print_table(results)
 

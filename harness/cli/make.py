@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from engine.load import BACKENDS
-from engine.support.leaving import leave_in_order
 from harness.cli.options import Backend, BuildDir, Scenarios, TestModes
 from harness.command import leave
 from harness.errors import HarnessError, RunFailedError
@@ -121,7 +120,6 @@ def make_command(
         url=url,
         streams=streams,
     )
-    leave_in_order()
     with locked(build_dir), _one_line():
         make(
             [
@@ -190,7 +188,6 @@ def tune_command(
         read_config(path, benchmark, device)  # what is wrong with it shows before the trials
     if output is not None and output.exists() and not force:
         raise HarnessError(f"{output}: exists already: name another, or pass --force to change it")
-    leave_in_order()
     with locked(build_dir), _one_line():
         try:
             route = route_of(

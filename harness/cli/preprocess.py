@@ -10,12 +10,13 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from engine.load import load_engine
+from engine.load import BACKENDS
 from engine.manifest import load_manifest
 from engine.protocol import InputSpec
-from harness.cli.options import Backend, BuildDir, DatasetName
+from harness.cli.options import BuildDir, DatasetName
 from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
 from harness.errors import HarnessError
+from harness.make.arguments import choice
 
 Format = Literal["fp32", "int8_linear"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -33,7 +34,9 @@ def preprocess(
         ),
     ] = None,
     *,
-    engine: Backend = "onnxruntime",
+    engine: Annotated[
+        str, typer.Option(help="As of 'harness run'; the file says its input, whatever runs it.")
+    ] = BACKENDS[0],
     dataset: DatasetName = "coco",
     val_only: Annotated[bool, typer.Option("--val_only", help="No calibration images.")] = False,
     cal_only: Annotated[bool, typer.Option("--cal_only", help="No validation images.")] = False,
@@ -75,6 +78,7 @@ def preprocess(
 
     A second call does what is new or has changed.
     """
+    choice(engine, BACKENDS, "engine")
     if val_only and cal_only:
         raise HarnessError("--val_only and --cal_only leave nothing to do; give one of them")
     chosen = () if formats is None else _formats(formats)
@@ -84,7 +88,7 @@ def preprocess(
             "leave out --calibration and --formats int8_linear"
         )
     val = known_dataset(dataset, "val", build_dir)
-    taken = None if model is None else _input_of(engine, model)
+    taken = None if model is None else _input_of(model)
     specs = _specs(model, taken, val.image_size, calibration)
     tasks = []
     if not cal_only:
@@ -123,15 +127,13 @@ def preprocess(
             typer.echo(f"warning: {warning}", err=True)
 
 
-def _input_of(engine: str, model: Path) -> InputSpec:
+def _input_of(model: Path) -> InputSpec:
     """Input of a model; a built engine's is in its manifest, whatever can run it here."""
     if model.suffix != ".onnx":
         return load_manifest(model).input
-    if engine == "onnxruntime":
-        from engine.model import load_detector
+    from engine.model import load_detector
 
-        return load_detector(model).input
-    return load_engine(engine, model, max_batch=1).input_spec
+    return load_detector(model).input
 
 
 def _formats(text: str) -> tuple[Format, ...]:

@@ -12,6 +12,7 @@ large image are saved.
 from __future__ import annotations
 
 import os
+import stat
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data.preprocessed import MEAN, STD
+from engine.errors import one_line
 from engine.protocol import InputSpec
+
+PIXELS = 1 << 28
+"""Of an image; phones have up to 200 million, and each takes 15 bytes here."""
+
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(PIXELS))  # read when cv2 is imported
 
 _EXTRANEOUS = "extraneous bytes before marker"
 _CORRUPT = ("Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression")
@@ -64,8 +71,8 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     Raises
     ------
     BadImageError
-        Empty, cut short or undecodable data, and a JPEG in which the decoder met an error. What
-        is damaged and decodes without one is not noticed.
+        Empty, cut short or undecodable data, more than `PIXELS` of them, and a JPEG in which the
+        decoder met an error. What is damaged and decodes without one is not noticed.
     """
     import cv2
 
@@ -75,13 +82,20 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         raise BadImageError("truncated PNG, no IEND chunk")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise BadImageError(f"cannot be decoded: {error.err}") from error
+    except (cv2.error, MemoryError) as error:
+        raise _too_large(error) from error
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
     if image is None:
         raise BadImageError("cannot be decoded, damaged or no image")
     return image.astype(np.uint8, copy=False)
+
+
+def _too_large(error: Exception) -> BadImageError:
+    """What OpenCV ends with: its error, or, for want of memory, perhaps Python's."""
+    said = one_line(getattr(error, "err", "")) or "not enough memory"
+    too_many = "CV_IO_MAX_IMAGE" in said
+    return BadImageError(f"more than {PIXELS} pixels" if too_many else f"cannot be decoded: {said}")
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -163,6 +177,28 @@ def transform(image: NDArray[np.uint8], spec: InputSpec, out: NDArray[np.generic
             np.copyto(out[channel], plane, casting="unsafe")
 
 
+def read_image(path: Path) -> tuple[bytes, os.stat_result]:
+    """Content and state of an image file.
+
+    Raises
+    ------
+    BadImageError
+        The file is missing or unreadable, or a device or pipe, which may have no end.
+    """
+    try:
+        # without waiting for somebody to write into a pipe
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+            state = os.fstat(f.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise BadImageError("not a regular file")
+            return f.read(), state
+    except FileNotFoundError:
+        raise BadImageError("missing") from None
+    except (OSError, MemoryError) as error:
+        why = getattr(error, "strerror", "not enough memory")
+        raise BadImageError(f"cannot be read: {why}") from error
+
+
 def preprocess_image(path: Path, spec: InputSpec, out: NDArray[np.generic]) -> Source:
     """Read, decode and transform one image file.
 
@@ -176,15 +212,13 @@ def preprocess_image(path: Path, spec: InputSpec, out: NDArray[np.generic]) -> S
     BadImageError
         The file is missing, unreadable or damaged.
     """
+    import cv2
+
+    data, state = read_image(path)
     try:
-        with path.open("rb") as file:
-            state = os.fstat(file.fileno())
-            data = file.read()
-    except FileNotFoundError:
-        raise BadImageError("missing") from None
-    except OSError as error:
-        raise BadImageError(f"cannot be read: {error.strerror}") from error
-    image = decode(data)
-    transform(image, spec, out)
+        image = decode(data)
+        transform(image, spec, out)
+    except (cv2.error, MemoryError) as error:
+        raise _too_large(error) from error
     shape = image.shape[0], image.shape[1]
     return Source(state.st_size, state.st_mtime_ns, sha256(data).hexdigest(), shape)

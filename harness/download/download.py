@@ -6,6 +6,7 @@ none is, the one recorded in ``downloads.json`` when it was first seen.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -191,7 +192,7 @@ def check_demo() -> tuple[Fetched, ...]:
     HarnessError, EngineError
         An image of its maps or the annotations are missing or damaged.
     """
-    from harness.data.transform import BadImageError, decode
+    from harness.data.transform import BadImageError, decode, read_image
 
     done = []
     for split in ("val", "cal"):
@@ -199,8 +200,8 @@ def check_demo() -> tuple[Fetched, ...]:
         names = load_map(data.map_file)
         for name in names:
             try:
-                decode((data.image_dir / name).read_bytes())
-            except (OSError, BadImageError) as error:
+                decode(read_image(data.image_dir / name)[0])
+            except BadImageError as error:
                 raise HarnessError(
                     f"{data.image_dir / name} is missing or damaged; it is part of the "
                     "repository: restore it"
@@ -310,10 +311,8 @@ def _fetch_images(job: _Job, names: Sequence[str], data: Dataset) -> None:
             stop=stop,
         )
 
-    with (
-        progress_bar(data.image_dir.name) as bar,
-        ThreadPoolExecutor(_PARALLEL) as pool,
-    ):
+    pool = ThreadPoolExecutor(_PARALLEL)
+    with progress_bar(data.image_dir.name) as bar:
         pending = [pool.submit(fetch_image, name) for name in names]
         try:
             for done, future in enumerate(as_completed(pending), start=1):
@@ -329,8 +328,10 @@ def _fetch_images(job: _Job, names: Sequence[str], data: Dataset) -> None:
             ) from error
         finally:
             stop.set()
-            pool.shutdown(cancel_futures=True)
-            save_record(job.folder, job.record)
+            # after Ctrl-C nobody waits for a server; what has arrived is kept
+            waited = not isinstance(sys.exception(), KeyboardInterrupt)
+            pool.shutdown(wait=waited, cancel_futures=True)
+            save_record(job.folder, dict(job.record))
 
 
 def _megabytes(bar: Progress) -> Progress:

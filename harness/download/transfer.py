@@ -11,17 +11,20 @@ import json
 import re
 import ssl
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from engine.errors import EngineError
+from engine.errors import EngineError, one_line
 from engine.support.documents import read_as
 from engine.support.files import file_sha256, write_atomically
 from engine.support.progress import Progress
@@ -32,9 +35,14 @@ TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before the tries that follow a failed one; begun anew whenever a try got further."""
+LARGEST = 4 << 30
+"""Bytes of a file whose size nobody knows before; the benchmark's largest have a fifth of that."""
+SLOWEST = 1024
+"""Bytes a second below which a transfer is given up, on average over twice `TIMEOUT`."""
 _LONGEST_WAIT = 60.0  # whatever Retry-After says
 _CHUNK = 1 << 18
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})")
 
 Notify = Callable[[str], None]
 """Takes one line about what happens, for instance a try that failed."""
@@ -76,16 +84,19 @@ class _Version:
     last_modified: str | None
 
     @property
+    def tag(self) -> str | None:
+        """A strong ETag: the one validator that no other version can have."""
+        return None if self.etag is None or self.etag.startswith("W/") else self.etag
+
+    @property
     def validator(self) -> str | None:
         """What If-Range takes: a strong ETag or a date (RFC 9110, section 13.1.5)."""
-        if self.etag is not None and not self.etag.startswith("W/"):
-            return self.etag
-        return self.last_modified
+        return self.tag or self.last_modified
 
     def continued_by(self, rest: _Version) -> bool:
-        """Whether an answer with a range of bytes is of this version, as far as it says."""
-        tags = ((self.etag, rest.etag), (self.last_modified, rest.last_modified))
-        same = all(None in pair or pair[0] == pair[1] for pair in tags)
+        """Whether an answer with a range of bytes is of this version; it repeats an ETag."""
+        dates = (self.last_modified, rest.last_modified)
+        same = self.etag == rest.etag and (None in dates or dates[0] == dates[1])
         return same and self.size == rest.size
 
 
@@ -100,13 +111,17 @@ class _Part:
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def version(self, url: str) -> _Version | None:
-        """The version of the part, if it is one of `url` that can be continued; else None."""
+    def version(self, url: str, *, checked: bool) -> _Version | None:
+        """The version of the part, if it is one of `url` that can be continued; else None.
+
+        Without an ETag only where the whole is `checked` by its hash: a date has whole seconds.
+        """
         try:
             found = read_as(_Version, self._note)
         except EngineError:
             return None
-        if found.url != url or found.validator is None or found.size is None:
+        validator = found.validator if checked else found.tag
+        if found.url != url or validator is None or found.size is None:
             return None
         return found if 0 < self.size <= found.size else None
 
@@ -145,7 +160,7 @@ def fetch(
     sha256
         Expected SHA-256 in hex; None where it is not known.
     size
-        Expected size in bytes; None where it is not known.
+        Expected size in bytes; None where it is not known, and then `LARGEST` at most.
     spare
         Bytes that must stay free on the disk besides the file itself.
     notify
@@ -163,8 +178,8 @@ def fetch(
     Raises
     ------
     HarnessError
-        The server refuses (`StatusError`), is not reached in the tries of `WAITS`, or sends
-        another file than the expected one; the disk is too full.
+        The server refuses (`StatusError`), is not reached in the tries of `WAITS`, is slower than
+        `SLOWEST`, or sends another file than the expected one; the disk is too full.
     StoppedError
         `stop` was set.
     OSError
@@ -175,7 +190,7 @@ def fetch(
     furthest, tries = part.size, 0
     while True:
         try:
-            _receive(url, part, size=size, spare=spare, progress=progress, stop=stop)
+            _receive(url, part, sha256, size=size, spare=spare, progress=progress, stop=stop)
             break
         except _BrokenError as error:
             if part.size > furthest:
@@ -209,6 +224,7 @@ def arrived(target: Path) -> int:
 def _receive(
     url: str,
     part: _Part,
+    sha256: str | None,
     *,
     size: int | None,
     spare: int,
@@ -216,7 +232,7 @@ def _receive(
     stop: threading.Event,
 ) -> None:
     """One request; returns when the part is the whole file."""
-    old = part.version(url)
+    old = part.version(url, checked=sha256 is not None)
     start = part.size if old else 0
     if old and start == old.size:
         return  # complete, but the run ended before it was checked
@@ -234,20 +250,24 @@ def _receive(
             part.discard()
             raise _BrokenError("the file changed on the server, it is fetched from the start")
         require_space(part.path.parent, (new.size or size or 0) - start + spare)
-        received = start
+        received, most = start, new.size or size or LARGEST
         with part.path.open("ab") as file:
-            for chunk in _chunks(response):
-                file.write(chunk)
+            for chunk in _chunks(url, response):
                 received += len(chunk)
+                if received > most:
+                    break
+                file.write(chunk)
                 if progress is not None:
                     progress(received, new.size)
                 if stop.is_set():
                     raise StoppedError
     if new.size is not None and received < new.size:
         raise _BrokenError(f"the connection broke after {received} of {new.size} bytes")
-    if new.size is not None and received > new.size:
+    if received > most:
         part.discard()
-        raise _BrokenError(f"the server sent more than the {new.size} bytes it announced")
+        raise HarnessError(
+            f"{url}: the server sends more than {most} bytes; take another server with --mirror"
+        )
 
 
 def _check_answer(url: str, response: HTTPResponse, new: _Version, size: int | None) -> None:
@@ -262,6 +282,8 @@ def _check_answer(url: str, response: HTTPResponse, new: _Version, size: int | N
         problem = "the server names no length, so a broken file would not be noticed"
     elif new.size == 0:
         problem = "the file on the server is empty"
+    elif size is None and (new.size or 0) > LARGEST:
+        problem = f"the file on the server has {new.size} bytes, more than {LARGEST}"
     elif None not in (size, new.size) and size != new.size:
         problem = f"the file on the server has {new.size} bytes, not {size}"
     if problem:
@@ -272,11 +294,10 @@ def _check_answer(url: str, response: HTTPResponse, new: _Version, size: int | N
 def _request(url: str, headers: dict[str, str], part: _Part) -> Iterator[HTTPResponse]:
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http(s), see apply_mirror
     try:
-        # an opener of our own: the module's common one keeps the proxies of its first use
-        response: HTTPResponse = urllib.request.build_opener().open(request, timeout=TIMEOUT)
+        response = _open(request)
     except urllib.error.HTTPError as error:
         with error:
-            reason = f"{error.code} {error.reason}"
+            reason = f"{error.code} {one_line(error.reason)}"
             if error.code == 416:
                 part.discard()
                 raise _BrokenError("the file changed on the server") from error
@@ -285,18 +306,57 @@ def _request(url: str, headers: dict[str, str], part: _Part) -> Iterator[HTTPRes
             raise StatusError(error.code, f"{url}: the server answers {reason}") from error
     except (HTTPException, OSError) as error:
         raise _network_error(url, error) from error
+    except ValueError as error:  # of an address that the server names, as a broken port
+        raise HarnessError(f"{url}: the server names no address: {one_line(error)}") from error
     with response:
         yield response
 
 
-def _chunks(response: HTTPResponse) -> Iterator[bytes]:
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows to other web addresses alone."""
+
+    def redirect_request(self, *answer: Any) -> urllib.request.Request | None:
+        *_, address = answer
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or parts.port == 0:  # or it is no number
+            raise ValueError(f"{address[:100]!r} is not of the web")
+        return super().redirect_request(*answer)
+
+
+def _open(request: urllib.request.Request) -> HTTPResponse:
+    """Send a request and wait for the head of its answer, but not for one that drips."""
+    # an opener of our own: the module's common one keeps the proxies of its first use
+    opener = urllib.request.build_opener(_Redirects())
+    answer: Future[HTTPResponse] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(opener.open(request, timeout=TIMEOUT))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # it may outlive the transfer
+    return answer.result(2 * TIMEOUT)
+
+
+def _chunks(url: str, response: HTTPResponse) -> Iterator[bytes]:
+    begun, received = time.monotonic(), 0
     while True:
+        if (passed := time.monotonic() - begun) > 2 * TIMEOUT:
+            if received < SLOWEST * passed:
+                raise HarnessError(
+                    f"{url}: the server sends less than {SLOWEST} bytes a second; run the command "
+                    "again later, it goes on where this one stopped, or take another server with "
+                    "--mirror"
+                )
+            begun, received = time.monotonic(), 0
         try:
             chunk = response.read1(_CHUNK)
         except (HTTPException, OSError) as error:
             raise _BrokenError(_reason(error)) from error
         if not chunk:
             return
+        received += len(chunk)
         yield chunk
 
 
@@ -312,7 +372,7 @@ def _reason(error: object) -> str:
         return f"no answer in {TIMEOUT:g} s"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _version(url: str, response: HTTPResponse) -> _Version:
@@ -321,7 +381,7 @@ def _version(url: str, response: HTTPResponse) -> _Version:
     if response.status == 206:
         found = _CONTENT_RANGE.fullmatch(headers["Content-Range"] or "")
         length = found[2] if found else None
-    size = int(length) if length is not None and length.isdecimal() else None
+    size = int(length) if length is not None and _NUMBER.fullmatch(length) else None
     return _Version(url, size, headers["ETag"], headers["Last-Modified"])
 
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _Sample = tuple[int, int, float]
 """Response id, QSL index, and when it came (`time.monotonic`)."""
@@ -28,6 +29,17 @@ class Batch:
 
     ids: Sequence[int]
     indices: Sequence[int]
+    arrivals: Sequence[float]
+
+
+class Completion(NamedTuple):
+    """A batch that is done: when, its seconds in the engine, and when each sample came.
+
+    Times are seconds of `time.monotonic`.
+    """
+
+    time: float
+    batch_seconds: float
     arrivals: Sequence[float]
 
 

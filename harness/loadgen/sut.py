@@ -12,12 +12,11 @@ from queue import SimpleQueue
 from typing import Any
 
 import mlperf_loadgen as lg
-import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import SessionLostError
 from engine.protocol import Engine, Session
-from harness.loadgen.batcher import Batch, Batcher
+from harness.loadgen.batcher import Batch, Batcher, Completion
 from harness.loadgen.clock import Times
 from harness.loadgen.numa import gpu_cpus, running_on
 from harness.loadgen.qsl import SampleLibrary
@@ -80,7 +79,7 @@ class Sut:
         self.failure: BaseException | None = None
         self.issued = 0
         self.completed = 0
-        self.batch_seconds: list[float] = []
+        self.completions: list[Completion] = []
         self.losses: list[str] = []
         self.times = Times()
         self._lock = threading.Lock()
@@ -157,7 +156,7 @@ class Sut:
     def flush(self) -> None:
         """LoadGen's FlushQueries: nothing is held back, so there is nothing to do."""
 
-    def complete(self, batch: Batch, rows: NDArray[np.float32], sizes: Sequence[int]) -> None:
+    def complete(self, batch: Batch, took: float, rows: NDArray[Any], sizes: Sequence[int]) -> None:
         """Give LoadGen the responses of a batch; see `harness.loadgen.response.pack`."""
         starts = accumulate(sizes, initial=rows.ctypes.data)
         responses = list(map(lg.QuerySampleResponse, batch.ids, starts, sizes))
@@ -167,6 +166,7 @@ class Sut:
             self._outstanding.difference_update(batch.ids)
             self.completed += len(responses)
             self.times.last_completion = self._last_progress = time.monotonic()
+            self.completions.append(Completion(self._last_progress, took, batch.arrivals))
         # LoadGen copies the data before it returns, and `rows` lives at least until then
         lg.QuerySamplesComplete(responses)
         self.times.handed_over = time.monotonic()
@@ -375,14 +375,14 @@ class _Lane:
             self._lose(batch, error)
             self._slots.put(None)
             return
-        sut.batch_seconds.append(self._took_result() - started)
+        seconds = self._took_result() - started
         self._slots.put(None)  # the arrays are valid until the next result is taken
         check_outputs(detections, counts, len(batch.ids))
         checked = sut.check_all or self._last_result - self._last_check >= _CHECK_SECONDS
         if checked:
             self._last_check = self._last_result
         packed = pack(detections, counts, batch.indices, checked=checked, labels=sut.labels)
-        sut.complete(batch, *packed)
+        sut.complete(batch, seconds, *packed)
 
     def _took_result(self) -> float:
         self._started.popleft()

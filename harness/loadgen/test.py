@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlperf_loadgen as lg
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import EngineError
 from engine.protocol import Engine
@@ -52,6 +55,9 @@ class Outcome:
         As used, estimates filled in.
     batch_seconds
         Seconds of each batch from its submission to its result, in order of the results.
+    latencies
+        float64 [N, 2]: when each sample was done, from the first query on, and how long after its
+        own query; seconds. In Offline, which is one query, of batches in the engine instead.
     losses
         One sentence for each session that was lost.
     """
@@ -59,6 +65,7 @@ class Outcome:
     detail: DetailLog
     settings: Settings
     batch_seconds: tuple[float, ...]
+    latencies: NDArray[np.float64]
     losses: tuple[str, ...]
 
 
@@ -162,9 +169,23 @@ def run_test(
     return Outcome(
         detail,
         settings,
-        tuple(sut.batch_seconds),
+        tuple(done.batch_seconds for done in sut.completions),
+        _latencies(sut, of_batches=settings.scenario == "Offline"),
         tuple(sut.losses),
     )
+
+
+def _latencies(sut: Sut, *, of_batches: bool) -> NDArray[np.float64]:
+    """See `Outcome`."""
+    done = sut.completions
+    ends = np.array([one.time for one in done], np.float64)
+    if of_batches:
+        seconds = np.array([one.batch_seconds for one in done], np.float64)
+    else:
+        ends = np.repeat(ends, [len(one.arrivals) for one in done])
+        arrivals = chain.from_iterable(one.arrivals for one in done)
+        seconds = ends - np.fromiter(arrivals, np.float64)
+    return np.stack([ends - sut.times.first_query, seconds], axis=1)
 
 
 class _StartTest(threading.Thread):

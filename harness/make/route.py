@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
-from engine.errors import EngineError
+from engine.errors import EngineError, naming
 from engine.protocol import InputSpec
 from engine.quantization.thresholds import METHODS
 from engine.support.external import model_sha256
 from engine.support.files import file_sha256
+from engine.support.leaving import end_with_parent
 from harness.artefacts import (
     TRANSFORM_CODE,
     Artefact,
@@ -208,7 +209,8 @@ def build_int8(route: Route, form: Form = "fp32") -> Quantized:
     from graph_surgery.files import save
 
     detector = load_detector(build_onnx(route))
-    placement = find_placement(detector.model)
+    with naming(detector.path):
+        placement = find_placement(detector.model)
     images = preprocess(route, "cal", InputSpec(placement.image, placement.shape, "float32"))
     cache = build_cache(route, detector, images)
     calibration = Calibration.load(cache.path)
@@ -371,6 +373,6 @@ def _images_sha256(images: PreprocessedSet) -> str:
 def _command(room: str, *arguments: str | Path) -> None:
     """Run the command of a room that this one must not import; what it prints goes to stderr."""
     command = [sys.executable, "-m", room, *map(str, arguments)]
-    done = subprocess.run(command, stdout=_STDERR, check=False)
+    done = subprocess.run(command, stdout=_STDERR, check=False, preexec_fn=end_with_parent)
     if done.returncode != 0:
         raise HarnessError(f"python -m {room} failed with exit code {done.returncode}; see above")

@@ -25,7 +25,7 @@ from harness.make.system_config import SystemConfig, system_config
 from harness.make.triton import make_repository, servers_of
 from harness.results.devices import load_engines
 from harness.results.run import Benchmark
-from harness.results.run_all import Test, new_log_dir, run_all
+from harness.results.run_all import Test, new_folder, run_all
 from harness.triton.server import find_server
 
 TIMEOUT_S = 300.0
@@ -80,7 +80,7 @@ def generate_engines(routes: Sequence[Route], arguments: RunArgs) -> None:
 def run_harness(routes: Sequence[Route], arguments: RunArgs) -> None:
     """Run every scenario in every test mode on its engine, and print the table of the results."""
     with ExitStack() as servers:
-        run_all(_tests(routes, arguments, servers))
+        run_all(_tests(routes, arguments, servers), routes[0].build_dir)
 
 
 def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> list[Test]:
@@ -110,7 +110,7 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
                 urls=urls,
                 max_batch=largest_batch(one for one in settings if files[one.scenario] == file),
             )
-        root = root or new_log_dir(route.build_dir)
+        root = root or new_folder(route.build_dir / "logs")
         folder = root / config.name.replace("/", "-") / route.benchmark
         tests += [
             (

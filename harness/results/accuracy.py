@@ -23,7 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.coco import coco_stats, load_annotations, positions_by_name
+from engine.data.coco import (
+    STATS,
+    coco_evaluation,
+    coco_stats,
+    load_annotations,
+    positions_by_name,
+)
 from harness.data.oddities import annotation_oddities
 from harness.errors import HarnessError
 from harness.loadgen.accuracy_log import AccuracyLog, read_accuracy_log
@@ -72,10 +78,58 @@ class AccuracyResult:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """An accuracy log held against annotations.
+
+    Attributes
+    ----------
+    log
+        The log.
+    content
+        The annotation file.
+    images
+        Its image of each of the log's samples.
+    rows
+        float32 [R, 7], as `engine.data.coco.coco_evaluation` takes them.
+    coco
+        pycocotools' COCOeval.
+    """
+
+    log: AccuracyLog
+    content: Mapping[str, Any]
+    images: Sequence[dict[str, Any]]
+    rows: NDArray[np.float32]
+    coco: Any
+
+
 def evaluate(
     log_path: Path, annotations: Path, files: Sequence[str] | None = None
 ) -> AccuracyResult:
-    """Evaluate an accuracy log against COCO annotations.
+    """Evaluate an accuracy log against COCO annotations; see `evaluation_of`."""
+    found = evaluation_of(log_path, annotations, files)
+    stats = dict(zip(STATS, map(float, found.coco.stats), strict=True))
+    total = len(found.content["images"])
+    return AccuracyResult(
+        mAP=stats["AP"],
+        AP50=stats["AP50"],
+        stats=stats,
+        images_seen=len(found.images),
+        images_total=total,
+        detections=len(found.log.rows),
+        duplicates=found.log.duplicates,
+        empties=found.log.empties,
+        warnings=(
+            *_warnings(found.log, found.content, total, stats["AP"]),
+            *_better_reading(found.content, found.images, found.rows, stats["AP50"]),
+        ),
+    )
+
+
+def evaluation_of(
+    log_path: Path, annotations: Path, files: Sequence[str] | None = None
+) -> Evaluation:
+    """Hold an accuracy log against COCO annotations.
 
     Parameters
     ----------
@@ -86,11 +140,6 @@ def evaluate(
     files
         Image file name of each sample index. None: the sample index is the position in the
         annotation file's ``images``, as in MLPerf's own scripts.
-
-    Returns
-    -------
-    AccuracyResult
-        The numbers.
 
     Raises
     ------
@@ -115,22 +164,7 @@ def evaluate(
     slot_of_sample[list(log.samples)] = np.arange(len(log.samples))
     rows = log.rows.copy()
     rows[:, 0] = slot_of_sample[log.rows[:, 0].astype(np.int64)]
-    stats = coco_stats(content, images, rows)
-    total = len(content["images"])
-    return AccuracyResult(
-        mAP=stats["AP"],
-        AP50=stats["AP50"],
-        stats=stats,
-        images_seen=len(images),
-        images_total=total,
-        detections=len(rows),
-        duplicates=log.duplicates,
-        empties=log.empties,
-        warnings=(
-            *_warnings(log, content, total, stats["AP"]),
-            *_better_reading(content, images, rows, stats["AP50"]),
-        ),
-    )
+    return Evaluation(log, content, images, rows, coco_evaluation(content, images, rows))
 
 
 def _images_of_samples(

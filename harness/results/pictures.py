@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.data.coco import load_annotations
 from engine.support.files import write_atomically
-from harness.data.transform import BadImageError, decode
+from harness.data.transform import BadImageError, decode, read_image
 from harness.errors import HarnessError
 
 SCORE_THRESHOLD = 0.3
@@ -82,7 +82,7 @@ def draw_detections(
         rows = detections[(detections[:, 0] == sample) & (detections[:, 5] >= SCORE_THRESHOLD)]
         picture = _read(image_dir / name)
         _draw_truth(picture, truth.get(name, []))
-        _draw_rows(picture, rows, categories)
+        draw_rows(picture, rows, dict(enumerate(categories, start=1)))
         legend = f"{name}   solid: detected, score >= {SCORE_THRESHOLD}"
         pictures.append(_add_caption(picture, legend + ("   dashed: annotated" if truth else "")))
         paths.append(out_dir / f"{sample:05d}_{Path(name).stem}.jpg")
@@ -90,22 +90,23 @@ def draw_detections(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for path, picture in zip([montage, *paths], [_montage(pictures), *pictures], strict=True):
-            write_atomically(path, _to_jpeg(picture))
+            write_atomically(path, to_jpeg(picture))
     except OSError as error:
         raise HarnessError(f"cannot write pictures to {out_dir}: {error.strerror}") from error
     return (montage, *paths)
 
 
 def _read(path: Path) -> _Image:
-    """Read an image, enlarged when it is small."""
-    import cv2
-
     try:
-        image = decode(path.read_bytes())
-    except OSError as error:
-        raise HarnessError(f"image {path} cannot be read: {error.strerror}") from error
+        return enlarged(decode(read_image(path)[0]))
     except BadImageError as error:
         raise HarnessError(f"image {path}: {error}") from error
+
+
+def enlarged(image: _Image) -> _Image:
+    """Enlarge an image, uint8 [h, w, 3], that is too small for labels that can be read."""
+    import cv2
+
     factor = min(2.0, _LONG_SIDE / max(image.shape))
     if factor <= 1:
         return image
@@ -163,7 +164,7 @@ def _draw_truth(picture: _Image, boxes: Sequence[Sequence[float]]) -> None:
                 cv2.line(picture, (x, start), end, _WHITE, 1, cv2.LINE_AA)
 
 
-def _draw_rows(picture: _Image, rows: NDArray[np.float32], categories: Sequence[str]) -> None:
+def draw_rows(picture: _Image, rows: NDArray[np.float32], names: Mapping[int, str]) -> None:
     """Draw boxes, best last, then the labels, best first, where they hide no other label."""
     import cv2
 
@@ -171,15 +172,40 @@ def _draw_rows(picture: _Image, rows: NDArray[np.float32], categories: Sequence[
     ordered = rows[np.argsort(rows[:, 5], kind="stable")].tolist()
     named: list[tuple[_Box, str, _Colour]] = []
     for _, ymin, xmin, ymax, xmax, score, label in ordered:
-        if not 1 <= label <= len(categories):
-            raise HarnessError(f"label {label:g} has no name; there are {len(categories)} names")
+        if label not in names:
+            raise HarnessError(f"label {label:g} has no name; there are {len(names)} names")
         box = _to_pixels(picture, (xmin, ymin, xmax, ymax))
         colour = _colour(int(label))
         cv2.rectangle(picture, box[:2], box[2:], _BLACK, stroke + 2, cv2.LINE_AA)
         cv2.rectangle(picture, box[:2], box[2:], colour, stroke, cv2.LINE_AA)
-        named.append((box, f"{categories[int(label) - 1]} {score:.2f}", colour))
+        named.append((box, f"{names[int(label)]} {score:.2f}", colour))
     taken: list[_Box] = []
     for box, text, colour in reversed(named):
+        taken.append(_draw_label(picture, box, text, colour, taken))
+
+
+def draw_boxes(
+    picture: _Image, boxes: Sequence[tuple[str, Sequence[float]]], colour: _Colour
+) -> None:
+    """Draw boxes of one colour with their texts.
+
+    Parameters
+    ----------
+    picture
+        uint8 [h, w, 3]; changed.
+    boxes
+        Texts and boxes, left, top, right, bottom as fractions of the picture.
+    colour
+        Blue, green, red.
+    """
+    import cv2
+
+    taken: list[_Box] = []
+    places = [(text, _to_pixels(picture, box)) for text, box in boxes]
+    for _, box in places:
+        cv2.rectangle(picture, box[:2], box[2:], _BLACK, _stroke(picture) + 2, cv2.LINE_AA)
+        cv2.rectangle(picture, box[:2], box[2:], colour, _stroke(picture), cv2.LINE_AA)
+    for text, box in places:
         taken.append(_draw_label(picture, box, text, colour, taken))
 
 
@@ -246,7 +272,8 @@ def _montage(pictures: Sequence[_Image]) -> _Image:
     return canvas
 
 
-def _to_jpeg(picture: _Image) -> bytes:
+def to_jpeg(picture: _Image) -> bytes:
+    """Encode a picture, uint8 [h, w, 3], BGR."""
     import cv2
 
     _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from harness.errors import HarnessError
 from harness.results.result import RESULT, RunResult, read_result
 
-_MIN_WIDTH = 110
-_VERDICTS = {True: "VALID", False: "INVALID", None: "–"}
+_COLUMNS = (
+    ("run", "date", "data set"),
+    ("model", "engine", "device"),
+    ("scenario", "mode", "LoadGen"),
+    ("mAP", "AP50", "samples/s"),
+    ("p50 ms", "p90 ms", "p99 ms"),
+)
+"""Of the table on a terminal, which has 80 columns: what stands below each other."""
 
 Runs = Sequence[tuple[Path, RunResult]]
 """Folders of runs, and their results."""
@@ -41,19 +50,64 @@ def find_results(directories: Sequence[Path]) -> Runs:
     return list(found.items())
 
 
+def facts_of(directory: Path, result: RunResult) -> dict[str, str | float | None]:
+    """What a table has of a run: what identifies it, and its figures; None for what it has not."""
+    engine, accuracy = result.engine, result.accuracy or {}
+    devices = engine.get("gpu") or engine.get("devices")
+    device = ", ".join(map(str, devices)) if isinstance(devices, list) else str(devices)
+    latency = result.batch_latency_ms if is_batch_latency(result) else result.latency_ms
+    return {
+        "run": root_of(directory, result).name,
+        "date": result.finished[:16].replace("T", " "),
+        "scenario": result.scenario,
+        "mode": result.mode,
+        "LoadGen": {True: "VALID", False: "INVALID", None: None}[result.valid],
+        "mAP": accuracy.get("mAP"),
+        "AP50": accuracy.get("AP50"),
+        "samples/s": result.samples_per_second,
+        **{f"{name} ms": latency.get(name) for name in ("p50", "p90", "p99")},
+        "model": str(engine.get("model")),
+        "input": str((engine.get("input") or {}).get("dtype")),
+        "engine": str(engine.get("backend")),
+        "device": result.versions.get("cpu", device) if device == "cpu" else device,
+        "data set": str(result.dataset.get("name")),
+        "samples": result.dataset.get("samples"),
+    }
+
+
+def as_text(name: str, value: str | float | None) -> str:
+    """Value of one of `facts_of` for people."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.{4 if name in ('mAP', 'AP50') else 2}f}"
+    return str(value)
+
+
+def root_of(directory: Path, result: RunResult) -> Path:
+    """Folder of all tests of a run, of which one lies in ``SYSTEM/BENCHMARK/SCENARIO/MODE``."""
+    path = directory.resolve()
+    inside = path.parent.name == result.scenario and len(path.parents) > 3
+    return path.parents[3] if inside else path
+
+
 def print_table(runs: Runs) -> None:
     """Print one table of all runs to stdout, and below it where their files are."""
     console = Console(soft_wrap=True, markup=False)  # paths and LoadGen's words may hold [ ]
-    console.width = max(console.width, _MIN_WIDTH)  # better wrapped by the terminal than cut off
-    table = Table(title="ssd-resnet34")
-    for name in ("scenario", "mode", "LoadGen"):
-        table.add_column(name, no_wrap=True)
-    for name in ("mAP", "AP50", "samples/s", "p50 ms", "p90 ms", "p99 ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for _, result in runs:
-        table.add_row(*_row(result))
-    console.print(table)
-    if any(_is_batch_latency(result) for _, result in runs):
+    table = Table(title="ssd-resnet34", show_lines=True)
+    for number, heads in enumerate(_COLUMNS):
+        table.add_column(
+            "\n".join(heads),
+            justify="right" if number > 2 else "left",
+            overflow="fold",
+            no_wrap=number > 1,
+        )
+    for directory, result in runs:
+        facts = facts_of(directory, result)
+        cells = ("\n".join(as_text(name, facts[name]) for name in heads) for heads in _COLUMNS)
+        table.add_row(*map(Text, cells))
+    console.print(table, soft_wrap=False)
+    if any(is_batch_latency(result) for _, result in runs):
         console.print("Offline and accuracy runs: latency of one batch in the engine.")
     for directory, result in runs:
         console.print(f"{result.scenario} {result.mode}: logs in {directory}", highlight=False)
@@ -71,24 +125,16 @@ def to_json(runs: Runs) -> str:
     return json.dumps(documents, indent=2)
 
 
-def _row(result: RunResult) -> list[str]:
-    accuracy = result.accuracy or {}
-    latency = result.batch_latency_ms if _is_batch_latency(result) else result.latency_ms
-    return [
-        result.scenario,
-        result.mode,
-        _VERDICTS[result.valid],
-        _number(accuracy.get("mAP"), 4),
-        _number(accuracy.get("AP50"), 4),
-        _number(result.samples_per_second, 2),
-        *(_number(latency.get(name), 2) for name in ("p50", "p90", "p99")),
-    ]
+def to_csv(runs: Runs) -> str:
+    """The table as CSV, a line for each run; what a run has not is empty."""
+    rows = [{**facts_of(*run), "directory": str(run[0])} for run in runs]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
 
 
-def _is_batch_latency(result: RunResult) -> bool:
+def is_batch_latency(result: RunResult) -> bool:
     """Offline is one query, whose latency is the whole run's."""
     return result.scenario == "Offline" or not result.latency_ms
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

@@ -26,6 +26,7 @@ from harness.loadgen.settings import MODEL, Mode, Settings
 from harness.loadgen.test import Outcome, run_test
 from harness.lock import locked
 from harness.results.accuracy import evaluate
+from harness.results.latencies import summarized
 from harness.results.pictures import draw_detections
 from harness.results.result import RunResult, latency_summary, performance_figures, versions
 
@@ -183,6 +184,8 @@ def _run(
         audit=audit,
         labels=benchmark.labels,
     )
+    if mode == "PerformanceOnly":
+        summarized(outcome.latencies).write(directory)
     result = _result(benchmark, outcome, mode, directory)
     if audit is not None:
         result = dataclasses.replace(result, mode=audit.name)

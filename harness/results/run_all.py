@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import chain, count
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import typer
 
+from engine.support.files import write_atomically
 from engine.support.progress import progress_bar
 from harness.command import leave
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.settings import Mode, Settings
-from harness.results.report import print_table
+from harness.results.page import PAGE, render_page, write_index
+from harness.results.report import Runs, find_results, print_table, root_of
 from harness.results.result import RunResult
 from harness.results.run import Benchmark, run
 
@@ -21,8 +24,8 @@ Test = tuple[Benchmark, Settings, Mode, Path]
 """What to run, and the folder for its logs."""
 
 
-def new_log_dir(build_dir: Path) -> Path:
-    """Make a folder for the logs of a run, which no other run has: ``logs/<time>``.
+def new_folder(parent: Path) -> Path:
+    """Make a folder named by the time, which is no other run's.
 
     Raises
     ------
@@ -31,7 +34,7 @@ def new_log_dir(build_dir: Path) -> Path:
     """
     stem = datetime.now().strftime("%Y%m%d-%H%M%S")
     for name in chain([stem], (f"{stem}-{number}" for number in count(2))):
-        folder = build_dir / "logs" / name
+        folder = parent / name
         try:
             folder.mkdir(parents=True)
         except FileExistsError:  # of a run that began in the same second
@@ -42,10 +45,17 @@ def new_log_dir(build_dir: Path) -> Path:
     raise AssertionError  # the numbers do not end
 
 
-def run_all(tests: Sequence[Test]) -> None:
-    """Run tests and print the table of their results.
+def run_all(tests: Sequence[Test], build_dir: Path) -> None:
+    """Run tests, print the table of their results, and write their page.
 
     After a test that fails the process ends.
+
+    Parameters
+    ----------
+    tests
+        Their folders lie in one, as ``SYSTEM/BENCHMARK/SCENARIO/MODE``, where the page goes.
+    build_dir
+        The build folder; a list of all runs in its ``logs`` goes there.
 
     Raises
     ------
@@ -63,9 +73,28 @@ def run_all(tests: Sequence[Test]) -> None:
                 results.append((where, run(benchmark, settings, mode, where, progress)))
     except RunFailedError as error:
         if results:
-            print_table(results)
+            _report(results, build_dir)
         leave(error)
+    _report(results, build_dir)
+
+
+def _report(results: Runs, build_dir: Path) -> None:
     print_table(results)
+    root = root_of(*results[0])
+    page, logs = root / PAGE, build_dir / "logs"
+    try:
+        write_atomically(page, render_page(find_results([root]), build_dir).encode())
+        if root.parent == logs.resolve():
+            write_index(logs)
+    except Exception as error:  # the run is done, whatever becomes of its page
+        reason = " ".join(str(error).split())
+        typer.echo(
+            f"harness: no page was written: {type(error).__name__}: {reason}; for another try: "
+            f"harness report {root} -o report.html",
+            err=True,
+        )
+    else:
+        typer.echo(f"page in {os.path.relpath(page)}")
 
 
 def _announcement(settings: Settings, mode: Mode, samples: int) -> str:

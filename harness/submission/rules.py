@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from engine.support.documents import parse_json
 from engine.support.files import write_atomically
 from harness.errors import HarnessError
 from harness.loadgen.accuracy_log import read_accuracy_log
@@ -200,7 +201,7 @@ def _by_sample(log: Path) -> tuple[dict[int, str], int, int]:
 def _entries(log: Path) -> list[tuple[int, str]]:
     """Sample index and answer, in hexadecimal, of each record."""
     try:
-        return [(item["qsl_idx"], item["data"].upper()) for item in json.loads(log.read_text())]
+        return [(item["qsl_idx"], item["data"].upper()) for item in parse_json(log.read_bytes())]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise HarnessError(f"{log}: not a complete accuracy log: {error}") from error
 

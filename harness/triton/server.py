@@ -27,7 +27,7 @@ import typer
 from engine.backends.triton.engine import START_UP_SECONDS
 from engine.support.environment import distribution
 from engine.support.files import write_atomically
-from engine.support.leaving import on_leaving
+from engine.support.leaving import end_with_parent, on_leaving
 from engine.support.progress import progress_bar
 from harness.command import run_command
 from harness.errors import HarnessError
@@ -159,7 +159,11 @@ def running_server(command: Path, repository: Repository, log: Path) -> Iterator
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             process = subprocess.Popen(
-                line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                line,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls the kernel alone
             )
     except OSError as error:
         raise HarnessError(f"{error.filename}: {error.strerror}") from error

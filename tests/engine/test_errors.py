@@ -8,8 +8,11 @@ import onnx
 import pytest
 
 from engine.cli import app, main
+from engine.data.preprocessed import preprocessing_sha256
+from engine.quantization.cache import Calibration
 from harness.command import run_command as run_harness
 from tests.support import attempt
+from tests.support.int8_models import write_int8
 
 COMMANDS = ["calibrate", "quantize", "build", "compare", "sensitivity", "inspect"]
 
@@ -62,7 +65,33 @@ def test_a_graph_that_contradicts_itself_is_one_line(surgered, tmp_path, monkeyp
         {"engine": main, "harness": lambda: run_harness(app)}[name]()
     error = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert error.startswith(f"{name}: error: shape inference fails") and error.count("\n") == 1
+    assert (
+        error.startswith(f"{name}: error: wrong.onnx: shape inference fails")
+        and error.count("\n") == 1
+    )
+
+
+def test_the_files_of_a_refusal_are_named(surgered, exported, tmp_path):
+    for name, path in (("before.onnx", exported), ("model.onnx", surgered)):
+        (tmp_path / name).symlink_to(path)
+    int8 = write_int8(surgered, tmp_path / "int8.onnx", "fp32")
+    cache = tmp_path / "cache.json"
+    calibration = Calibration(
+        {"a": 1.0}, "minmax", 1, "", "", preprocessing_sha256((3, 400, 400)), {}, 0, (), {}, {}
+    )
+    calibration.save(cache)
+    images = ("--data", tmp_path, "-o", tmp_path / "c.json")
+    for arguments, message in (
+        (("calibrate", tmp_path / "before.onnx", *images), "before.onnx: the graph has no NMS_OPT"),
+        (("calibrate", int8, *images), "int8.onnx: the graph is quantised already"),
+        (
+            ("quantize", tmp_path / "model.onnx", cache, tmp_path / "out.onnx"),
+            f"model.onnx with {cache}: the calibration belongs to another model",
+        ),
+    ):
+        done = attempt("-m", "engine", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 def test_help_imports_nothing_heavy():

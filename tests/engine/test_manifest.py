@@ -14,9 +14,22 @@ from engine.errors import EngineError
 from engine.manifest import Manifest, PluginLibrary, load_manifest, manifest_path, save_engine
 from engine.protocol import InputSpec, output_shapes
 from tests.support.formats import JSON, Sample, damages
+from tests.support.manifests import PLAN, manifest
+from tests.support.writers import fail_to_write
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 WHOLE = st.integers(-(2**63), 2**64 - 1)
+SIZE = st.integers(1, 2**31 - 1)
+INPUT = st.one_of(
+    st.builds(InputSpec, st.text(max_size=9), st.tuples(SIZE, SIZE, SIZE), st.just("float32")),
+    st.builds(
+        InputSpec,
+        st.text(max_size=9),
+        st.tuples(SIZE, SIZE, SIZE),
+        st.just("int8"),
+        st.floats(0, exclude_min=True, allow_infinity=False),
+    ),
+)
 NAMES = st.text(max_size=9)
 
 SAMPLE = Sample(
@@ -62,26 +75,20 @@ def written(folder: Path, document: object) -> Path:
         ),
         metadata=st.dictionaries(NAMES, NAMES, max_size=3),
         engine_bytes=WHOLE,
-        input=st.builds(
-            InputSpec,
-            NAMES,
-            st.tuples(WHOLE, WHOLE, WHOLE),
-            st.sampled_from(["float32", "int8"]),
-            st.none() | FINITE,
-        ),
-        min_batch=WHOLE,
-        opt_batch=WHOLE,
-        max_batch=WHOLE,
+        input=INPUT,
+        min_batch=st.just(1),
+        opt_batch=st.integers(1, 64),
+        max_batch=st.integers(64, 2**31 - 1),
         options=st.dictionaries(NAMES, JSON, max_size=3),
         seconds=FINITE,
-        keep_top_k=WHOLE,
+        keep_top_k=SIZE,
         outputs=st.dictionaries(NAMES, st.lists(st.none() | WHOLE, max_size=3), max_size=2),
     )
 )
-def test_a_manifest_comes_back(tmp_path_factory, manifest):
+def test_a_manifest_comes_back(tmp_path_factory, written):
     engine = tmp_path_factory.getbasetemp() / "any.engine"
-    save_engine(engine, b"a plan", manifest)
-    assert load_manifest(engine) == manifest
+    save_engine(engine, b"a plan", written)
+    assert load_manifest(engine) == written
 
 
 @given(damages(SAMPLE))
@@ -109,6 +116,28 @@ def test_what_is_no_document(tmp_path, text, message):
         load_manifest(engine)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input": {"shape": [3, -1, 400]}},
+        {"input": {"shape": [3, 2**40, 400]}},
+        {"input": {"scale": None}},
+        {"input": {"scale": 0.0}},
+        {"input": {"dtype": "float32"}},
+        {"max_batch": 0},
+        {"min_batch": 9},
+        {"keep_top_k": 0},
+    ],
+    ids=str,
+)
+def test_sizes_that_no_engine_has(tmp_path, changes):
+    document = SAMPLE.document | changes
+    if "input" in changes:
+        document["input"] = SAMPLE.document["input"] | changes["input"]
+    with pytest.raises(EngineError, match=r"m\.engine\.json: no engine has .*; build it again"):
+        load_manifest(written(tmp_path, document))
+
+
 def test_a_manifest_from_before_says_200_detections(tmp_path):
     """It has neither keep_top_k nor outputs, and the first had no headers of a plug-in."""
     document = {k: v for k, v in SAMPLE.document.items() if k not in ("keep_top_k", "outputs")}
@@ -120,6 +149,19 @@ def test_a_manifest_from_before_says_200_detections(tmp_path):
     assert manifest.plugins[0].headers is None
     assert served_model(engine).keep_top_k == 200
     assert served_model(written(tmp_path, SAMPLE.document)).keep_top_k == 100
+
+
+def write_large(path, size):
+    save_engine(path, b"another plan", manifest(metadata={"a": "x" * size}))
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_old_engine(tmp_path, capfd):
+    engine = tmp_path / "m.engine"
+    save_engine(engine, PLAN, manifest())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    said = fail_to_write(write_large, engine, capfd)
+    assert said == f"EngineError: {engine}: cannot write it: File too large"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_input_and_outputs_as_json_has_them():

@@ -217,12 +217,17 @@ def wanted_plugin(detector: Detector) -> Plugin:
         )
     detector.require_any_engine()
     detector.require_dynamic_batch()
-    wanted = node.attrs
-    return Plugin(
-        wanted.get("plugin_version", "1"),
-        wanted.get("plugin_namespace", ""),
-        wanted.get("keepTopK", KEEP_TOP_K),
+    wanted = Plugin(
+        node.attrs.get("plugin_version", "1"),
+        node.attrs.get("plugin_namespace", ""),
+        node.attrs.get("keepTopK", KEEP_TOP_K),
     )
+    if tuple(map(type, vars(wanted).values())) != (str, str, int):
+        raise EngineError(
+            f"{path}: plugin_version, plugin_namespace and keepTopK of {OP_TYPE} are not text, "
+            "text and a whole number"
+        )
+    return wanted
 
 
 def _require_plugin(trt: Any, detector: Detector, plugin: Plugin) -> None:

@@ -25,6 +25,7 @@ from engine.manifest import (
     check_machine,
     check_plugins,
     load_manifest,
+    manifest_path,
 )
 from engine.protocol import DETECTIONS, NUM_DETECTIONS, InputSpec
 from engine.support.files import write_atomically
@@ -63,6 +64,8 @@ def load(backend: str, model: Path, device: str) -> Engine:
         When the manifest is missing or a line of it does not hold: the backend and its version, the
         GPU, the plugin libraries, the engine file; when TensorRT is not installed or refuses.
     """
+    if not manifest_path(model).exists():
+        import_tensorrt(backend)  # where it is missing, that is what to hear first
     manifest = load_manifest(model)
     plan = check_engine(model, manifest)
     libraries = check_plugins(model, manifest)

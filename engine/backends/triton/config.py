@@ -54,6 +54,8 @@ def check_config(config: Any, served: ServedModel, url: str) -> KnownAnswers:
         )
     if config.max_batch_size < 1:
         raise EngineError(f"the Triton server {url}: {MODEL_NAME} has no max_batch_size")
+    if not config.instance_group:
+        raise EngineError(f"the Triton server {url}: {MODEL_NAME} has no instance_group; {_ANEW}")
     known = config.parameters[KNOWN_PARAMETER].string_value
     cuda = config.optimization.cuda
     if cuda.graphs and cuda.output_copy_stream:

@@ -28,12 +28,12 @@ class TritonPythonModel:
         parameters = {key: item["string_value"] for key, item in config["parameters"].items()}
         model = Path(args["model_repository"], args["model_version"], parameters[FILE_PARAMETER])
         gpu = args["model_instance_kind"] == "GPU"
-        instances = sum(int(group["count"]) for group in config["instance_group"])
+        instances = sum(int(group["count"]) for group in config.get("instance_group", ()))
         engine = load_engine(
             parameters[BACKEND_PARAMETER],
             model,
             device=f"cuda:{args['model_instance_device_id']}" if gpu else "cpu",
-            threads=None if gpu else max(1, thread_count(None) // instances),
+            threads=None if gpu else max(1, thread_count(None) // max(1, instances)),
             max_batch=config["max_batch_size"],
         )
         self._session = engine.session()

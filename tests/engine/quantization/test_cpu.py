@@ -64,6 +64,7 @@ def unsigned(x, scale, zero_point):
 def test_it_computes_fake_quantisation(model, cpu, calibration, small_images):
     """Every convolution and addition by PyTorch, from what ONNX Runtime found in front of it."""
     found = activations(cpu, to_int8(cpu, small_images[:1]), optimise=False)
+    found |= {name.removesuffix("_of_blocks"): value for name, value in found.items()}
     found["image"] = found["image"] * activation_scale(calibration.scales["image"])
     values = {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
     weights = {name: torch.from_numpy(v.copy()) for name, v in constants(model).items()}

@@ -129,7 +129,18 @@ def test_a_file_that_cannot_be_read(read, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"a = " + b"[" * DEEP, b"a = " + b"[" * 70 + b"]" * 70, b"a = 1\na = 2", b'a = "\xff"', b"["],
+    [
+        b"a = " + b"[" * DEEP,
+        b"a = " + b"[" * 70 + b"]" * 70,
+        b"a = 1\na = 2",
+        b'a = "\xff"',
+        b"[",
+        b"a = [" + b"9" * 400 + b"]",
+        b"a = 0x" + b"f" * 9000,
+        b"a = inf",
+        b"a = -nan",
+        b"a = 1e400",
+    ],
 )
 def test_toml_that_is_refused(content, tmp_path):
     path = tmp_path / "a.toml"

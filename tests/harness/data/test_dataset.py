@@ -150,7 +150,7 @@ def test_category_names_are_in_file_order(tmp_path: Path) -> None:
         ({"images": [IMAGE | {"id": [5]}]}, r"id is \[5\], not a whole number"),
         ({"images": "a.jpg"}, "no list 'images'"),
         ({"annotations": [BOX | {"bbox": [0, 0, 1]}]}, "bbox is .* not four numbers"),
-        ({"annotations": [BOX | {"bbox": [0, 0, 1, float("nan")]}]}, "bbox is .* not four numbers"),
+        ({"annotations": [BOX | {"bbox": [0, 0, 1, float("nan")]}]}, "NaN is no number"),
         ({"annotations": [BOX | {"bbox": {"x": 0}}]}, "bbox is .* not four numbers"),
         ({"annotations": [BOX | {"area": None}]}, "area is None, not a number"),
         ({"annotations": [BOX | {"category_id": "cat"}]}, "category_id is 'cat', not a whole num"),
@@ -167,7 +167,7 @@ def test_unreadable_annotations(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="not found"):
         load_annotations(tmp_path / "a.json")
     (tmp_path / "a.json").write_text(json.dumps(GOOD)[:-3])
-    with pytest.raises(EngineError, match="no valid JSON"):
+    with pytest.raises(EngineError, match="not JSON"):
         load_annotations(tmp_path / "a.json")
 
 

@@ -18,7 +18,7 @@ from harness.loadgen.test import run_test
 from harness.results.report import find_results, print_table
 from harness.results.result import read_result
 from harness.results.run import run
-from harness.results.run_all import new_log_dir
+from harness.results.run_all import new_folder
 from tests.support import ROOT
 from tests.support.harness_fakes import (
     TOTAL,
@@ -236,10 +236,10 @@ def test_an_accuracy_log_without_a_sample_is_refused(finished, tmp_path):
 
 def test_every_run_has_a_log_folder_of_its_own(tmp_path):
     """Also those that begin in the same second."""
-    folders = [new_log_dir(tmp_path / "build") for _ in range(5)]
+    folders = [new_folder(tmp_path / "build") for _ in range(5)]
     assert len(set(folders)) == 5
-    assert {folder.parent for folder in folders} == {tmp_path / "build" / "logs"}
+    assert {folder.parent for folder in folders} == {tmp_path / "build"}
     assert all(folder.is_dir() for folder in folders)
     (tmp_path / "file").touch()
     with pytest.raises(HarnessError, match="cannot make it"):
-        new_log_dir(tmp_path / "file")
+        new_folder(tmp_path / "file")

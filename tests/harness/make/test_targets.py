@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -66,6 +67,28 @@ def test_help_and_makefile_name_every_target(monkeypatch, capsys):
     for target in TARGETS:
         assert target in words
         assert target in {*phony.split(), "onnx"}
+
+
+def make(*arguments):
+    command = ["make", "-n", "-B", "-f", ROOT / "Makefile", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize("folder", ["a b", " ", ""])
+def test_a_build_folder_that_make_cannot_name_is_refused(folder):
+    done = make("demo", f"BUILD_DIR={folder}")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "name a folder without spaces" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_recipe_removes_what_a_variable_names():
+    """Two `make` at once, or a variable that says something else, would lose another's files."""
+    done = make("demo", "bench", "bench_nms", "build_plugins", "triton_server", "run", "test")
+    assert done.returncode == 0, done.stderr
+    assert "harness run" in done.stdout
+    assert not re.search(r"\brm\b", done.stdout)
 
 
 def test_a_failing_command_ends_the_route(tmp_path, monkeypatch, capfd):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ def test_weights_and_data_set_that_are_given_are_used(benchmark):
     assert own.weights != mine.weights
 
 
-class StopError(Exception):
+class StoppedError(Exception):
     """After the export."""
 
 
@@ -33,15 +33,15 @@ def test_the_image_size_reaches_the_export(tmp_path, monkeypatch, size, given):
 
     def command(*arguments):
         commands.append(arguments)
-        raise StopError
+        raise StoppedError
 
     monkeypatch.setattr(harness.make.route, "_command", command)
     route = route_of("ssd-resnet34-demo", weights, tmp_path, lambda _: None, image_size=size)
-    with pytest.raises(StopError):
+    with pytest.raises(StoppedError):
         build_onnx(route)
     ((room, *arguments),) = commands
     assert room == "export"
-    options = dict(itertools.pairwise(arguments))
+    options = dict(pairwise(arguments))
     assert options["--weights"] == weights
     assert options.get("--image-size") == given
 

@@ -293,7 +293,7 @@ def test_annotation_id_zero_is_said(scene: Scene, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "no valid JSON"),
+        ("", "not JSON"),
         ('[\n{ "seq_id" : 0, "qsl_idx" : 0, "data" : "0000', "did the run end properly"),
         ("{}", "no JSON list"),
         ("[\n]\n", "no samples; was this an accuracy run"),

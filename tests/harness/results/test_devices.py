@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -58,13 +60,30 @@ def test_a_gpu_given_twice():
 def test_an_engine_for_each_device(device, devices, loaded, monkeypatch, tmp_path):
     def load(backend, model, *, device, threads, max_batch):
         assert (backend, model, threads, max_batch) == ("tensorrt", tmp_path, 3, 8)
-        return device
+        return SimpleNamespace(manifest={"device": device})
 
     monkeypatch.setattr(module, "load_engine", load)
     engines = load_engines(
         "tensorrt", tmp_path, device=device, devices=devices, threads=3, max_batch=8
     )
-    assert list(engines) == loaded
+    assert [engine.manifest["device"] for engine in engines] == loaded
+
+
+@pytest.mark.parametrize(
+    ("dtype", "manifest", "said"),
+    [
+        ("int8", {"provider": "CPUExecutionProvider"}, True),
+        ("int8", {"provider": "CPUExecutionProvider", "target": "cpu"}, False),
+        ("float32", {"provider": "CPUExecutionProvider"}, False),
+        ("int8", {"provider": "CUDAExecutionProvider"}, False),
+        ("int8", {}, False),
+    ],
+)
+def test_a_slow_form_of_int8_is_said(dtype, manifest, said, monkeypatch, caplog):
+    engine = SimpleNamespace(manifest=manifest, input_spec=SimpleNamespace(dtype=dtype))
+    monkeypatch.setattr(module, "load_engine", lambda *_, **__: engine)
+    load_engines("onnxruntime", Path("model.onnx"), device=None, devices=None, threads=None)
+    assert ("--target cpu' writes is faster" in caplog.text) == said
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])

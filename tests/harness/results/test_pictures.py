@@ -130,5 +130,5 @@ def test_faults(image_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match=r"4\.png: truncated PNG"):
         draw(image_dir, [])
     (image_dir / "4.png").unlink()
-    with pytest.raises(HarnessError, match=r"4\.png cannot be read"):
+    with pytest.raises(HarnessError, match=r"4\.png: missing"):
         draw(image_dir, [])

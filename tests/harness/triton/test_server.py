@@ -216,7 +216,7 @@ def test_a_model_that_does_not_load(repository, tmp_path):
     assert "ONNX Runtime cannot load it" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("change", ["input", "dtype", "outputs", "batch", "silent"])
+@pytest.mark.parametrize("change", ["input", "dtype", "outputs", "batch", "instances", "silent"])
 def test_a_configuration_that_differs_is_refused(change, exported, repository):
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as pb
@@ -236,9 +236,12 @@ def test_a_configuration_that_differs_is_refused(change, exported, repository):
             del config.output[0]
         case "batch":
             config.max_batch_size = 0
+        case "instances":
+            del config.instance_group[:]
         case "silent":
             del config.parameters["onnx_sha256"]
     said = {"outputs": "detections", "batch": "max_batch_size", "silent": "not told"}
+    said["instances"] = "no instance_group"
     with pytest.raises(EngineError, match=f"host:1.*{said.get(change, 'its input is')}"):
         triton.check_config(config, served, "host:1")
 

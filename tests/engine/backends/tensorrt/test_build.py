@@ -52,6 +52,19 @@ def test_detector_of_a_quantised_file(surgered, tmp_path, float_type):
     assert detector.metadata["calibration_method"] == "entropy"
 
 
+@pytest.mark.parametrize(("name", "value"), [("plugin_version", 3), ("keepTopK", "many")])
+def test_attributes_of_another_type(surgered, tmp_path, name, value):
+    def change(model):
+        node = next(node for node in model.graph.node if node.op_type == "NMS_OPT_TRT")
+        node.attribute.remove(next(one for one in node.attribute if one.name == name))
+        node.attribute.append(onnx.helper.make_attribute(name, value))
+
+    path = tmp_path / "model.onnx"
+    onnx.save(edited(surgered, change), path)
+    with pytest.raises(EngineError, match=r"model\.onnx: .* are not text, text and a whole number"):
+        wanted_plugin(load_detector(path))
+
+
 def test_model_without_the_node(exported, tmp_path):
     with pytest.raises(EngineError, match=r"no NMS_OPT_TRT node; run 'graph-surgery nms'"):
         build(load_detector(exported), "tensorrt-rtx", tmp_path / "e.engine", BuildOptions())

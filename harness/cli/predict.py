@@ -1,0 +1,95 @@
+"""``harness predict``: detections on any pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.support.progress import progress_bar
+from harness.cli.options import BuildDir, Device, RunBackend, Threads, Url
+from harness.errors import HarnessError
+from harness.results.devices import AUTO, fastest, load_engines, parse_urls
+from harness.results.run_all import new_folder
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="An .onnx or a built engine.", show_default=False)],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Images, folders of images, or patterns, as 'shots/**/*.png'.", show_default=False
+        ),
+    ],
+    *,
+    engine: RunBackend = "onnxruntime",
+    score: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Detections below are left out.")
+    ] = 0.5,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the pictures and predictions.json.",
+            show_default="predictions/<time> in the build folder",
+        ),
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(help="Class names, one a line.", show_default="those in the model"),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files of the output folder that are others.")
+    ] = False,
+    device: Device = None,
+    url: Url = None,
+    threads: Threads = None,
+    build_dir: BuildDir = Path("build"),
+) -> None:
+    """Draw what MODEL detects on IMAGES.
+
+    Each image gets a picture NAME.jpg with boxes; small ones are enlarged. predictions.json is a
+    list as of COCO results: boxes [x, y, width, height] in pixels of the image; image_id, its
+    number in the table; category_id, the model's label. An image that cannot be read is named,
+    the others go on, and the exit code is 1.
+    """
+    from harness.predict import BATCH, class_names, find_images
+    from harness.predict import predict as predict_images
+
+    files = find_images(images)
+    urls = None if url is None else parse_urls(url)
+    if urls is not None and len(urls) > 1:
+        raise HarnessError("predict asks one server; give one --url")
+    called = class_names(model, names)
+    if engine == AUTO:
+        way = fastest(model, device, threads, BATCH, build_dir)
+        engine, model, device = way.backend, Path(way.file), way.device
+    (loaded,) = load_engines(
+        engine, model, device=device, devices=None, threads=threads, urls=urls, max_batch=BATCH
+    )
+    folder = output or new_folder(build_dir / "predictions")
+    with progress_bar("predict") as progress:
+        found, bad = predict_images(
+            loaded, files, called, folder, score=score, overwrite=force, progress=progress
+        )
+    _print_table([(one.number, one.image, one.names) for one in found])
+    for image, reason in bad.items():
+        typer.echo(f"harness: error: {image}: {reason}", err=True)
+    typer.echo(f"{len(found)} pictures and predictions.json in {folder}")
+    if bad:
+        raise typer.Exit(1)
+
+
+def _print_table(found: list[tuple[int, Path, tuple[str, ...]]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", "image", "detections")
+    for number, image, names in found:
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
+        table.add_row(str(number), escape(str(image)), escape(counts or "–"))
+    Console(highlight=False).print(table)

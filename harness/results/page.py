@@ -1,0 +1,264 @@
+"""A page for every run: one HTML file each, which needs no network."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.data.coco import STATS
+from engine.errors import EngineError
+from engine.support.files import write_atomically
+from harness.data.dataset import Dataset, known_dataset, load_map
+from harness.data.transform import BadImageError, decode, read_image
+from harness.errors import HarnessError
+from harness.loadgen.log import ACCURACY
+from harness.results import charts
+from harness.results.accuracy import Evaluation, evaluation_of
+from harness.results.latencies import read_latencies
+from harness.results.pictures import SCORE_THRESHOLD, draw_boxes, enlarged, to_jpeg
+from harness.results.report import Runs, as_text, facts_of, root_of
+from harness.results.result import RunResult, read_result
+from harness.results.review import ClassReview, ImageReview, review_classes, review_images
+from harness.results.run import SAMPLES
+
+PAGE = "report.html"
+INDEX = "index.html"
+
+_PICTURES = 24  # on a page: some 5 MB
+_PICTURES_OF_RUN = 12
+_LONG_SIDE = 960
+_RED, _AMBER, _GREEN = (77, 72, 229), (36, 165, 245), (88, 167, 70)  # BGR; the page's key has them
+_HIGHER_IS_BETTER = ("mAP", "AP50", "samples/s")
+_COMPARED = (*_HIGHER_IS_BETTER, "p50 ms", "p90 ms", "p99 ms")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run as the page shows it: its cells in the table, and how they changed."""
+
+    number: int
+    directory: Path
+    result: RunResult
+    cells: Mapping[str, str]
+    changes: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What charts call it."""
+        return f"{self.number} {self.cells['run']} {self.result.scenario}"
+
+    @property
+    def label(self) -> str:
+        """What the rest of the page calls it."""
+        return f"{self.name} {self.result.mode}"
+
+    @property
+    def latencies(self) -> Iterator[tuple[str, Mapping[str, float]]]:
+        """What the percentiles are of, and they."""
+        if self.result.latency_ms:
+            yield "query", self.result.latency_ms
+        if self.result.batch_latency_ms:
+            yield "batch", self.result.batch_latency_ms
+
+
+@dataclass(frozen=True)
+class _Picture:
+    id: str
+    review: ImageReview
+    data: str | None
+
+
+@dataclass(frozen=True)
+class _Fact:
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def differs(self) -> bool:
+        """Whether not all runs have the same."""
+        return len(set(self.values)) > 1
+
+
+def render_page(runs: Runs, build_dir: Path) -> str:
+    """Make the page of one or more runs.
+
+    Parameters
+    ----------
+    runs
+        Not none.
+    build_dir
+        The build folder, in which the images of the data sets lie.
+
+    Raises
+    ------
+    HarnessError
+        When a file of a run cannot be read.
+    """
+    from plotly.offline import get_plotlyjs
+
+    shown = _shown(runs)
+    latencies = {run.name: read_latencies(run.directory) for run in shown}
+    known = {name: found for name, found in latencies.items() if found is not None}
+    accuracies = [run for run in shown if run.result.accuracy]
+    classes: dict[str, Sequence[ClassReview]] = {}
+    worst: list[tuple[_Run, list[_Picture]]] = []
+    notes: list[str] = []
+    share = min(_PICTURES_OF_RUN, max(1, _PICTURES // max(1, len(accuracies))))
+    for number, run in enumerate(accuracies):
+        try:
+            data, found = _evaluation(run, build_dir)
+        except (HarnessError, EngineError) as error:
+            notes.append(f"{run.label}: no classes and no images: {error}")
+            continue
+        recorded = float((run.result.accuracy or {})["mAP"])
+        if abs(recorded - found.coco.stats[0]) > 1e-6:
+            notes.append(f"{run.label}: the annotations are others now than when it ran")
+        if reviews := review_classes(found):
+            classes[run.name] = reviews
+        by_errors = sorted(review_images(found), key=lambda review: -review.errors)
+        worst.append((run, list(_pictures(f"r{number}", by_errors[:share], data.image_dir))))
+    names = list(dict.fromkeys(str(run.cells["run"]) for run in shown))
+    html: str = _template("report.html").render(
+        title=f"{'Runs' if len(names) > 1 else 'Run'} {', '.join(names)}",
+        columns=list(shown[0].cells),
+        runs=shown,
+        compared=any(change for run in shown for change in run.changes.values()),
+        percentiles=list(
+            dict.fromkeys(key for run in shown for _, values in run.latencies for key in values)
+        ),
+        plotly=_trusted(get_plotlyjs()) if known or classes else None,
+        histogram=_trusted(charts.latency_histogram(known)) if known else None,
+        over_time=_trusted(charts.latency_over_time(known)) if known else None,
+        accuracies=accuracies,
+        stats=STATS,
+        notes=notes,
+        curves=_trusted(charts.precision_recall(classes)) if classes else None,
+        bars=_trusted(charts.class_bars(classes)) if classes else None,
+        worst=worst,
+        threshold=SCORE_THRESHOLD,
+        facts_all=_facts(shown),
+    )
+    return html
+
+
+def write_index(logs: Path) -> None:
+    """Write the list of all runs in a folder, newest first, with links to their pages.
+
+    Raises
+    ------
+    OSError
+        When it cannot be written.
+    """
+    found: list[tuple[Path, RunResult]] = []
+    unreadable: list[str] = []
+    for path in sorted(logs.rglob("result.json")):
+        if not path.parent.name.endswith(".partial"):
+            try:
+                found.append((path.parent, read_result(path)))
+            except HarnessError as error:
+                unreadable.append(str(error))
+    found.sort(key=lambda run: run[1].finished, reverse=True)
+    rows = []
+    for run in _shown(found):
+        page = root_of(run.directory, run.result) / PAGE
+        link = page.relative_to(logs.resolve()).as_posix() if page.exists() else None
+        rows.append((run.cells, link))
+    html = _template("index.html").render(
+        columns=list(rows[0][0]) if rows else [], runs=rows, unreadable=unreadable
+    )
+    write_atomically(logs / INDEX, html.encode())
+
+
+def _trusted(html: str) -> Any:
+    """HTML that is not escaped again: Plotly's own."""
+    from markupsafe import Markup
+
+    return Markup(html)  # noqa: S704
+
+
+def _template(name: str) -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("harness.results")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(name)
+
+
+def _shown(runs: Runs) -> list[_Run]:
+    shown: list[_Run] = []
+    first: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for number, (directory, result) in enumerate(runs, start=1):
+        facts = facts_of(directory, result)
+        before = first.setdefault((result.scenario, result.mode), facts)
+        cells = {name: as_text(name, value) for name, value in facts.items()}
+        changes = {name: _change(before[name], facts[name]) for name in _COMPARED}
+        changed = {name: changes.get(name, "") for name in facts}
+        shown.append(_Run(number, directory, result, cells, changed))
+    return shown
+
+
+def _change(before: Any, after: Any) -> str:
+    """Change against another run, in per cent; empty for none."""
+    if before is after or not before or after is None:
+        return ""
+    return f"{100 * (after / before - 1):+.1f} %"
+
+
+def _evaluation(run: _Run, build_dir: Path) -> tuple[Dataset, Evaluation]:
+    name, _, split = str(run.result.dataset["name"]).rpartition("-")
+    data = known_dataset(name, split, build_dir)
+    if data.annotations is None:
+        raise HarnessError(f"{data.name} has no annotations")
+    files = load_map(run.directory / SAMPLES)
+    return data, evaluation_of(run.directory / ACCURACY, data.annotations, files)
+
+
+def _pictures(prefix: str, reviews: Sequence[ImageReview], image_dir: Path) -> Iterator[_Picture]:
+    for number, review in enumerate(reviews):
+        if review.errors:
+            yield _Picture(f"{prefix}-{number}", review, _drawn(review, image_dir))
+
+
+def _drawn(review: ImageReview, image_dir: Path) -> str | None:
+    """The image with what is wrong, as a data URL; None when it cannot be read."""
+    import cv2
+
+    try:
+        picture = enlarged(decode(read_image(image_dir / review.file)[0]))
+    except BadImageError:
+        return None
+    height, width = picture.shape[:2]
+    if (factor := _LONG_SIDE / max(height, width)) < 1:
+        size = max(1, round(factor * width)), max(1, round(factor * height))
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
+    draw_boxes(picture, [("", box) for _, box in review.right], _GREEN)
+    draw_boxes(picture, review.missed, _RED)
+    draw_boxes(picture, review.false, _AMBER)
+    return f"data:image/jpeg;base64,{base64.b64encode(to_jpeg(picture)).decode()}"
+
+
+def _facts(runs: Sequence[_Run]) -> list[_Fact]:
+    """All that identifies the runs and how they were made, by dotted names."""
+    flat = []
+    for run in runs:
+        fields = dataclasses.asdict(run.result)
+        for name in ("latency_ms", "batch_latency_ms", "accuracy", "errors", "warnings"):
+            del fields[name]
+        flat.append(dict(_flat({"folder": str(run.directory), **fields})))
+    names = list(dict.fromkeys(name for facts in flat for name in facts))
+    return [_Fact(name, tuple(facts.get(name, "–") for facts in flat)) for name in names]
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield f"{prefix}{name}", "–" if value is None else text
