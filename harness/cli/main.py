@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from harness.cli.dataset import dataset_app
 from harness.cli.doctor import doctor
 from harness.cli.download import download_app
 from harness.cli.make import register as register_route
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 
 app.add_typer(download_app, name="download")
+app.add_typer(dataset_app, name="dataset")
 app.command()(preprocess)
 app.command()(predict)
 

@@ -18,7 +18,7 @@ BuildDir = Annotated[
     Path, typer.Option(envvar="BUILD_DIR", help="Folder of everything made at run time.")
 ]
 DatasetName = Annotated[
-    str, typer.Option("--dataset", help="coco, demo or another folder of data_maps.")
+    str, typer.Option("--dataset", help="coco, demo or one of harness dataset add.")
 ]
 Device = Annotated[
     str | None,

@@ -13,6 +13,9 @@ from harness.errors import HarnessError
 MAPS = Path("data_maps")
 """Folder of the map files, one folder per data set; relative to where the commands run."""
 
+SHIPPED = Path(__file__).with_name("shipped")
+"""What is looked for here where the folder of the commands does not have it."""
+
 _COCO_FOLDERS = {"val": "val2017", "cal": "train2017"}
 _BENCHMARK_SIZE = 1200
 _DEMO_SIZE = 400
@@ -49,15 +52,16 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
     Parameters
     ----------
     name
-        ``coco`` (downloaded to ``data/coco`` in `build_dir`), ``demo`` (shipped with the project),
-        or any other with map files in ``data_maps/<name>``: its images lie in
+        ``coco`` (downloaded to ``data/coco`` in `build_dir`), ``demo`` (in the project's folder),
+        or any other with map files in ``data_maps/<name>``, as `harness dataset add` makes them:
+        its images lie in
         ``data/<name>/val`` and ``data/<name>/cal`` of `build_dir`, its annotations in
         ``data/<name>/annotations/instances_val.json``.
     split
         ``val`` or ``cal``.
     build_dir
-        The build folder. Map files and demo data lie relative to the repository root, which is
-        where the commands run.
+        The build folder. Map files and demo data lie relative to where the commands run, and maps
+        in the package, too, those of the commands' folder first.
 
     Raises
     ------
@@ -77,18 +81,29 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
         size = _DEMO_SIZE
         image_dir = Path("demo") / "data" / split
         annotations = Path("demo") / "data" / "annotations" / "instances_val.json"
-    elif name not in (there := sorted(path.name for path in MAPS.glob("*/"))):
+    elif name not in (there := known_names()):
         raise HarnessError(
-            f"unknown data set {name!r}; a data set is a folder of {MAPS} with a val_map.txt or a "
-            f"cal_map.txt, and there are: {', '.join(there) or 'none'}"
+            f"unknown data set {name!r}; `harness dataset add` makes one of your images; there "
+            f"are: {', '.join(there)}"
         )
     return Dataset(
         name=f"{name}-{split}",
         image_dir=image_dir,
-        map_file=MAPS / name / f"{split}_map.txt",
+        map_file=_map_file(name, split),
         annotations=annotations if split == "val" else None,
         image_size=size,
     )
+
+
+def known_names() -> list[str]:
+    """Names of the data sets with maps, sorted."""
+    return sorted({path.name for maps in (MAPS, SHIPPED / MAPS) for path in maps.glob("*/")})
+
+
+def _map_file(name: str, split: str) -> Path:
+    own = MAPS / name / f"{split}_map.txt"
+    shipped = SHIPPED / own
+    return shipped if shipped.exists() and not own.exists() else own
 
 
 def preprocessed_dir(build_dir: Path, dataset: Dataset, spec: InputSpec) -> Path:
@@ -141,7 +156,9 @@ def load_map(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors write a mark
     except FileNotFoundError:
-        raise HarnessError(f"map file {path} not found; run from the repository root") from None
+        raise HarnessError(
+            f"map file {path} not found; `harness dataset add` writes the maps of your images"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise HarnessError(f"map file {path} cannot be read: {error}") from error
     # not splitlines(): U+2028, NEL and others may stand in a file name

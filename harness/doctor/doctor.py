@@ -233,8 +233,6 @@ def _steps(
     for title in ("harness", "engine onnxruntime, cpu"):
         if state[title].state == "no":
             yield f"Nothing runs without {title}: {state[title].detail}"
-    if not Path("data_maps").is_dir():
-        yield "Change to the project's folder: the data sets are found from there"
     if not resources.writable:
         yield f"Make {resources.folder} writable, or set BUILD_DIR to another folder"
     if state["export-onnx"].fix:

@@ -29,11 +29,12 @@ from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from engine.load import BACKENDS
 from engine.support.documents import checked, one_of, read_toml
 from engine.support.environment import cpu_name, gpu_name
+from harness.data.dataset import SHIPPED
 from harness.errors import HarnessError, as_harness_error
 from harness.loadgen.settings import check_tables
 
 CONFIGS = Path("configs")
-"""Folder of the files; relative to where the commands run, the repository root."""
+"""Folder of the files; relative to where the commands run, and to `SHIPPED` where none fits."""
 
 DEFAULT_VERSION = "default"
 VERSIONS = (DEFAULT_VERSION, "triton", "maxq")
@@ -145,20 +146,25 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
     HarnessError
         When there is no such file, it lacks the version, or it cannot be understood.
     """
-    files = {path: read_config_file(path) for path in sorted(CONFIGS.glob("*.toml"))}
+    folders = (CONFIGS, SHIPPED / CONFIGS)
+    files = {p: read_config_file(p) for folder in folders for p in sorted(folder.glob("*.toml"))}
     fitting = {p: file for p, file in files.items() if file.system.benchmark == benchmark}
     if name is not None:
-        path = CONFIGS / f"{name}.toml"
-        if path not in fitting:
+        named = next((p for p in fitting if p.stem == name), None)
+        if named is None:
             raise HarnessError(
                 f"no configuration {name!r} for {benchmark} in {CONFIGS}; there are: "
-                f"{', '.join(found.stem for found in fitting) or 'none'}"
+                f"{', '.join(dict.fromkeys(found.stem for found in fitting)) or 'none'}"
             )
+        path = named
     else:
         here = {"gpu": gpu_name(), "cpu": cpu_name()}
-        found = next(
-            filter(None, (_match(fitting, key, here[key]) for key in ("gpu", "cpu"))), None
+        matches = (
+            _match({p: file for p, file in fitting.items() if p.parent == folder}, key, here[key])
+            for folder in folders
+            for key in ("gpu", "cpu")
         )
+        found = next(filter(None, matches), None)
         if found is None:
             machine = here["gpu"] or here["cpu"] or "unknown"
             if version == "triton":

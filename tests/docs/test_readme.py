@@ -6,8 +6,8 @@ blocks are settings of ``harness run``, ``text`` blocks are for people. A commen
 pytest lists what was taken out as skipped.
 
 The commands run as they are written, in a folder that looks like the project's, but for
-`SUBSTITUTIONS` and these stand-ins: the COCO data are a few images of the demo set, the
-weights are the demo checkpoint's, and .venv is the environment of the tests.
+`SUBSTITUTIONS` and these stand-ins: the COCO data are a few images of the demo set, photos/ has the
+same, the weights are the demo checkpoint's, and .venv is the environment of the tests.
 """
 
 import json
@@ -130,6 +130,11 @@ def place(tmp_path_factory):
     truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] in ids]
     (coco / "annotations").mkdir()
     (coco / "annotations" / "instances_val2017.json").write_text(json.dumps(truth))
+    photos = place / "photos"  # of the data set of one's own
+    photos.mkdir()
+    for link, folder in (("val", "val2017"), ("cal", "train2017")):
+        (photos / link).symlink_to(coco / folder)
+    (photos / "instances.json").symlink_to(coco / "annotations" / "instances_val2017.json")
     weights = place / "build" / "models" / "ssd-resnet34" / "resnet34-ssd1200.pytorch"
     weights.parent.mkdir(parents=True)
     shutil.copy(ROOT / "demo" / "ssd-resnet34-demo.safetensors", weights)

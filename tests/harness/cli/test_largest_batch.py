@@ -119,7 +119,7 @@ def test_make(engine, loaded, monkeypatch, tmp_path):
         url=None,
         streams=None,
     )
-    route = SimpleNamespace(benchmark="ssd-resnet34-demo", build_dir=tmp_path)
+    route = SimpleNamespace(benchmark="ssd-resnet34-demo", build_dir=tmp_path, dataset="demo")
     tests = targets._tests([route], arguments, ExitStack())
     assert len(tests) == 4
     assert found == loaded

@@ -40,17 +40,26 @@ def test_known_datasets() -> None:
 def test_a_data_set_is_a_folder_of_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("imagenet", "", ".", "..", "maps/../demo"):
-        with pytest.raises(HarnessError, match=f"unknown data set '{name}'.* there are: none"):
+        with pytest.raises(
+            HarnessError, match=f"unknown data set '{name}'.* there are: coco, demo$"
+        ):
             known_dataset(name, "val", Path("build"))
     (tmp_path / "data_maps" / "traffic").mkdir(parents=True)
     (tmp_path / "data_maps" / "README.md").touch()
-    with pytest.raises(HarnessError, match=r"there are: traffic$"):
+    with pytest.raises(HarnessError, match=r"there are: coco, demo, traffic$"):
         known_dataset("README.md", "val", Path("build"))
     new = known_dataset("traffic", "val", Path("build"))
     assert new.name == "traffic-val"
     assert new.map_file == Path("data_maps/traffic/val_map.txt")
     assert new.image_dir == Path("build/data/traffic/val")
     assert new.annotations == Path("build/data/traffic/annotations/instances_val.json")
+    # the shipped maps, and those of this folder before them
+    for split in ("val", "cal"):
+        shipped = known_dataset("demo", split, Path("build")).map_file
+        assert load_map(shipped) == load_map(ROOT / "data_maps" / "demo" / f"{split}_map.txt")
+    (tmp_path / "data_maps" / "demo").mkdir()
+    (tmp_path / "data_maps" / "demo" / "val_map.txt").write_text("mine.jpg\n")
+    assert load_map(known_dataset("demo", "val", Path("build")).map_file) == ("mine.jpg",)
     assert known_dataset("traffic", "cal", Path("build")).image_dir == Path(
         "build/data/traffic/cal"
     )

@@ -1,0 +1,76 @@
+"""The command ``harness dataset add``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.support.progress import progress_bar
+from harness.cli.options import BuildDir
+
+dataset_app = typer.Typer(help="Data sets of your own.", no_args_is_help=True)
+
+
+@dataset_app.callback()
+def dataset() -> None:
+    """Data sets of your own."""
+
+
+@dataset_app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="What --dataset calls it.", show_default=False)],
+    *,
+    images: Annotated[Path, typer.Option(help="Folder of the images.", show_default=False)],
+    annotations: Annotated[
+        Path, typer.Option(help="COCO instances file of these images.", show_default=False)
+    ],
+    calibration_images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of other images, for INT8; they need no annotations.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the data set of this name.")
+    ] = False,
+    build_dir: BuildDir = Path("build"),
+) -> None:
+    """Make a data set of your images: check all, write its maps, say what is in it.
+
+    The maps go into data_maps/NAME, and links to your files into data/NAME of the build folder;
+    the images stay where they are.
+    """
+    from harness.data.own import add_dataset
+
+    with progress_bar("check the images") as progress:
+        added = add_dataset(
+            name,
+            images,
+            annotations,
+            calibration_images,
+            build_dir,
+            force=force,
+            progress=progress,
+        )
+    (low, high), objects = added.sizes, sum(added.categories.values())
+    typer.echo(
+        f"{name}: {len(added.val)} images, {low[1]}x{low[0]} to {high[1]}x{high[0]}, {objects} "
+        f"objects in {len(added.categories)} categories; {len(added.cal)} calibration images"
+    )
+    for label, (category, count) in enumerate(added.categories.items(), 1):
+        shown = category if category.isprintable() else ascii(category)
+        typer.echo(f"  label {label}: {shown}, {count} objects")
+    for oddity in added.oddities:
+        typer.echo(f"warning: {oddity}", err=True)
+    if not added.cal:
+        typer.echo("no images for calibration, which INT8 needs: --calibration-images DIR")
+    quoted = shlex.quote(name)
+    if added.cal:
+        typer.echo(f'next, for INT8: make run WEIGHTS=FILE RUN_ARGS="--dataset {quoted}"')
+    typer.echo(
+        f"next, for MODEL as it is: harness preprocess MODEL --dataset {quoted} --val_only, then "
+        f"harness run MODEL --dataset {quoted}"
+    )

@@ -1,0 +1,131 @@
+"""A data set of one's own: `harness dataset add`, and what the other commands then find."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from engine.errors import EngineError
+from harness.cli.main import app
+from harness.data.dataset import known_dataset, load_map
+from harness.data.own import add_dataset
+from harness.errors import HarnessError
+
+NAMES = ("north/1.jpg", "south/1.jpg", "b c.png")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Pictures in sub-folders, and annotations whose ids are texts, outside any checkout."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for folder, names in (("mine", (*NAMES, "more.jpg")), ("others", ("z.jpg", "y/x.jpg"))):
+        for name in names:
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), rng.integers(0, 255, (30, 40, 3), np.uint8))
+    (tmp_path / "mine" / "notes.txt").write_text("no image")
+    write(tmp_path)
+    return tmp_path
+
+
+def write(place, names=NAMES, **more):
+    content = {
+        "images": [{"id": n, "file_name": n, "width": 40, "height": 30} for n in names],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": name,
+                "category_id": 5,
+                "bbox": [1, 2, 10, 10],
+                "area": 100,
+                "iscrowd": 0,
+            }
+            for number, name in enumerate(names, 1)
+        ],
+        "categories": [{"id": 9, "name": "cat"}, {"id": 5, "name": "dog"}],
+    } | more
+    (place / "a.json").write_text(json.dumps(content))
+
+
+def add(*arguments):
+    given = ["traffic", "--images", "mine", "--annotations", "a.json", *arguments]
+    return CliRunner().invoke(app, ["dataset", "add", *given])
+
+
+def test_maps_and_links_are_written_and_all_is_said(place):
+    done = add("--calibration-images", "others")
+    assert done.exit_code == 0, done.exception
+    assert "traffic: 3 images, 40x30 to 40x30, 3 objects in 2 categories; 2 calib" in done.output
+    assert "label 1: cat, 0 objects\n  label 2: dog, 3 objects" in done.output
+    assert "1 categories have no object, as 'cat'" in done.output
+    assert "1 images in mine are not in a.json and are left out" in done.output
+    assert 'make run WEIGHTS=FILE RUN_ARGS="--dataset traffic"' in done.output
+    val, cal = (known_dataset("traffic", split, place / "build") for split in ("val", "cal"))
+    assert load_map(val.map_file) == NAMES
+    assert load_map(cal.map_file) == ("y/x.jpg", "z.jpg")
+    assert val.image_dir.samefile("mine")
+    assert cal.image_dir.samefile("others")
+    assert val.annotations.samefile("a.json")
+
+
+def test_preprocess_and_accuracy_take_it(place):
+    assert add().exit_code == 0
+    runner = CliRunner()
+    done = runner.invoke(app, ["preprocess", "--dataset", "traffic", "--val_only"])
+    assert done.exit_code == 0, done.exception
+    folder = place / "build/preprocessed_data/traffic-val/float32_1200x1200"
+    assert all((folder / f"{name}.npy").is_file() for name in NAMES)
+    row = np.array([[0, 2 / 30, 1 / 40, 12 / 30, 11 / 40, 0.9, 2]], "<f4")
+    log = [{"seq_id": n, "qsl_idx": n, "data": row.tobytes().hex()} for n in range(3)]
+    (place / "log.json").write_text(json.dumps(log))
+    done = runner.invoke(app, ["accuracy", "log.json", "--dataset", "traffic"])
+    assert "mAP=100.000%" in done.output
+
+
+def test_without_calibration_images(place):
+    add("--calibration-images", "others")
+    done = add("--force")
+    assert "no images for calibration, which INT8 needs" in done.output
+    with pytest.raises(HarnessError, match="not found"):
+        load_map(known_dataset("traffic", "cal", place / "build").map_file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda place: write(place, ["../secret.jpg"]), "is no name of an image"),
+        (lambda place: write(place, ["/etc/passwd"]), "is no name of an image"),
+        (lambda place: write(place, [*NAMES, "gone.jpg"]), r"1 of 4 images .*gone.jpg \(missing"),
+        (
+            lambda place: (place / "mine/b c.png").write_bytes(b"x"),
+            r"1 of 3 images .*b c.png \(can",
+        ),
+        (lambda place: os.mkfifo(place / "mine/f.jpg") or write(place, ["f.jpg"]), "no file"),
+        (lambda place: write(place, []), "a.json: no images"),
+        (lambda place: (place / "data_maps/traffic").mkdir(parents=True), "exists already"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_written(place, spoil, message):
+    spoil(place)
+    with pytest.raises((HarnessError, EngineError), match=message):
+        add_dataset("traffic", place / "mine", place / "a.json", None, place / "b", force=False)
+    assert not list(place.rglob("*_map.txt"))
+    assert not (place / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["coco", "demo", "../x", "a/b", "", ".", "-x"])
+def test_names_that_do_not_do(place, name):
+    with pytest.raises(HarnessError, match="cannot be the name of a data set"):
+        add_dataset(name, place / "mine", place / "a.json", None, place / "b", force=True)
+
+
+def test_files_under_a_link_s_name_are_not_removed(place):
+    (place / "build/data/traffic/val").mkdir(parents=True)
+    with pytest.raises(HarnessError, match="is no link to your files; move it away"):
+        add_dataset("traffic", place / "mine", place / "a.json", None, place / "build", force=True)
