@@ -21,7 +21,7 @@ TRITON := $(BUILD_DIR)/triton-server/bin/tritonserver
 DEMO_DATA := $(BUILD_DIR)/preprocessed_data
 CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-fast lint lint_python lint_types lint_cuda format bench bench_nms bench_triton \
+.PHONY: attack demo test test-fast lint lint_python lint_types lint_cuda format bench bench_nms bench_triton \
   build_plugins triton_server demo_onnx predict download_data download_model preprocess_data calibrate \
   generate_engines run_harness run
 
@@ -65,6 +65,11 @@ test: .venv/installed
 # What needs no model, server or compiler: under a minute on two cores.
 test-fast: .venv/test
 	$(BIN)/pytest -n 2 --dist loadfile -m "not (slow or gpu or triton or build or golden)"
+
+# Random damage to what users give, and random cases against oracles; the counts at the end.
+ATTACK_MINUTES ?= 10
+attack: .venv/test
+	$(BIN)/python -m tests.attack $(ATTACK_MINUTES) $(ATTACK_SEED)
 
 # What CI checks of the sources, and each commit once `.venv/bin/pre-commit install` was run.
 lint: lint_python lint_types lint_cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from export.errors import ExportError
 
@@ -117,10 +118,15 @@ class SSDConfig:
     def from_json(cls, text: str) -> SSDConfig:
         """Inverse of `to_json`. Raises ExportError on anything else."""
         try:
-            pairs = json.loads(text, object_pairs_hook=list)
-            fields = dict(pairs)
-            if len(fields) < len(pairs) or not all(type(value) is int for value in fields.values()):
-                raise TypeError("whole numbers expected, each once")
+            fields = json.loads(text, object_pairs_hook=_once)
+            if not all(type(value) is int for value in fields.values()):
+                raise TypeError("whole numbers expected")
             return cls(**fields)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ExportError(f"not an SSD configuration: {text[:80]!r} ({error})") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(fields := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return fields

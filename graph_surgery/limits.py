@@ -10,7 +10,7 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 from onnx import TensorProto, TypeProto
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.protobuf import inputs
+from graph_surgery.protobuf import inputs, is_outside, is_packed, size
 
 NODES = 1_000_000
 """Nodes after functions are inlined; detectors have thousands."""
@@ -18,6 +18,8 @@ NODES = 1_000_000
 ELEMENTS = 2**31
 """Of an input whose sizes are all fixed: 500 images of 1200 x 1200."""
 
+_LISTS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+_UNCOUNTED = (TensorProto.STRING, TensorProto.COMPLEX64, TensorProto.COMPLEX128)
 _TYPES = frozenset(TensorProto.DataType.values())
 
 
@@ -27,8 +29,9 @@ def check_limits(model: onnx.ModelProto) -> None:
     Raises
     ------
     SurgeryError
-        When an element type is none, an input has sizes that no image has, or functions call each
-        other without end, or so that no memory holds what they are inlined to.
+        When an element type is none, a tensor lacks values, an input has sizes that no image has,
+        a Split contradicts itself, or functions call each other without end, or so that no memory
+        holds what they are inlined to.
     """
     for message in _messages(model):
         kind = 0
@@ -38,6 +41,12 @@ def check_limits(model: onnx.ModelProto) -> None:
             kind = message.elem_type
         if kind not in _TYPES:
             raise SurgeryError(f"a tensor has the element type {kind}, which ONNX does not know")
+        if isinstance(message, TensorProto) and kind and not _is_filled(message):
+            raise SurgeryError(f"tensor {message.name!r} has more or fewer values than its shape")
+        if isinstance(message, onnx.NodeProto) and message.op_type == "Split":
+            counts = [one.i for one in message.attribute if one.name == "num_outputs"]
+            if counts not in ([], [len(message.output)]):  # onnx's shape inference aborts
+                raise SurgeryError(f"Split {message.name!r} has other outputs than it says")
     for value in (*inputs(model), *model.graph.output):
         if value.type.HasField("tensor_type") and not value.type.tensor_type.elem_type:
             raise SurgeryError(f"{value.name!r} has no element type")
@@ -50,6 +59,15 @@ def check_limits(model: onnx.ModelProto) -> None:
             )
             raise SurgeryError(f"input {value.name!r} is [{text}], which no image is")
     _check_functions(model)
+
+
+def _is_filled(tensor: TensorProto) -> bool:
+    """Whether a tensor holds as many values as its shape says, where those are easily counted."""
+    if is_outside(tensor) or is_packed(tensor) or tensor.data_type in _UNCOUNTED:
+        return True
+    if tensor.HasField("raw_data"):
+        return bool(len(tensor.raw_data) == size(tensor))
+    return bool(sum(len(getattr(tensor, name)) for name in _LISTS) == math.prod(tensor.dims))
 
 
 def _messages(message: Message) -> Iterator[Message]:

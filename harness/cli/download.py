@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graph_surgery.command import printable
 from harness.cli.options import BuildDir
 from harness.errors import HarnessError
 
@@ -58,7 +59,7 @@ def model(*, mirror: _Mirror = None, build_dir: BuildDir = Path("build")) -> Non
 
 
 def _notify(line: str) -> None:
-    typer.echo(line, err=True)
+    typer.echo(printable(line), err=True)  # servers say some of it
 
 
 def _print(fetched: tuple[Fetched, ...]) -> None:

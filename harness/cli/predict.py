@@ -12,7 +12,6 @@ from engine.support.progress import progress_bar
 from harness.cli.options import BuildDir, Device, RunBackend, Threads, Url
 from harness.errors import HarnessError
 from harness.results.devices import AUTO, fastest, load_engines, parse_urls
-from harness.results.run_all import new_folder
 
 
 def predict(
@@ -58,6 +57,7 @@ def predict(
     """
     from harness.predict import BATCH, class_names, find_images
     from harness.predict import predict as predict_images
+    from harness.results.run_all import new_folder
 
     files = find_images(images)
     urls = None if url is None else parse_urls(url)

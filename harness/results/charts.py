@@ -57,8 +57,8 @@ def class_bars(runs: Mapping[str, Sequence[ClassReview]]) -> str:
         {
             "type": "bar",
             "orientation": "h",
-            "name": escape(name),
-            "y": [escape(one.name) for one in classes],
+            "name": _text(name),
+            "y": [_text(one.name) for one in classes],
             "x": [round(one.ap, 4) for one in classes],
             "customdata": [[one.truths, round(one.ap50, 4)] for one in classes],
             "hovertemplate": "%{y}: AP %{x}, AP50 %{customdata[1]}, %{customdata[0]} objects",
@@ -87,7 +87,7 @@ def precision_recall(runs: Mapping[str, Sequence[ClassReview]]) -> str:
             shown.append(name)
     buttons = [
         {
-            "label": "mean of all classes" if name is None else escape(name),
+            "label": "mean of all classes" if name is None else _text(name),
             "method": "restyle",
             "args": ["visible", [one == name for one in shown]],
         }
@@ -106,6 +106,11 @@ def precision_recall(runs: Mapping[str, Sequence[ClassReview]]) -> str:
     )
 
 
+def _text(name: str) -> str:
+    """A name as it is: Plotly takes some of HTML, and the entities of its brackets."""
+    return escape(name, quote=False)
+
+
 def _line(
     name: str, number: int, x: Sequence[float], y: Sequence[float], fill: str = "none", **line: str
 ) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def _line(
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": escape(name),
+        "name": _text(name),
         "x": list(x),
         "y": list(y),
         "fill": fill,

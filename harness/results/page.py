@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -23,20 +24,18 @@ from harness.results import charts
 from harness.results.accuracy import Evaluation, evaluation_of
 from harness.results.latencies import read_latencies
 from harness.results.pictures import SCORE_THRESHOLD, draw_boxes, enlarged, to_jpeg
-from harness.results.report import Runs, as_text, facts_of, root_of
-from harness.results.result import RunResult, read_result
+from harness.results.report import INDEX, Runs, as_text, facts_of, root_of
+from harness.results.result import RESULT, RunResult, read_result
 from harness.results.review import ClassReview, ImageReview, review_classes, review_images
 from harness.results.run import SAMPLES
 
 PAGE = "report.html"
-INDEX = "index.html"
 
 _PICTURES = 24  # on a page: some 5 MB
 _PICTURES_OF_RUN = 12
-_LONG_SIDE = 960
+_LONG_SIDE = 800
 _RED, _AMBER, _GREEN = (77, 72, 229), (36, 165, 245), (88, 167, 70)  # BGR; the page's key has them
-_HIGHER_IS_BETTER = ("mAP", "AP50", "samples/s")
-_COMPARED = (*_HIGHER_IS_BETTER, "p50 ms", "p90 ms", "p99 ms")
+_COMPARED = ("mAP", "AP50", "samples/s", "p50 ms", "p90 ms", "p99 ms")
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,12 @@ class _Run:
     def label(self) -> str:
         """What the rest of the page calls it."""
         return f"{self.name} {self.result.mode}"
+
+    @property
+    def stats(self) -> Mapping[str, float]:
+        """COCOeval's numbers; none where nothing was evaluated."""
+        found = (self.result.accuracy or {}).get("stats")
+        return found if isinstance(found, Mapping) else {}
 
     @property
     def latencies(self) -> Iterator[tuple[str, Mapping[str, float]]]:
@@ -99,14 +104,17 @@ def render_page(runs: Runs, build_dir: Path) -> str:
     Raises
     ------
     HarnessError
-        When a file of a run cannot be read.
+        When a file of a run cannot be read, or a package is missing.
     """
-    from plotly.offline import get_plotlyjs
-
+    try:
+        template = _template("report.html")
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise HarnessError(f"a page needs {error.name}: pip install {error.name}") from error
     shown = _shown(runs)
     latencies = {run.name: read_latencies(run.directory) for run in shown}
     known = {name: found for name, found in latencies.items() if found is not None}
-    accuracies = [run for run in shown if run.result.accuracy]
+    accuracies = [run for run in shown if run.stats]
     classes: dict[str, Sequence[ClassReview]] = {}
     worst: list[tuple[_Run, list[_Picture]]] = []
     notes: list[str] = []
@@ -117,15 +125,16 @@ def render_page(runs: Runs, build_dir: Path) -> str:
         except (HarnessError, EngineError) as error:
             notes.append(f"{run.label}: no classes and no images: {error}")
             continue
-        recorded = float((run.result.accuracy or {})["mAP"])
-        if abs(recorded - found.coco.stats[0]) > 1e-6:
+        if abs(run.stats.get("AP", -2.0) - found.coco.stats[0]) > 1e-6:
             notes.append(f"{run.label}: the annotations are others now than when it ran")
         if reviews := review_classes(found):
             classes[run.name] = reviews
+        if number >= _PICTURES:
+            continue
         by_errors = sorted(review_images(found), key=lambda review: -review.errors)
         worst.append((run, list(_pictures(f"r{number}", by_errors[:share], data.image_dir))))
     names = list(dict.fromkeys(str(run.cells["run"]) for run in shown))
-    html: str = _template("report.html").render(
+    html: str = template.render(
         title=f"{'Runs' if len(names) > 1 else 'Run'} {', '.join(names)}",
         columns=list(shown[0].cells),
         runs=shown,
@@ -158,7 +167,7 @@ def write_index(logs: Path) -> None:
     """
     found: list[tuple[Path, RunResult]] = []
     unreadable: list[str] = []
-    for path in sorted(logs.rglob("result.json")):
+    for path in sorted(logs.rglob(RESULT)):
         if not path.parent.name.endswith(".partial"):
             try:
                 found.append((path.parent, read_result(path)))
@@ -168,7 +177,8 @@ def write_index(logs: Path) -> None:
     rows = []
     for run in _shown(found):
         page = root_of(run.directory, run.result) / PAGE
-        link = page.relative_to(logs.resolve()).as_posix() if page.exists() else None
+        there = page.exists() and page.is_relative_to(logs.resolve())
+        link = quote(page.relative_to(logs.resolve()).as_posix()) if there else None
         rows.append((run.cells, link))
     html = _template("index.html").render(
         columns=list(rows[0][0]) if rows else [], runs=rows, unreadable=unreadable
@@ -205,13 +215,13 @@ def _shown(runs: Runs) -> list[_Run]:
 
 def _change(before: Any, after: Any) -> str:
     """Change against another run, in per cent; empty for none."""
-    if before is after or not before or after is None:
+    if before is after or not before or not all(isinstance(one, float) for one in (before, after)):
         return ""
     return f"{100 * (after / before - 1):+.1f} %"
 
 
 def _evaluation(run: _Run, build_dir: Path) -> tuple[Dataset, Evaluation]:
-    name, _, split = str(run.result.dataset["name"]).rpartition("-")
+    name, _, split = str(run.result.dataset.get("name")).rpartition("-")
     data = known_dataset(name, split, build_dir)
     if data.annotations is None:
         raise HarnessError(f"{data.name} has no annotations")

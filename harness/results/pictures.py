@@ -194,7 +194,7 @@ def draw_boxes(
     picture
         uint8 [h, w, 3]; changed.
     boxes
-        Texts and boxes, left, top, right, bottom as fractions of the picture.
+        Texts, which may be empty, and boxes: left, top, right, bottom as fractions of the picture.
     colour
         Blue, green, red.
     """
@@ -206,7 +206,8 @@ def draw_boxes(
         cv2.rectangle(picture, box[:2], box[2:], _BLACK, _stroke(picture) + 2, cv2.LINE_AA)
         cv2.rectangle(picture, box[:2], box[2:], colour, _stroke(picture), cv2.LINE_AA)
     for text, box in places:
-        taken.append(_draw_label(picture, box, text, colour, taken))
+        if text:
+            taken.append(_draw_label(picture, box, text, colour, taken))
 
 
 def _draw_label(

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.text import Text
 
 from harness.errors import HarnessError
 from harness.results.result import RESULT, RunResult, read_result
+
+INDEX = "index.html"
+"""The list of all runs, in the folder that they lie in."""
 
 _COLUMNS = (
     ("run", "date", "data set"),
@@ -39,6 +42,8 @@ def find_results(directories: Sequence[Path]) -> Runs:
     """
     found: dict[Path, RunResult] = {}
     for directory in directories:
+        if directory.name == INDEX and len(directories) > 1:
+            continue  # build/logs/* has it, too
         paths = [
             path
             for path in ([directory] if directory.is_file() else sorted(directory.rglob(RESULT)))
@@ -53,6 +58,7 @@ def find_results(directories: Sequence[Path]) -> Runs:
 def facts_of(directory: Path, result: RunResult) -> dict[str, str | float | None]:
     """What a table has of a run: what identifies it, and its figures; None for what it has not."""
     engine, accuracy = result.engine, result.accuracy or {}
+    taken = engine.get("input")
     devices = engine.get("gpu") or engine.get("devices")
     device = ", ".join(map(str, devices)) if isinstance(devices, list) else str(devices)
     latency = result.batch_latency_ms if is_batch_latency(result) else result.latency_ms
@@ -67,7 +73,7 @@ def facts_of(directory: Path, result: RunResult) -> dict[str, str | float | None
         "samples/s": result.samples_per_second,
         **{f"{name} ms": latency.get(name) for name in ("p50", "p90", "p99")},
         "model": str(engine.get("model")),
-        "input": str((engine.get("input") or {}).get("dtype")),
+        "input": str(taken.get("dtype")) if isinstance(taken, Mapping) else None,
         "engine": str(engine.get("backend")),
         "device": result.versions.get("cpu", device) if device == "cpu" else device,
         "data set": str(result.dataset.get("name")),

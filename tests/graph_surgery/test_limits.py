@@ -35,6 +35,16 @@ BROKEN = {
     ),
     "weights": (lambda m: setattr(m.graph.initializer[0], "data_type", 99), TYPE),
     "a constant": (constant, TYPE),
+    "weights with values left over": (
+        lambda m: m.graph.initializer[0].dims.__setitem__(0, 1),
+        "tensor 'c0' has more or fewer values than its shape",
+    ),
+    "a Split of three that says two": (
+        lambda m: m.graph.node.append(
+            helper.make_node("Split", [m.graph.node[0].output[0]], ["x", "y", "z"], num_outputs=2)
+        ),
+        "Split '' has other outputs than it says",
+    ),
     "less than no image": (
         lambda m: setattr(image(m).shape.dim[0], "dim_value", -3),
         r"input 'image' is \[-3, 3, 32, 32\]",

@@ -143,9 +143,10 @@ def test_run_prints_one_table(logs):
 def test_report_prints_it_again(logs, preprocessed):
     done = harness(preprocessed, "report", "logs")
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == sorted(
+    assert sorted([*done.stdout.splitlines(), "page in logs/report.html"]) == sorted(
         (logs / "stdout.txt").read_text().splitlines()
     )
+    assert "grey 90" in (logs / "report.html").read_text()  # a class's name
     done = harness(preprocessed, "report", "logs", "--json")
     results = json.loads(done.stdout)
     assert [(item["scenario"], item["mode"]) for item in results] == [

@@ -1,0 +1,214 @@
+"""The page of runs: what it says, whatever names they have, and how a browser shows it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from harness.errors import HarnessError
+from harness.loadgen.log import ACCURACY
+from harness.results import run_all
+from harness.results.page import PAGE, render_page, write_index
+from harness.results.report import INDEX, find_results
+from tests.harness.results.test_result import ANYTHING, FIGURES
+from tests.support.harness_fakes import FakeEngine, benchmark, short
+from tests.support.pages import HOSTILE, Page, accuracy_run, performance_run, shown
+
+PATTERN = np.random.default_rng(1).integers(0, 255, (60, 80, 3)).astype(np.uint8)
+CLASSES = [HOSTILE, "cat"]
+
+
+@pytest.fixture(scope="module")
+def performance(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs") / "first"
+    names = {"model": HOSTILE, "backend": HOSTILE, HOSTILE: HOSTILE, "devices": [HOSTILE]}
+    return performance_run(root, engine=names, errors=(HOSTILE,), command=HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def accuracy(tmp_path_factory):
+    """A run with annotations, and its data set."""
+    return accuracy_run(
+        tmp_path_factory.mktemp("runs") / HOSTILE[2:].replace("/", "|"), PATTERN, CLASSES
+    )
+
+
+@pytest.fixture
+def known(accuracy, monkeypatch):
+    monkeypatch.setattr("harness.results.page.known_dataset", lambda *_: accuracy[1])
+
+
+@pytest.fixture
+def page(performance, accuracy, known, tmp_path):
+    return render_page([performance, accuracy[0]], tmp_path)
+
+
+def test_nothing_from_files_is_markup_or_comes_from_elsewhere(page):
+    read = Page(page)
+    scripts = [tag for tag, _ in read.elements if tag == "script"]
+    assert len(scripts) == 1 + 4 * 1  # Plotly, and four charts
+    assert not [tag for tag, attributes in read.elements if "onerror" in attributes]
+    for _, attributes in read.elements:
+        for name in ("src", "href", "data", "action"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/jpeg;base64,"))
+    assert "http-equiv" in page and "default-src 'none'" in page
+    assert read.text.count(HOSTILE) > 5
+
+
+def test_results_are_those_of_the_runs(page, performance, accuracy):
+    first, second = Page(page).results()
+    result = performance[1]
+    assert first["scenario"] == "SingleStream" and first["mode"] == "PerformanceOnly"
+    assert first["run"] == "first" and first["model"] == first["engine"] == HOSTILE
+    assert first["samples/s"] == f"{result.samples_per_second:.2f}"
+    assert first["p99 ms"] == f"{result.latency_ms['p99']:.2f}"
+    assert first["date"] == result.finished[:16].replace("T", " ")
+    assert (first["mAP"], second["samples/s"]) == ("–", "–")
+    assert second["mAP"] == f"{accuracy[0][1].accuracy['mAP']:.4f}"
+    assert second["data set"] == "own-val"
+
+
+def test_worst_images_come_first_with_what_is_wrong(page):
+    text = " ".join(Page(page).text.split())
+    assert text.count("00000.jpg: 1 missed, 1 false, 1 right") == 1
+    assert text.count(": 1 missed, 1 false, 1 right") == 4
+
+
+def test_changes_are_against_the_first_of_its_kind(performance, tmp_path):
+    folder, result = performance
+    faster = replace(result, samples_per_second=1.25 * result.samples_per_second)
+    other = replace(result, scenario="Server")
+    read = Page(render_page([(folder, result), (folder, faster), (folder, other)], tmp_path))
+    changes = [row["samples/s"].partition(" ")[2] for row in read.results()]
+    assert changes == ["", "(+25.0 %)", ""]
+    assert ["scenario", "SingleStream", "SingleStream", "Server"] in read.rows
+
+
+def test_a_page_without_accuracy_and_one_without_performance(
+    performance, accuracy, known, tmp_path
+):
+    assert "No accuracy run with annotations." in Page(render_page([performance], tmp_path)).text
+    read = Page(render_page([accuracy[0]], tmp_path))
+    assert "No performance run that left its latencies." in read.text
+    assert "1 missed, 1 false" in read.text
+
+
+def test_what_is_gone_since_is_said(accuracy, known, tmp_path, monkeypatch):
+    (folder, result), data = accuracy
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / ACCURACY).unlink()
+    assert f"{ACCURACY} not found" in Page(render_page([(copy, result)], tmp_path)).text
+    data.image_dir, before = tmp_path / "none", data.image_dir
+    assert "00000.jpg: 1 missed, 1 false, 1 right (image not found)" in " ".join(
+        Page(render_page([(folder, result)], tmp_path)).text.split()
+    )
+    data.image_dir = before
+    other = replace(result, accuracy={"stats": {"AP": 0.123}})
+    text = Page(render_page([(folder, other)], tmp_path)).text
+    assert "the annotations are others now" in text
+    monkeypatch.undo()
+    text = Page(render_page([(folder, replace(result, dataset={"name": "x-val"}))], tmp_path)).text
+    assert "no classes and no images: unknown data set 'x'" in text
+
+
+@given(engine=ANYTHING, dataset=ANYTHING, accuracy=ANYTHING, figures=FIGURES)
+def test_any_result_has_a_page(performance, engine, dataset, accuracy, figures):
+    folder, result = performance
+    strange = replace(
+        result, engine=engine, dataset=dataset, accuracy=accuracy, batch_latency_ms=figures
+    )
+    assert len(Page(render_page([(folder, strange)], folder)).results()) == 1
+
+
+def test_index(performance, accuracy, tmp_path):
+    """Newest first; what cannot be read is named; runs that failed are not there."""
+    logs = tmp_path / "logs"
+    for name, day in (("old run", 1), ("new", 3), ("#1?", 2)):
+        folder = logs / name / "box" / "ssd-resnet34" / "SingleStream" / "PerformanceOnly"
+        folder.mkdir(parents=True)
+        replace(performance[1], finished=f"2026-01-0{day}T00:00:00+00:00").write(folder)
+    shutil.copytree(folder, folder.with_name("AccuracyOnly.partial"))
+    broken = logs / "broken" / "result.json"
+    broken.parent.mkdir()
+    broken.write_text(HOSTILE)
+    for name in ("old run", "#1?"):
+        (logs / name / PAGE).touch()
+    write_index(logs)
+    text = (logs / INDEX).read_text()
+    read = Page(text)
+    assert [row[0] for row in read.rows[1:] if row[0] != "new"] == ["#1?", "old run"]
+    links = [attributes["href"] for tag, attributes in read.elements if tag == "a"]
+    assert links == ["%231%3F/report.html", "old%20run/report.html"]
+    assert f"{broken}: not JSON" in read.text
+    assert not [tag for tag, _ in read.elements if tag in ("script", "img")]
+    broken.unlink()
+    found = find_results(sorted(logs.glob("[!b]*")))  # as a shell's build/logs/*
+    assert [folder.relative_to(logs).parts[0] for folder, _ in found] == ["#1?", "new", "old run"]
+
+
+@pytest.fixture
+def tests(tmp_path):
+    folder = tmp_path / "build" / "logs" / "now" / "box" / "ssd-resnet34" / "Offline"
+    settings = short("Offline")
+    return [(benchmark(FakeEngine()), settings, "PerformanceOnly", folder / "PerformanceOnly")]
+
+
+def test_a_run_leaves_its_page_and_the_list(tests, tmp_path, capsys):
+    run_all.run_all(tests, tmp_path / "build")
+    logs = tmp_path / "build" / "logs"
+    assert Page((logs / "now" / PAGE).read_text()).results()[0]["run"] == "now"
+    assert 'href="now/report.html"' in (logs / INDEX).read_text()
+    assert "now/report.html" in capsys.readouterr().out
+    elsewhere = tmp_path / "elsewhere" / "a" / "b" / "c" / "d"
+    run_all.run_all([(*tests[0][:3], elsewhere)], tmp_path / "build")
+    assert not (tmp_path / INDEX).exists()
+
+
+@pytest.mark.parametrize("package", ["plotly", "jinja2"])
+def test_without_its_packages_a_run_is_a_run(tests, tmp_path, capsys, monkeypatch, package):
+    for name in [one for one in sys.modules if one.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    run_all.run_all(tests, tmp_path / "build")
+    said = capsys.readouterr()
+    assert "samples/s" in said.out
+    assert f"no page was written: HarnessError: a page needs {package}" in said.err
+    assert len(said.err.splitlines()) == 2  # the run's announcement, and this
+    with pytest.raises(HarnessError, match="pip install"):
+        render_page(find_results([tmp_path]), tmp_path)
+
+
+@pytest.mark.slow
+def test_five_thousand_images_fit_in_15_mb(tmp_path, monkeypatch):
+    """Of pictures that no codec makes small."""
+    large = np.random.default_rng(1).integers(0, 255, (1080, 1920, 3)).astype(np.uint8)
+    names = [f"class {number}" for number in range(8)]
+    whole, data = accuracy_run(tmp_path / "run", large, names, images=5000)
+    # two more with as many pictures as a page has, of the first images
+    others = [accuracy_run(tmp_path / name, large, names, images=20)[0] for name in "ab"]
+    monkeypatch.setattr("harness.results.page.known_dataset", lambda *_: data)
+    assert len(render_page([whole, *others], tmp_path).encode()) < 15 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1600])
+def test_in_chromium(page, tmp_path, width, dark):
+    if shutil.which("chromium") is None:
+        pytest.skip("needs Chromium")
+    path = tmp_path / "page.html"
+    path.write_text(page)
+    (inner, wide, title, drawn, images), console, picture = shown(path, width, dark=dark)
+    assert inner == wide == width  # nothing sticks out
+    assert title.startswith("Runs first, ")
+    assert drawn > 5
+    assert images == 4
+    assert console == ""
+    assert (picture[5, 5].mean() < 60) == dark
