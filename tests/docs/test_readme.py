@@ -49,9 +49,9 @@ SUBSTITUTIONS = {
     # the libraries of the other tests, built already
     r"^build-plugin$": "build-plugin --arch 80,90 -o $(realpath build/plugins)",
     # what the reader is to fill in
-    r"build/logs/<time>": "build/logs/*",
+    r"build/logs/<time>": "build/logs/*/",
     r"^(harness accuracy) (mlperf_log_accuracy.json)": (
-        r"\1 build/logs/*/*/ssd-resnet34/Offline/AccuracyOnly/\2"
+        r"\1 $(ls build/logs/*/*/ssd-resnet34/Offline/AccuracyOnly/\2 | tail -1)"
     ),
 }
 """Regular expressions and what replaces them in the commands, one command a line."""
