@@ -150,8 +150,8 @@ def choose(
     path = folder / "auto.json"
     known = read_as(_Memory, path, "remove it") if path.exists() else _Memory()
     for choice in known.choices:
-        if choice.key == key:
-            return choice, True
+        if choice.key == key and not any(one.refusal for one in choice.measured):
+            return choice, True  # what could not run may run now
     found = [_measure(way, batch, threads) for way in ways]
     found.sort(key=lambda one: -(one.images_per_s or 0.0))
     choice = Choice(key, tuple(found))
@@ -189,7 +189,9 @@ def _measure(way: Way, batch: int, threads: int | None) -> Measured:
         engine = load_engine(
             way.backend, Path(way.file), device=way.device, threads=threads, max_batch=batch
         )
-        size = min(batch, engine.max_batch or batch)
+        if engine.max_batch is not None and engine.max_batch < batch:
+            raise EngineError(f"takes {engine.max_batch} images at most")
+        size = batch
         images = engine.host_array((size, *engine.input_spec.shape), engine.input_spec.dtype)
         random = np.random.default_rng(0)
         images[:] = random.integers(-60, 61, images.shape, np.int8)

@@ -256,10 +256,11 @@ def compare(
     tolerances is refused before the work, one with other figures after it, but for --force.
     """
     from engine.comparison.files import compare_files, save_comparison
+    from engine.data.preprocessed import MANIFEST
     from engine.support.files import check_output
 
     if output is not None:
-        read = (first, second, annotations, model)
+        read = (first, second, annotations, model, data and data / MANIFEST)
         check_output(output, [path for path in read if path is not None])
     found, document = compare_files(
         first,
@@ -304,7 +305,7 @@ def sensitivity(
 
     from rich.console import Console
 
-    from engine.data.preprocessed import load_preprocessed
+    from engine.data.preprocessed import MANIFEST, load_preprocessed
     from engine.model import load_detector
     from engine.quantization.cache import Calibration
     from engine.quantization.sensitivity import sensitivity as find_sensitivity
@@ -312,7 +313,7 @@ def sensitivity(
     from engine.support.files import check_output, json_text, write_output
 
     if output is not None:
-        check_output(output, [model, cache])
+        check_output(output, [model, cache, data / MANIFEST])
     detector = load_detector(model)
     source = load_preprocessed(data, _image_spec(detector))
     with naming(f"{model} with {cache}"), progress_bar("sensitivity") as progress:

@@ -78,6 +78,9 @@ class Manifest:
         Rows of ``detections`` for each image.
     outputs
         Output to its shape for one image.
+    structure_sha256
+        Of the ONNX file, see `engine.model.Detector.structure_sha256`; empty in manifests from
+        before.
     """
 
     backend: str
@@ -100,6 +103,7 @@ class Manifest:
     outputs: Mapping[str, list[int | None]] = field(
         default_factory=lambda: output_shapes(KEEP_TOP_K)
     )
+    structure_sha256: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """Return the content of the JSON file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,6 +52,18 @@ class Detector:
     def sha256(self) -> str:
         """SHA-256 of the file, and of the files with its data."""
         return model_sha256(self.path)
+
+    @cached_property
+    def structure_sha256(self) -> str:
+        """SHA-256 of nodes, attributes, and names, types and shapes of constants: all but values."""
+        digest = hashlib.sha256()
+        for node in self.model.graph.node:
+            attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
+            what = node.domain, node.op_type, list(node.input), list(node.output), attributes
+            digest.update(repr(what).encode())
+        for tensor in sorted(self.model.graph.initializer, key=lambda tensor: tensor.name):
+            digest.update(repr((tensor.name, tensor.data_type, list(tensor.dims))).encode())
+        return digest.hexdigest()
 
     @cached_property
     def metadata(self) -> Mapping[str, str]:

@@ -46,7 +46,7 @@ def load(path: Path) -> onnx.ModelProto:
         invalid one.
     """
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, UnicodeDecodeError) as error:
         raise SurgeryError(f"{path}: not an ONNX model, or a truncated one") from error
     except OSError as error:
@@ -154,7 +154,7 @@ def _sha256(path: Path) -> str:
 
 def _data_names(path: Path) -> set[str]:
     """Files with large initialisers of the model that is at `path`, if one is, as it names them."""
-    with contextlib.suppress(DecodeError, OSError, KeyError):
+    with contextlib.suppress(DecodeError, OSError, KeyError, ValueError):
         old = onnx.load(path, load_external_data=False)
         return {str(data_file(tensor)[0]) for tensor in filter(is_outside, old.graph.initializer)}
     return set()

@@ -178,6 +178,8 @@ def is_outside(tensor: onnx.TensorProto) -> bool:
 def data_file(tensor: onnx.TensorProto) -> tuple[Path, int]:
     """Where the values of a tensor outside begin: the file and the offset in it."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
+    if "location" not in entries or int(entries.get("offset", 0)) < 0:
+        raise ValueError(f"{tensor.name!r} lies in a file, and does not say where")
     return Path(entries["location"]), int(entries.get("offset", 0))
 
 

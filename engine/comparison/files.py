@@ -137,7 +137,7 @@ def compare_files(
     if kept is not None and kept.exists() and not _says(kept, compared):
         raise another(kept)
     found = held(a, truth, "compare")
-    if own and quantized and not same and sides[1].detector is not None:
+    if own and sides[1].quantized and not same and sides[1].detector is not None and tensors[1]:
         literal = replace(sides[1], path=sides[1].detector.path, backend="onnxruntime")
         alone = held(open_side(literal, tensors[1], literally=True), None, "the engine alone")
         found = replace(found, alone=alone.heads)

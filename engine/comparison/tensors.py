@@ -107,8 +107,9 @@ def find_source(engine: Path, manifest: Manifest, given: Path | None) -> Detecto
         if detector.sha256 != manifest.onnx_sha256:
             raise EngineError(f"{given}: {engine} was built from another file, {manifest.model}")
         return detector
-    folders = (engine.parent, engine.parent.parent / "onnx")
-    paths = [path for folder in folders for path in sorted(folder.glob("*.onnx"))]
+    folder = engine.resolve().parent
+    folders = (engine.parent, folder.parent / "onnx")
+    paths = [path for folder in folders for path in sorted(folder.glob("*.onnx")) if path.is_file()]
     for path in sorted(paths, key=lambda path: path.name != manifest.model):
         with contextlib.suppress(FileNotFoundError):  # of another model's data
             if model_sha256(path) == manifest.onnx_sha256:

@@ -154,7 +154,7 @@ def is_current(
     Returns
     -------
     bool or None
-        None when it is out of date: of this model file as it was before.
+        None when it is out of date: of this model file as it was before, or of an earlier release.
 
     Raises
     ------
@@ -172,6 +172,8 @@ def is_current(
         cache.check(network, placement)
     except EngineError:
         return None if cache.model == detector.path.name else False
+    if {main.tensor for main in placement.mains} - cache.sums.keys():
+        return None  # of an earlier release
     return (cache.method, cache.images) == (method, count) and (
         cache.images_sha256 == images_sha256(images, count)
     )

@@ -139,7 +139,11 @@ def _packed(
     shape = shape_of(steps.inputs[0].inputs[0])
     filters, channels, *kernel = weight.shape
     pads = conv.attrs.get("pads", [0] * 4)
-    plain = conv.attrs.get("group", 1) == 1 and set(conv.attrs.get("dilations", [1])) == {1}
+    plain = (
+        conv.outputs[0] not in graph.outputs
+        and conv.attrs.get("group", 1) == 1
+        and set(conv.attrs.get("dilations", [1])) == {1}
+    )
     if not plain or channels > _FEW or list(conv.attrs.get("strides", [])) != [2, 2]:
         return conv, weight
     sizes = [None, None] if shape is None else shape[2:]
@@ -197,8 +201,6 @@ def _pooled(tensor: gs.Tensor) -> gs.Tensor | None:
     if [node.op for node in tensor.inputs] != ["MaxPool"]:
         return None
     source: gs.Tensor = tensor.inputs[0].inputs[0]
-    while [node.op for node in source.inputs] == ["DequantizeLinear"]:
-        source = source.inputs[0].inputs[0].inputs[0].inputs[0]
     return source
 
 

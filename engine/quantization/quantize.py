@@ -130,7 +130,7 @@ def quantize(
 def is_outdated(path: Path, quantized: onnx.ModelProto) -> bool:
     """Tell whether a file is INT8 of the same model file as it was before."""
     try:
-        before = onnx.load(path, load_external_data=False)
+        before = onnx.load(path, format="protobuf", load_external_data=False)
     except (OSError, DecodeError):  # nothing, or something else
         return False
     known, facts = (

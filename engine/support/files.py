@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engine.errors import EngineError
@@ -78,15 +78,22 @@ def write_output(path: Path, content: bytes, *, overwrite: bool) -> bool:
 def check_output(output: Path, read: Iterable[Path]) -> None:
     """Refuse to write what is read, or where nothing can be written; `graph_surgery.files`'s.
 
+    Of ONNX files, their data in other files is read as well.
+
     Raises
     ------
     EngineError
         Says which.
     """
+    from engine.support.external import data_files
     from graph_surgery.files import check_output as check  # it needs onnx, which servers lack
 
+    whole = list(read)
+    for path in [path for path in whole if path.suffix == ".onnx" and path.is_file()]:
+        with suppress(OSError):  # the command says it
+            whole += [path.parent / name for name in data_files(path)]
     try:
-        check(output, read)
+        check(output, whole)
     except SurgeryError as error:
         raise EngineError(str(error)) from error
 

@@ -49,9 +49,9 @@ SUBSTITUTIONS = {
     # the libraries of the other tests, built already
     r"^build-plugin$": "build-plugin --arch 80,90 -o $(realpath build/plugins)",
     # what the reader is to fill in
-    r"build/logs/<time>": "build/logs/*",
+    r"build/logs/<time>": "build/logs/*/",
     r"^(harness accuracy) (mlperf_log_accuracy.json)": (
-        r"\1 build/logs/*/*/ssd-resnet34/Offline/AccuracyOnly/\2"
+        r"\1 $(ls build/logs/*/*/ssd-resnet34/Offline/AccuracyOnly/\2 | tail -1)"
     ),
 }
 """Regular expressions and what replaces them in the commands, one command a line."""
@@ -146,8 +146,10 @@ def place(tmp_path_factory):
         script = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {package} "$@"\n'
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
-    for name in ("python", "polygraphy"):
-        (programs / name).symlink_to(Path(sys.executable).with_name(name))
+    # not a link to Python, which would look for its packages beside the link
+    (programs / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (programs / "python").chmod(0o755)
+    (programs / "polygraphy").symlink_to(Path(sys.executable).with_name("polygraphy"))
     (programs / "activate").write_text(f"PATH={shlex.quote(str(programs))}:$PATH\n")
     (place / ".venv" / "installed").touch()
     return place

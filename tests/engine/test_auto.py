@@ -78,9 +78,14 @@ def test_the_fastest_is_taken_and_remembered(detector, surgered, tmp_path, monke
 
 def test_what_cannot_run_is_last_and_nothing_at_all_is_an_error(detector, tmp_path, monkeypatch):
     folder = tmp_path / "engines"
-    Stopwatch(monkeypatch, {"tensorrt"})
-    choice, _ = choose(detector, 8, "cpu", folder)
-    assert choice.fastest.device == "cpu"
+    plan(folder, "fast", detector.path.read_bytes())
+    watch = Stopwatch(monkeypatch, {"tensorrt"})
+    choice, _ = choose(detector, 8, None, folder)
+    assert choice.fastest.backend == "onnxruntime"
+    assert choice.measured[-1].refusal == "not here"
+    watch.refuses = ()  # what could not run is tried again
+    choice, remembered = choose(detector, 8, None, folder)
+    assert not remembered and choice.fastest.backend == "tensorrt"
     Stopwatch(monkeypatch, {"onnxruntime"})
     choice, _ = choose(detector, 4, "cpu", folder)
     with pytest.raises(EngineError, match=r"nothing here runs the file: onnxruntime .*: not here"):

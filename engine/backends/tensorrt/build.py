@@ -28,7 +28,7 @@ from engine.manifest import (
 )
 from engine.model import Detector
 from engine.protocol import InputSpec, output_shapes
-from engine.support.files import check_output
+from engine.support.files import another, check_output
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import data_files
 from graph_surgery.graph import import_graph, output_names
@@ -81,6 +81,8 @@ def build(
     for file in (output, manifest_path(output), options.layer_info):
         if file is not None:
             check_output(file, read)
+    from engine.backends.tensorrt.engine import write_layer_info
+
     image, rows = detector.input, wanted_plugin(detector).keep_top_k
     trt, gpu = _builder_of(backend, options)
     manifest = Manifest(
@@ -104,15 +106,18 @@ def build(
         seconds=0.0,
         keep_top_k=rows,
         outputs=output_shapes(rows),
+        structure_sha256=detector.structure_sha256,
     )
+    if not overwrite and options.layer_info is not None and options.layer_info.exists():
+        raise another(options.layer_info)
     if not overwrite and (found := same_engine(output, manifest)) is not None:
+        if options.layer_info is not None:
+            write_layer_info(trt, output.read_bytes(), options.layer_info)
         return found
     start = time.monotonic()
     plan = plan_of(trt, detector, backend, options)
     seconds = time.monotonic() - start
     if options.layer_info is not None:
-        from engine.backends.tensorrt.engine import write_layer_info
-
         write_layer_info(trt, plan, options.layer_info)
     manifest = replace(
         manifest,
@@ -149,6 +154,13 @@ def plan_of(
     """
     load_plugins(trt, options.plugins)
     _require_plugin(trt, detector, wanted_plugin(detector))
+    if options.timing_cache is not None:
+        try:
+            options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngineError(
+                f"{options.timing_cache.parent}: cannot make the folder ({error.strerror})"
+            ) from error
     request = PlanRequest(
         model=detector.path,
         input_name=detector.input.name,
@@ -171,13 +183,6 @@ def _builder_of(backend: str, options: BuildOptions) -> tuple[Any, Gpu | None]:
         from engine.backends.cuda import use_gpu
 
         gpu = use_gpu(options.device or 0)
-    if options.timing_cache is not None:
-        try:
-            options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EngineError(
-                f"{options.timing_cache.parent}: cannot make the folder ({error.strerror})"
-            ) from error
     if options.version_compatible:
         require_lean_runtime(trt)
     return trt, gpu

@@ -69,12 +69,14 @@ def refit(
         raise EngineError(f"{plan}: was built without --refit or --strip-plan, so its weights stay")
     for file in (output, manifest_path(output)):
         check_output(file, [plan, detector.path, *data_files(detector.model)])
-    if detector.input.to_dict() | {"scale": 0} != manifest.input.to_dict() | {"scale": 0}:
+    wanted_plugin(detector)
+    if not manifest.structure_sha256:
+        raise EngineError(f"{plan}: its manifest, of an earlier release, knows no graph: build it")
+    if detector.structure_sha256 != manifest.structure_sha256:
         raise EngineError(
-            f"{detector.path}: its input is not that of {plan}: another network; build it"
+            f"{detector.path}: its nodes or attributes are not those of {plan}: another network; "
+            "build it"
         )
-    if wanted_plugin(detector).keep_top_k != manifest.keep_top_k:
-        raise EngineError(f"{detector.path}: keepTopK is not that of {plan}; build it")
     trt = import_tensorrt(manifest.backend)
     gpu = use_gpu(device)
     here = Machine(manifest.backend, str(trt.__version__), gpu.name, gpu.compute_capability)
