@@ -55,7 +55,7 @@ class Detector:
 
     @cached_property
     def structure_sha256(self) -> str:
-        """SHA-256 of nodes, attributes, and names, types and shapes of constants: all but values."""
+        """SHA-256 of nodes, attributes, and names, types and shapes of constants, not values."""
         digest = hashlib.sha256()
         for node in self.model.graph.node:
             attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)

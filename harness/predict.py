@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import one_line
 from engine.manifest import load_manifest
 from engine.model import load_detector
 from engine.protocol import Engine
@@ -145,6 +146,8 @@ def predict(
     EngineError
         When the engine fails, or a file cannot be written.
     """
+    import cv2
+
     pictures = _pictures(images, output)
     with contextlib.suppress(OSError):  # write_output tells
         output.mkdir(parents=True, exist_ok=True)
@@ -158,10 +161,12 @@ def predict(
             for number, image in enumerate(images[start : start + size], start):
                 try:
                     pixels = decode(read_image(image)[0])
+                    transform(pixels, engine.input_spec, batch[len(loaded)])
                 except BadImageError as error:
                     bad[image] = str(error)
+                except (cv2.error, MemoryError) as error:
+                    bad[image] = f"too large: {one_line(error)}"
                 else:
-                    transform(pixels, engine.input_spec, batch[len(loaded)])
                     loaded.append((number, pixels))
             if loaded:
                 detections, counts = session.infer(batch[: len(loaded)])

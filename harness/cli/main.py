@@ -151,6 +151,10 @@ def run(
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
     if engine == AUTO:
+        if urls is not None:
+            raise HarnessError("--url names Triton servers, which --engine auto does not measure")
+        if numbers and device not in {None, "cuda"}:
+            raise HarnessError(f"--devices chooses GPUs, but the device is {device}")
         first = f"cuda:{numbers[0]}" if numbers else device
         way = fastest(model, first, threads, largest_batch(settings), build_dir)
         engine, model = way.backend, Path(way.file)

@@ -112,6 +112,14 @@ def preprocess(
             f"image folder {dataset.image_dir} not found; download the data set {dataset.name}"
         )
     settings = _settings(spec)
+    if not out_dir.name:
+        raise HarnessError(f"{out_dir}: name a folder for the preprocessed images")
+    try:
+        out_dir.resolve(strict=out_dir.is_symlink() and not out_dir.exists())
+    except FileNotFoundError:  # a link to what is not there any more
+        pass
+    except (OSError, RuntimeError) as error:
+        raise HarnessError(f"{out_dir}: a loop of links") from error
     while out_dir.is_symlink() and not _is_made_for(out_dir, out_dir.readlink().name):
         out_dir = out_dir.parent / out_dir.readlink()  # the user's, as to another disk
     partial = unfinished(out_dir)
@@ -248,6 +256,10 @@ def _is_made_for(out_dir: Path, name: str) -> bool:
     return re.fullmatch(rf"{re.escape(out_dir.name)}-[0-9a-f]{{12}}(\.\d+)?", name) is not None
 
 
+_REMOVED = f"{MANIFEST}.removed"
+"""What becomes of the manifest of a set that is being removed."""
+
+
 def _remove_others(out_dir: Path, say: Say) -> None:
     """Remove the sets that were linked by `out_dir` before, but for those that are being read."""
     current = out_dir.readlink().name
@@ -257,9 +269,11 @@ def _remove_others(out_dir: Path, say: Say) -> None:
         try:
             with (other / MANIFEST).open("rb") as manifest:
                 fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                Path(manifest.name).unlink()  # first: without it the folder passes for no set
-        except FileNotFoundError:  # an earlier removal was interrupted
-            pass
+                # first: without it the folder passes for no set
+                Path(manifest.name).rename(other / _REMOVED)
+        except FileNotFoundError:
+            if not (other / _REMOVED).exists():  # not ours, whatever it is called
+                continue
         except BlockingIOError:
             say(f"kept {other}, which is being read; the next preprocessing removes it")
             continue

@@ -204,7 +204,9 @@ class Sut:
     def idle_for(self) -> float:
         """Seconds for which no sample has come or been due; 0 while one is due."""
         with self._lock:
-            return 0.0 if self._outstanding else time.monotonic() - self._last_progress
+            if self._outstanding or not self.times.loaded:  # LoadGen has still to load
+                return 0.0
+            return time.monotonic() - self._last_progress
 
     def stalled_for(self) -> float:
         """Seconds without progress: of the slowest session's, or of all while samples are due."""

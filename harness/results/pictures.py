@@ -273,9 +273,17 @@ def _montage(pictures: Sequence[_Image]) -> _Image:
     return canvas
 
 
+_LONGEST = 65_500
+"""Side of a JPEG in pixels, libjpeg's limit."""
+
+
 def to_jpeg(picture: _Image) -> bytes:
-    """Encode a picture, uint8 [h, w, 3], BGR."""
+    """Encode a picture, uint8 [h, w, 3], BGR; one that is too long for JPEG is made smaller."""
     import cv2
 
+    factor = _LONGEST / max(picture.shape[:2])
+    if factor < 1:
+        size = [max(1, int(side * factor)) for side in picture.shape[1::-1]]
+        picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
     _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])
     return encoded.tobytes()

@@ -73,7 +73,7 @@ def run_all(tests: Sequence[Test], build_dir: Path) -> None:
                 results.append((where, run(benchmark, settings, mode, where, progress)))
     except RunFailedError as error:
         if results:
-            _report(results, build_dir)
+            print_table(results)
         leave(error)
     _report(results, build_dir)
 

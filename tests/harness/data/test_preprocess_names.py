@@ -169,3 +169,25 @@ def test_the_hint_names_the_data_set(tmp_path: Path) -> None:
         load_preprocessed(tmp_path / "out", B)
     with pytest.raises(EngineError, match=f"holds no preprocessed images; run `{command}` first"):
         load_preprocessed(tmp_path / "none", B, "demo-val")
+
+
+def test_a_folder_of_the_user_that_is_called_like_a_set_stays(tmp_path):
+    dataset = make_dataset(tmp_path, {"a.png": np.zeros((9, 9, 3), np.uint8)})
+    mine = tmp_path / "out-202611301200"
+    mine.mkdir()
+    (mine / "precious.txt").write_text("mine")
+    run(dataset, tmp_path / "out")
+    run(dataset, tmp_path / "out", overwrite=True)
+    assert (mine / "precious.txt").read_text() == "mine"
+    left = [path.name for path in tmp_path.glob("out-*") if path != mine]
+    assert len(left) == 1  # what the link was before is gone
+
+
+def test_a_loop_of_links_and_no_name_are_one_line(tmp_path):
+    dataset = make_dataset(tmp_path, {"a.png": np.zeros((9, 9, 3), np.uint8)})
+    (tmp_path / "l1").symlink_to("l2")
+    (tmp_path / "l2").symlink_to("l1")
+    with pytest.raises(HarnessError, match="a loop of links"):
+        run(dataset, tmp_path / "l1")
+    with pytest.raises(HarnessError, match="name a folder"):
+        run(dataset, Path("/"))

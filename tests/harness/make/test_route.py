@@ -88,7 +88,7 @@ def route_steps(place: Path, monkeypatch) -> dict[str, str]:
     monkeypatch.chdir(place)
     lines: list[str] = []
     route = route_of(BENCHMARK, None, Path("build"), lines.append)
-    images = val_images(route, build_int8(route).path)
+    images = val_images(route, build_int8(route, "cpu").path)
     assert len(images.files) >= VAL - 1
     said = dict(line.split(": ", 1) for line in lines if not line.startswith("removed "))
     assert tuple(said) == STEPS
@@ -107,7 +107,7 @@ def rebuilt(said: dict[str, str]) -> dict[str, str]:
 
 
 def input_scale(place: Path) -> str:
-    model = onnx.load(place / "build" / "onnx" / f"{BENCHMARK}.int8.onnx")
+    model = onnx.load(place / "build" / "onnx" / f"{BENCHMARK}.int8.cpu.onnx")
     return next(entry.value for entry in model.metadata_props if entry.key == "input_scale")
 
 
@@ -216,7 +216,7 @@ def test_new_weights(place, monkeypatch):
         "calibrate": "ONNX changed",
         "quantize": "ONNX, calibration changed",
     }
-    model = onnx.load(place / "build" / "onnx" / f"{BENCHMARK}.int8.onnx")
+    model = onnx.load(place / "build" / "onnx" / f"{BENCHMARK}.int8.cpu.onnx")
     biases = [onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
     wanted = tensors["loc.0.bias"]
     assert any(b.shape == wanted.shape and np.allclose(b, wanted, atol=1e-6) for b in biases)
@@ -260,7 +260,7 @@ def test_a_shorter_validation_map(place, monkeypatch):
 
 
 def test_an_artefact_that_somebody_changed(place, monkeypatch):
-    model = place / "build" / "onnx" / f"{BENCHMARK}.int8.onnx"
+    model = place / "build" / "onnx" / f"{BENCHMARK}.int8.cpu.onnx"
     content = model.read_bytes()
     model.write_bytes(content + b"\0")
     said = rebuilt(route_steps(place, monkeypatch))
@@ -310,7 +310,7 @@ def test_changed_preprocessing_code(place, monkeypatch):
 
 
 def test_a_damaged_record_is_no_record(place, monkeypatch):
-    record = place / "build" / "onnx" / f"{BENCHMARK}.int8.onnx.inputs.json"
+    record = place / "build" / "onnx" / f"{BENCHMARK}.int8.cpu.onnx.inputs.json"
     record.write_text(record.read_text()[:20])
     said = rebuilt(route_steps(place, monkeypatch))
     assert said == {"quantize": "nothing tells what it was made from"}

@@ -195,10 +195,10 @@ def test_manifest_round_trip(tmp_path):
 def test_no_manifest(tmp_path):
     engine = tmp_path / "m.engine"
     with pytest.raises(EngineError, match="no such engine file"):
-        load_engine("tensorrt", engine, device="cuda")
+        load_manifest(engine)
     engine.write_bytes(PLAN)
     with pytest.raises(EngineError, match=r"no manifest m\.engine\.json beside it"):
-        load_engine("tensorrt", engine, device="cuda")
+        load_manifest(engine)
 
 
 @pytest.mark.parametrize(
