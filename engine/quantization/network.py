@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from engine.backends.onnxruntime.session import EXACT_INT8, refusal
+from engine.backends.onnxruntime.session import exact_int8, refusal
 from engine.errors import EngineError, one_line
 from engine.quantization.placement import Placement
 from graph_surgery.protobuf import content, inputs, part, serialized, values_of
@@ -80,7 +80,7 @@ def open_session(
     options.enable_mem_pattern = False
     try:
         with serialized(model) as (given, entries):
-            for key, value in {**EXACT_INT8, **entries}.items():
+            for key, value in {**exact_int8(), **entries}.items():
                 options.add_session_config_entry(key, value)
             return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's exceptions share no base class but Exception

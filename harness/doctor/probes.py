@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from engine.errors import EngineError
+from engine.support.processor import CPUINFO, int8_instructions
 from plugin_cuda.errors import PluginError
 
 
@@ -89,27 +90,13 @@ def export() -> Found:
 def onnxruntime_cpu() -> Found:
     """Run a model of one operator in ONNX Runtime on the CPU; say what INT8 gains there."""
     found = _run_onnx("cpu")
-    return replace(found, detail=f"{found.detail}; {int8_on_cpu(Path('/proc/cpuinfo'))}")
+    return replace(found, detail=f"{found.detail}; {int8_on_cpu(CPUINFO)}")
 
 
 def int8_on_cpu(cpuinfo: Path) -> str:
-    """What ``engine quantize --target cpu`` gains, by the processor's instructions.
-
-    Parameters
-    ----------
-    cpuinfo
-        Linux's list of processors.
-    """
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    flags = {
-        flag for line in text.splitlines() if line.startswith("flags") for flag in line.split()
-    }
-    known = ("amx_int8", "avx512_vnni", "avx_vnni")
-    if found := [name for name in known if name in flags]:
-        return f"{found[0]}: INT8 by 'engine quantize --target cpu' is faster than FP32"
+    """What ``engine quantize --target cpu`` gains, by the processor's instructions."""
+    if name := int8_instructions(cpuinfo):
+        return f"{name}: INT8 by 'engine quantize --target cpu' is faster than FP32"
     return "neither VNNI nor AMX: INT8 may be no faster than FP32 (not measured)"
 
 

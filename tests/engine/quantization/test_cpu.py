@@ -136,3 +136,21 @@ def test_what_it_needs_and_what_does_not_take_it(model, calibration, cpu, tmp_pa
     assert load_engine("onnxruntime", tmp_path / "cpu.onnx").manifest["target"] == "cpu"
     with pytest.raises(EngineError, match="INT8 for ONNX Runtime on a CPU"):
         load_detector(tmp_path / "cpu.onnx").require_any_engine()
+
+
+def test_sums_that_cannot_saturate_are_the_same(model, cpu, small_images):
+    """What processors without VNNI are told; where there is VNNI, both ways are exact."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    marked = onnx.ModelProto()
+    marked.CopyFrom(cpu)
+    names = heads(model)
+    marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    exact = ort.InferenceSession(
+        marked.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    pixels = to_int8(cpu, small_images[:1])
+    literal = activations(cpu, pixels, optimise=False)
+    found = exact.run(names, {"image": pixels})
+    assert snr_db([literal[name] for name in names], found) > 20
