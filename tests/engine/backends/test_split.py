@@ -191,8 +191,9 @@ def pretend_cuda(monkeypatch):
         cuda, "use_gpu", lambda _: SimpleNamespace(name="G", compute_capability="9.0")
     )
 
-    def open_without_options(source, model, provider, options, threads):
+    def open_without_options(source, model, provider, options, threads, *, entries):
         assert options == {**cuda.CUDA_OPTIONS, "device_id": "0"}
+        assert not entries
         return session.open_session(source, model, provider, {}, threads)
 
     monkeypatch.setattr(cuda, "open_session", open_without_options)

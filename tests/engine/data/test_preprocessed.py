@@ -27,13 +27,15 @@ SAMPLE = Sample(
         "mean": list(MEAN),
         "std": list(STD),
         "interpolation": "bilinear on float32",
-        "images": [{"file": "a.jpg", "size": 9, "mtime_ns": 10**18, "sha256": "2" * 64}],
+        "images": [
+            {"file": "a.jpg", "size": 9, "mtime_ns": 10**18, "sha256": "2" * 64, "shape": [4, 5]}
+        ],
         "bad": [{"file": "b.jpg", "reason": "is missing"}],
         "opencv": "5.0.0",
         "code_sha256": "3" * 64,
     },
-    nullable=frozenset({"scale", "opencv", "code_sha256", "images[].sha256"}),
-    optional=frozenset({"opencv", "code_sha256", "images[].sha256"}),
+    nullable=frozenset({"scale", "opencv", "code_sha256", "images[].sha256", "images[].shape"}),
+    optional=frozenset({"opencv", "code_sha256", "images[].sha256", "images[].shape"}),
 )
 
 

@@ -44,7 +44,11 @@ def test_the_benches_run(others, tmp_path, monkeypatch):
     output, model = tmp_path / "figures.json", tmp_path / "model.onnx"
     row = {"model": "m", "way": "w", "mode": "AccuracyOnly", "scenario": "Offline", "batch": 1}
     measured = dict.fromkeys(
-        ("fp32_ms", "int8_ms", "fp32_over_int8", "calibration_ms", "calibration_over_fp32"), 1.0
+        (
+            *("fp32_ms", "int8_ms", "int8_cpu_ms", "fp32_over_int8", "fp32_over_int8_cpu"),
+            *("calibration_ms", "calibration_over_fp32"),
+        ),
+        1.0,
     )
     monkeypatch.setattr(engine.bench.int8, "measure", lambda *_: measured)
     monkeypatch.setattr(

@@ -143,7 +143,7 @@ def test_file_and_overrides(tmp_path):
             "[Server]\ntarget_latency_ms = 12.7",
             "Server.target_latency_ms: a valid integer expected, not 12.7",
         ),
-        ("[Server]\ntarget_qps = nan", "Server.target_qps: .* expected, not NaN"),
+        ("[Server]\ntarget_qps = nan", "nan is no number"),
         ("[Server]\nbatch_size = 0", "Server.batch_size: greater than 0 expected, not 0"),
         ("[Server]\ntarget_qps = " + "[" * 100_000, "cannot read it: more than 64 lists"),
         ("batch_size = '8'", 'settings.toml: batch_size: a valid integer expected, not "8"'),
