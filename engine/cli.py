@@ -57,6 +57,9 @@ def calibrate(
         int | None, typer.Option(min=1, help="Take the first N images.", show_default="all")
     ] = None,
     batch: _Batch = 1,
+    device: Annotated[
+        str, typer.Option(help="What runs MODEL: cpu, cuda or cuda:N, with onnxruntime-gpu.")
+    ] = "cpu",
     cache_format: Annotated[
         Literal["json", "trt"],
         typer.Option("--format", help="trt: also write TensorRT's text format, as CACHE.trt."),
@@ -98,7 +101,12 @@ def calibrate(
                 raise another(path)
         with progress_bar("calibrate") as progress:
             cache = calibrate_model(
-                detector, source, method=method, limit=images, batch=batch, progress=progress
+                *(detector, source),
+                method=method,
+                limit=images,
+                batch=batch,
+                device=device,
+                progress=progress,
             )
         cache.save(output)
         typer.echo(f"wrote {output}")

@@ -11,7 +11,8 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from threading import Lock
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 
 from engine.data.preprocessed import PreprocessedSet, hash_images, is_flat
 from engine.errors import EngineError
+from engine.model import Detector
+from engine.quantization.gpu import GpuNetwork
 from engine.quantization.histogram import Histogram, magnitude
 from engine.quantization.network import heads_model, open_session, run
 from engine.quantization.placement import Placement
@@ -33,6 +36,9 @@ Progress = Callable[[int, int], None]
 
 _SMALL = 640 * 640
 """Up to so many pixels two batches are looked at side by side; memory holds what both activate."""
+
+_BESIDE_A_GPU = 3
+"""Batches that are looked at side by side where a GPU runs the network: the CPUs count longer."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +70,31 @@ class Observations:
 
 
 def observe(
-    network: onnx.ModelProto,
+    detector: Detector,
     placement: Placement,
     images: PreprocessedSet,
     count: int,
     *,
     batch: int,
+    device: str,
     progress: Progress | None,
 ) -> Observations:
     """Run a surgered FP32 detector on the first `count` images, each read once.
 
+    Parameters
+    ----------
+    device
+        ``cpu``, ``cuda`` or ``cuda:N``.
+
     Raises
     ------
     EngineError
-        When an image cannot be read, a value is NaN or infinite, or ONNX Runtime fails.
+        When an image cannot be read, a value is NaN or infinite, or ONNX Runtime or the device
+        fails.
     """
-    at_once = 2 if batch * math.prod(placement.shape[1:]) <= _SMALL else 1
-    pass_ = _Pass(network, placement, at_once)
+    small = batch * math.prod(placement.shape[1:]) <= _SMALL
+    at_once = _BESIDE_A_GPU if device != "cpu" else 2 if small else 1
+    pass_ = _Pass(detector, placement, at_once, device)
     digest, empty = sha256(), 0
     waiting: deque[tuple[int, Future[int]]] = deque()
     with ThreadPoolExecutor(at_once) as pool, pass_.counting:
@@ -107,7 +121,8 @@ class _Pass:
     threads would wait by spinning, at the cost of those that count.
     """
 
-    def __init__(self, network: onnx.ModelProto, placement: Placement, at_once: int) -> None:
+    def __init__(self, detector: Detector, placement: Placement, at_once: int, device: str) -> None:
+        network = detector.model
         cpus = len(os.sched_getaffinity(0))
         mains = (main.tensor for main in placement.mains)
         tensors = [name for name in (*placement.tensors, *mains) if name != placement.image]
@@ -118,25 +133,39 @@ class _Pass:
         self._names = list(dict.fromkeys([*tensors, *placement.floats, *placement.heads]))
         self._locks = {name: Lock() for name in (placement.image, *self._names)}
         model = heads_model(network, placement, self._names)
-        self._session = open_session(model, max(1, cpus // at_once))
+        self._gpu: GpuNetwork | None = None
+        if device == "cpu":
+            self._session = open_session(model, max(1, cpus // at_once))
+        else:
+            self._gpu = GpuNetwork(model, self._names, detector.path, device, at_once)
         (node,) = (node for node in network.graph.node if node.domain == DOMAIN)
         self._nms = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         self._image, self._heads = placement.image, placement.heads
 
     def look(self, files: Sequence[str], pixels: NDArray[np.float32]) -> int:
         """Count the values of a batch; how many of its images show nothing."""
-        found = run(self._session, self._names, self._image, pixels, files[0])
-        values = {self._image: pixels, **dict(zip(self._names, found, strict=True))}
-        tasks = {name: self.counting.submit(self._add, name, v) for name, v in values.items()}
-        for name, task in tasks.items():
-            try:
-                task.result()
-            except ValueError as error:
-                raise EngineError(f"tensor {name!r}: {error}, for {', '.join(files)}") from error
-        return sum(
-            is_flat(image) or not _finds([values[head][index] for head in self._heads], self._nms)
-            for index, image in enumerate(pixels)
-        )
+        with self._run(pixels, files[0]) as found:
+            values = {self._image: pixels, **dict(zip(self._names, found, strict=True))}
+            tasks = {name: self.counting.submit(self._add, name, v) for name, v in values.items()}
+            wait(tasks.values())  # all of them, for the values are only lent
+            for name, task in tasks.items():
+                try:
+                    task.result()
+                except ValueError as error:
+                    images = ", ".join(files)
+                    raise EngineError(f"tensor {name!r}: {error}, for {images}") from error
+            return sum(
+                is_flat(image)
+                or not _finds([values[head][index] for head in self._heads], self._nms)
+                for index, image in enumerate(pixels)
+            )
+
+    def _run(
+        self, pixels: NDArray[np.float32], where: str
+    ) -> AbstractContextManager[Sequence[NDArray[np.float32]]]:
+        if self._gpu is not None:
+            return self._gpu.run(self._image, pixels, where)
+        return nullcontext(run(self._session, self._names, self._image, pixels, where))
 
     def _add(self, name: str, values: NDArray[np.float32]) -> None:
         with self._locks[name]:
