@@ -2,7 +2,16 @@
 
 import typer
 
-from engine.bench import calibration, cudnn, cudnn_plot, int8, onnxruntime, plans
+from engine.bench import (
+    calibration,
+    calibrators,
+    cudnn,
+    cudnn_plot,
+    int8,
+    onnxruntime,
+    plans,
+    plans_plot,
+)
 from engine.support.command import run_command
 
 app = typer.Typer(
@@ -13,9 +22,11 @@ app = typer.Typer(
 )
 app.command("int8")(int8.bench)
 app.command("calibration")(calibration.bench)
+app.command("calibrators")(calibrators.bench)
 app.command("onnxruntime")(onnxruntime.bench)
 app.command("cudnn")(cudnn.bench)
 app.command("tensorrt")(plans.bench)
+app.command("tensorrt-plot")(plans_plot.plot)
 app.command("cudnn-plot")(cudnn_plot.plot)
 
 if __name__ == "__main__":

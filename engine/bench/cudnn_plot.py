@@ -24,17 +24,34 @@ def plot(
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write.")],
 ) -> None:
     """Draw the figures of a run to a PNG file."""
+    figures = read_json(document)
+    batches = {int(size): found for size, found in figures["batches"].items()}
+    figure, left, right = new_figure()
+    _draw_speed(left, batches, figures.get("peer"))
+    _draw_layers(right, max(batches), batches[max(batches)]["layers"])
+    figure.suptitle(f"INT8, cuDNN engine, {figures['manifest']['gpu']}, copies and NMS included")
+    save_figure(figure, output)
+
+
+def new_figure() -> tuple[Any, Any, Any]:
+    """Make a figure with a smaller and a larger pair of axes; return the three.
+
+    Raises
+    ------
+    EngineError
+        Without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EngineError("plotting needs matplotlib: pip install matplotlib") from error
-    figures = read_json(document)
-    batches = {int(size): found for size, found in figures["batches"].items()}
     figure = Figure(figsize=(13, 5), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, width_ratios=(1, 2))
-    _draw_speed(left, batches, figures.get("peer"))
-    _draw_layers(right, max(batches), batches[max(batches)]["layers"])
-    figure.suptitle(f"INT8, cuDNN engine, {figures['manifest']['gpu']}, copies and NMS included")
+    return figure, left, right
+
+
+def save_figure(figure: Any, output: Path) -> None:
+    """Write a figure as PNG."""
     picture = BytesIO()
     figure.savefig(picture, format="png")
     write_atomically(output, picture.getbuffer())

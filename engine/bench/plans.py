@@ -8,6 +8,7 @@ without copies; "plan_copies" is the same with the batch's copies in line, on on
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -24,8 +25,8 @@ from engine.backends.cuda import Stream, pci_bus_id, pinned, use_gpu
 from engine.backends.cudnn.engine import load as load_cudnn
 from engine.backends.tensorrt.engine import Engine, make_context, set_addresses, start
 from engine.backends.tensorrt.engine import load as load_plan
-from engine.backends.tensorrt.layers import describe_plan
-from engine.bench.cudnn import layer_times, operations
+from engine.backends.tensorrt.layers import PlanLayer, describe_plan
+from engine.bench.cudnn import LayerTime, layer_times, operations
 from engine.bench.speed import PEAKS, image_pool, parse_batches
 from engine.errors import EngineError
 from engine.manifest import Manifest, load_manifest
@@ -38,6 +39,8 @@ from engine.support.files import write_json
 
 _ROUNDS = 3
 """Turns of each; the median counts."""
+
+_REST = "the rest"
 
 Replay = Callable[[], None]
 
@@ -113,9 +116,50 @@ def bench(
     for size in sizes:
         entry = document["batches"][str(size)]
         described = describe_plan(loaded[chosen[size]], size)
+        own = layer_times(cudnn, size)
+        entry["layers"] = [asdict(row) for row in side_by_side(own, described.layers)]
         entry["tensorrt_layers"] = [asdict(layer) for layer in described.layers]
-        entry["cudnn_layers"] = [asdict(layer) for layer in layer_times(cudnn, size)]
+        entry["cudnn_layers"] = [asdict(layer) for layer in own]
     write_json(output, document | {"finished": now()})
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A step of the cuDNN engine beside what TensorRT makes of the same nodes.
+
+    Attributes
+    ----------
+    name
+        Of the step; ``the rest`` for layers of the plan that have none of its nodes: formats.
+    cudnn_ms, tensorrt_ms
+        Time of a batch, each layer by itself. 0 where an engine has nothing for it.
+    floor_ms
+        See `engine.bench.cudnn.LayerTime`.
+    """
+
+    name: str
+    cudnn_ms: float
+    tensorrt_ms: float
+    floor_ms: float | None
+
+
+def side_by_side(own: Sequence[LayerTime], plan: Sequence[PlanLayer]) -> list[LayerPair]:
+    """Pair the layers of both engines by the names of the ONNX nodes in them.
+
+    A layer of the plan that has nodes of several steps counts for the first of them.
+    """
+    steps = {node: step.name for step in own for node in _nodes(step.name)}
+    times = dict.fromkeys([*(step.name for step in own), _REST], 0.0)
+    for layer in plan:
+        found = next((steps[node] for node in _nodes(layer.name) if node in steps), _REST)
+        times[own[-1].name if "Plugin" in layer.kind else found] += layer.ms
+    pairs = [LayerPair(step.name, step.ms, times[step.name], step.floor_ms) for step in own]
+    return [*pairs, LayerPair(_REST, 0.0, times[_REST], None)]
+
+
+def _nodes(name: str) -> list[str]:
+    """Names of nodes in that of a layer, among the words of a sentence perhaps."""
+    return re.split(r"[^\w./:-]+", name)
 
 
 @dataclass(frozen=True)
