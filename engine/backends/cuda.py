@@ -203,13 +203,15 @@ class Stream:
         return lambda: check(self._cuda.cudaGraphLaunch(executable, self.handle))
 
     def free(self) -> None:
-        """Wait, then release everything but the stream."""
+        """Wait, then release everything but the stream; nothing when that is closed."""
+        if not self._release:
+            return
         self._cuda.cudaStreamSynchronize(self.handle)
         while len(self._release) > 1:
             self._release.pop()()
 
     def close(self) -> None:
         """Release everything, as `free` does, and then the stream."""
-        if self._release:
-            self.free()
+        self.free()
+        while self._release:
             self._release.pop()()

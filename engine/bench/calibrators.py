@@ -32,6 +32,7 @@ from engine.quantization.quantize import quantize
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
 from graph_surgery.files import save
+from graph_surgery.protobuf import types
 
 CALIBRATORS = {
     "entropy 2": "IInt8EntropyCalibrator2",
@@ -126,6 +127,9 @@ def tensorrt_scales(detector: Detector, images: PreprocessedSet, kind: str) -> M
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
     part = heads_model(detector.model, find_placement(detector.model))
+    known = types(detector.model)
+    for head in part.graph.output:
+        head.CopyFrom(known[head.name])  # TensorRT's parser infers none
     if not parser.parse(part.SerializeToString()):
         raise EngineError(f"{detector.path}: TensorRT: {parser.get_error(0).desc()}")
     shape = (1, *detector.input.shape)
