@@ -7,8 +7,6 @@ batches is real.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -17,6 +15,7 @@ from onnx import numpy_helper
 
 import engine.backends.onnxruntime.engine as whole
 import engine.backends.split as parts
+from engine.backends.cuda import Gpu
 from engine.backends.onnxruntime import cuda, session
 from engine.backends.split import UnsplitError, split
 from engine.errors import EngineError
@@ -187,9 +186,7 @@ def pretend_cuda(monkeypatch):
     monkeypatch.setitem(session._PROVIDERS, "cuda", CPU)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
     monkeypatch.setattr(cuda, "runtime", lambda: None)
-    monkeypatch.setattr(
-        cuda, "use_gpu", lambda _: SimpleNamespace(name="G", compute_capability="9.0")
-    )
+    monkeypatch.setattr(cuda, "use_gpu", lambda _: Gpu("G", "9.0"))
 
     def open_without_options(source, model, provider, options, threads, *, entries):
         assert options == {**cuda.CUDA_OPTIONS, "device_id": "0"}
