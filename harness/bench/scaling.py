@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -115,7 +115,7 @@ def bench(
     if sessions is not None:
         if devices is not None:
             raise HarnessError("give --devices or --sessions")
-        units = [("--device=cpu", "--threads=1", "--streams=1")] * sessions
+        units: list[Options] = [("--device=cpu", "--threads=1", "--streams=1")] * sessions
         together: Options = ("--device=cpu", "--threads=1", f"--streams={sessions}")
     else:
         numbers = parse_devices(devices or "all")
@@ -153,12 +153,8 @@ def measure(
         apart (Offline), and the ratios of their medians.
     """
     number = len(this.units)
-    first = run_harness(
-        [(*this.common, *this.together, "--scenarios", "Offline,Server", *of_batches)],
-        _PREPARE_S,
-        this.folder,
-        this.build_dir,
-    )[0]
+    brief = replace(this, seconds=min(_PREPARE_S, this.seconds))
+    (first,) = brief.run(this.together, scenario="Offline", more=of_batches)
     rows: list[dict[str, Any]] = []
 
     def note(way: str, results: Sequence[RunResult]) -> None:

@@ -99,16 +99,15 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
         warnings = oddities(data, images, model) if "AccuracyOnly" in arguments.modes else ()
         engines = {}
         for file in dict.fromkeys(files.values()):
-            urls, device, devices = arguments.urls, config.device, config.devices
-            if config.engine == "triton":
-                device = None
-                if urls is None and config.url is None:
-                    devices = None  # those of the server that is started, see `make_repository`
-                urls = urls or servers_of(route, file, config, settings, servers)
+            urls, devices = arguments.urls, config.devices
+            if config.engine == "triton" and urls is None:
+                urls = servers_of(route, file, config, settings, servers)
+                # where a server is started for them, they are its repository's
+                devices = config.devices if config.url else None
             engines[file] = load_engines(
                 config.engine,
                 file,
-                device=device,
+                device=None if config.engine == "triton" else config.device,
                 devices=devices,
                 threads=config.threads,
                 urls=urls,
