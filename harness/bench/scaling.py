@@ -282,14 +282,16 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _compared(rows: Sequence[Mapping[str, Any]], scenario: str, number: int) -> dict[str, Any]:
     """Figures of a scenario by way, and ratios of their medians to that of one."""
-    figures: dict[str, list[float]] = {}
+    ways: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["scenario"] == scenario:
-            figures.setdefault(row["way"], []).append(row["value"])
-    medians = {way: statistics.median(values) for way, values in figures.items()}
+            ways.setdefault(row["way"], []).append(row)
+    medians = {way: statistics.median(row["value"] for row in ways[way]) for way in ways}
     found: dict[str, Any] = {
-        **figures,
-        "valid": all(all(row["valid"]) for row in rows if row["scenario"] == scenario),
+        "metric": ways["one"][0]["metric"],
+        **{way: [row["value"] for row in ways[way]] for way in ways},
+        "valid": {way: [all(row["valid"]) for row in ways[way]] for way in ways},
+        "p99_ms": {way: [row["latency_ms"].get("p99") for row in ways[way]] for way in ways},
         **{f"{way} over one": medians[way] / medians["one"] for way in medians if way != "one"},
     }
     if scenario != "SingleStream":
@@ -301,7 +303,8 @@ def _summary(document: Mapping[str, Any]) -> Iterator[str]:
     for name in dict.fromkeys(_names(document["runs"])):
         found = document[name]
         ratios = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if " " in key)
-        yield f"{name}: {ratios}{'' if found['valid'] else '; NOT ALL VALID'}"
+        invalid = [way for way, valid in found["valid"].items() if not all(valid)]
+        yield f"{name}: {ratios}" + (f"; INVALID: {', '.join(invalid)}" if invalid else "")
 
 
 def _lines(*command: str) -> list[str] | None:
