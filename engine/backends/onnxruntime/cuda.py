@@ -104,7 +104,6 @@ def load_split(
         **describe(model, device, threads, spec, max_batch=max_batch, keep_top_k=rows),
         "provider_options": dict(options),
         "gpu": gpu.name,
-        "running_on": gpu.identity,
         "compute_capability": gpu.compute_capability,
         "nms": library_path().name,
         "nms_sha256": file_sha256(library_path()),
