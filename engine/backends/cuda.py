@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
+import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +17,52 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from engine.errors import EngineError
+from engine.errors import EngineError, SessionLostError
+
+_LOST = frozenset(
+    {
+        "cudaErrorDevicesUnavailable",
+        "cudaErrorNoDevice",
+        "cudaErrorECCUncorrectable",
+        "cudaErrorNvlinkUncorrectable",
+        "cudaErrorContained",
+        "cudaErrorUnknown",  # what calls return once a GPU has fallen off the bus
+    }
+)
+"""Errors that tell of a broken GPU. Those that a program's own fault can cause (an illegal address,
+a failed launch) are none: another GPU would only hide it."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its name and compute capability, as ``9.0``."""
+    """A GPU.
+
+    Attributes
+    ----------
+    name, compute_capability
+        Model, and as ``9.0``.
+    index
+        Its number among those that the process sees.
+    uuid
+        As ``nvidia-smi -L`` shows it: ``GPU-…``.
+    pci_bus_id
+        As ``0000:1b:00.0``.
+    """
 
     name: str
     compute_capability: str
+    index: int = 0
+    uuid: str = ""
+    pci_bus_id: str = ""
+
+    def __str__(self) -> str:
+        """Return it as messages name it."""
+        return f"cuda:{self.index} ({self.name}, {self.uuid})"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What a manifest says of the GPU that an engine runs on, beside its model."""
+        return {"index": self.index, "name": self.name, "uuid": self.uuid, "pci": self.pci_bus_id}
 
 
 def runtime() -> Any:
@@ -56,11 +94,14 @@ def check(result: tuple[Any, ...]) -> Any:
     ------
     EngineError
         When the call failed.
+    SessionLostError
+        When it failed because the GPU did.
     """
     error, *values = result
     if int(error):
         _, text = runtime().cudaGetErrorString(error)
-        raise EngineError(f"CUDA: {text.decode()} ({error.name})")
+        kind = SessionLostError if error.name in _LOST else EngineError
+        raise kind(f"CUDA: {text.decode()} ({error.name})")
     return values[0] if values else None
 
 
@@ -82,6 +123,39 @@ def pci_bus_id(device: int) -> str:
     return text.split(b"\0")[0].decode().lower()  # what follows the end is not always zeros
 
 
+def visible_gpus() -> tuple[int, ...]:
+    """Numbers of all GPUs that this process sees, of which there is at least one.
+
+    Raises
+    ------
+    EngineError
+        When there is none, or no driver.
+    """
+    count: int = check(runtime().cudaGetDeviceCount())
+    if not count:
+        raise EngineError("CUDA: no GPU is visible")
+    return tuple(range(count))
+
+
+def describe_gpu(device: int) -> Gpu:
+    """Describe a GPU.
+
+    Raises
+    ------
+    EngineError
+        When there is no such GPU or no driver for it.
+    """
+    try:
+        properties = check(runtime().cudaGetDeviceProperties(device))
+        address = pci_bus_id(device)
+    except EngineError as error:
+        raise type(error)(f"no CUDA device {device} can be used: {error}") from error
+    name = properties.name.rstrip(b"\0").decode()
+    capability = f"{properties.major}.{properties.minor}"
+    identity = uuid.UUID(bytes=bytes(properties.uuid.bytes))
+    return Gpu(name, capability, device, f"GPU-{identity}", address)
+
+
 def use_gpu(device: int) -> Gpu:
     """Make a GPU the current one of this thread, and describe it.
 
@@ -90,14 +164,11 @@ def use_gpu(device: int) -> Gpu:
     EngineError
         When there is no such GPU or no driver for it.
     """
-    cuda = runtime()
     try:
-        check(cuda.cudaSetDevice(device))
-        properties = check(cuda.cudaGetDeviceProperties(device))
+        check(runtime().cudaSetDevice(device))
     except EngineError as error:
-        raise EngineError(f"no CUDA device {device} can be used: {error}") from error
-    name = properties.name.rstrip(b"\0").decode()
-    return Gpu(name, f"{properties.major}.{properties.minor}")
+        raise type(error)(f"no CUDA device {device} can be used: {error}") from error
+    return describe_gpu(device)
 
 
 def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:

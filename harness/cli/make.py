@@ -68,7 +68,7 @@ def make_command(
     devices: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of the GPUs to use together, as 0,1.",
+            help="Numbers of the GPUs to use together, as 0,1; or all.",
             show_default="of the system configuration",
         ),
     ] = None,
@@ -137,6 +137,13 @@ def tune_command(
     benchmark: Annotated[str, typer.Option(help="ssd-resnet34 or ssd-resnet34-demo.")] = MODEL,
     engine: Backend = BACKENDS[0],
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of the GPUs to tune together, as 0,1; or all (--device cuda).",
+            show_default="of the file that is written into, else the first",
+        ),
+    ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Largest batch to try.")] = 64,
     seconds: Annotated[
         float,
@@ -173,7 +180,8 @@ def tune_command(
     from harness.lock import locked
     from harness.make.arguments import choice
     from harness.make.route import DATASETS, route_of
-    from harness.make.tune import Tuning, config_path, put, read_config, tune
+    from harness.make.tune import Tuning, config_path, devices_of, put, read_config, tune
+    from harness.results.devices import parse_devices
 
     benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
     engine = choice(engine, BACKENDS, "engine")
@@ -181,11 +189,15 @@ def tune_command(
         raise HarnessError("tune measures this machine; name the engine that the server runs")
     if device != "cpu" and gpu_index(device) is None:
         raise HarnessError(f"unknown device {device!r}; choose of: cpu, cuda, cuda:N")
-    tuning = Tuning(engine, device, max_batch, seconds)
+    if devices is not None and device != "cuda":
+        raise HarnessError(f"--devices chooses GPUs, but the device is {device}")
+    numbers = None if devices is None else parse_devices(devices)
     path = output or config_path(benchmark, device)
     check_output(path, [weights] if weights else [])
     with _one_line():
-        read_config(path, benchmark, device)  # what is wrong with it shows before the trials
+        before = read_config(path, benchmark, device)  # what is wrong with it shows now
+    numbers = numbers or devices_of(before, device)
+    tuning = Tuning(engine, device, max_batch, seconds, numbers)
     if output is not None and output.exists() and not force:
         raise HarnessError(f"{output}: exists already: name another, or pass --force to change it")
     with locked(build_dir), _one_line():

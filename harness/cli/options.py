@@ -33,7 +33,9 @@ Url = Annotated[
 ]
 Devices = Annotated[
     str | None,
-    typer.Option(help="Numbers of the GPUs to use together, as 0,1.", show_default="the first"),
+    typer.Option(
+        help="Numbers of the GPUs to use together, as 0,1; or all.", show_default="the first"
+    ),
 ]
 Preprocessed = Annotated[
     Path | None,

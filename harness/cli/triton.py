@@ -40,6 +40,13 @@ def triton_repository(
     instances: Annotated[
         int, typer.Option(min=1, help="Instances on each GPU, or on the CPU.")
     ] = 1,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of the GPUs to serve on, as 0,1; or all, those that the server finds.",
+            show_default="all",
+        ),
+    ] = None,
     graphs: Annotated[
         bool,
         typer.Option(
@@ -63,6 +70,7 @@ def triton_repository(
     checks the server, under load, before it runs anything on it.
     """
     from harness.errors import HarnessError
+    from harness.results.devices import ALL, parse_devices
     from harness.triton.repository import write_repository
     from harness.triton.server import find_server
 
@@ -73,6 +81,7 @@ def triton_repository(
         engine=engine,
         max_batch=max_batch,
         instances=instances,
+        gpus=() if devices in {None, ALL} else parse_devices(str(devices)),
         graphs=graphs,
         reference=reference,
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import SessionLostError
 from engine.protocol import Engine
 
 
@@ -33,14 +35,14 @@ class SampleLibrary:
     ----------
     source
         Where the samples come from.
-    engine
-        Who allocates the memory.
+    engines
+        The first that is not lost allocates the memory.
     """
 
-    def __init__(self, source: SampleSource, engine: Engine) -> None:
+    def __init__(self, source: SampleSource, engines: Sequence[Engine]) -> None:
         self._source = source
-        self._engine = engine
-        spec = engine.input_spec
+        self._engines = engines
+        self._spec = spec = engines[0].input_spec
         self._memory: NDArray[np.generic] = np.empty((0, *spec.shape), spec.dtype)
         self._loaded: list[int] = []
         self._row: dict[int, int] = {}
@@ -48,14 +50,21 @@ class SampleLibrary:
     def load(self, indices: Sequence[int]) -> None:
         """Load samples, in this order; LoadGen repeats the first ones at the end in MultiStream."""
         self.unload(())
-        count, spec = len(indices), self._engine.input_spec
+        count, spec = len(indices), self._spec
         if count > len(self._memory):
             self._memory = np.empty((0, *spec.shape), spec.dtype)  # frees the old memory first
-            self._memory = self._engine.host_array((count, *spec.shape), spec.dtype)
+            self._memory = self._allocate((count, *spec.shape))
         self._source.read_into(self._memory[:count], indices)
         self._loaded = list(indices)
         # reversed: of a repeated sample the first row counts
         self._row = dict(zip(reversed(indices), reversed(range(count)), strict=True))
+
+    def _allocate(self, shape: tuple[int, ...]) -> NDArray[np.generic]:
+        *others, last = self._engines
+        for engine in others:
+            with suppress(SessionLostError):
+                return engine.host_array(shape, self._spec.dtype)
+        return last.host_array(shape, self._spec.dtype)
 
     def close(self) -> None:
         """Free the memory: when a run is over, not when the garbage collector comes by."""

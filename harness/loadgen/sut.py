@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from queue import SimpleQueue
 from typing import Any
@@ -94,6 +94,12 @@ class Sut:
             for number in range(streams)
         ]
         self._working = len(self._lanes)
+
+    @property
+    def lost_devices(self) -> tuple[str, ...]:
+        """Devices that no session is left on, a GPU with its UUID."""
+        left = {lane.device for lane in self._lanes if not lane.lost}
+        return tuple(dict.fromkeys(lane.device for lane in self._lanes if lane.device not in left))
 
     @property
     def warm_up_seconds(self) -> float:
@@ -234,7 +240,9 @@ class _Lane:
 
     def __init__(self, sut: Sut, engine: Engine, number: int, opening: threading.Lock) -> None:
         device = str(engine.manifest.get("device", engine.manifest.get("backend")))
-        self.name = f"session {number} on {device}"
+        gpu = engine.manifest.get("running_on")
+        self.device = f"{device} ({gpu['uuid']})" if isinstance(gpu, Mapping) else device
+        self.name = f"session {number} on {self.device}"
         self.warm_up_seconds = 0.0
         self._sut = sut
         self._engine = engine

@@ -60,6 +60,8 @@ class Outcome:
         own query; seconds. In Offline, which is one query, of batches in the engine instead.
     losses
         One sentence for each session that was lost.
+    lost_devices
+        Devices that no session was left on at the end.
     """
 
     detail: DetailLog
@@ -67,6 +69,7 @@ class Outcome:
     batch_seconds: tuple[float, ...]
     latencies: NDArray[np.float64]
     losses: tuple[str, ...]
+    lost_devices: tuple[str, ...]
 
 
 def run_test(
@@ -115,7 +118,7 @@ def run_test(
     limit = min((engine.max_batch for engine in engines if engine.max_batch), default=None)
     best = [int(str(e.manifest["opt_batch"])) for e in engines if "opt_batch" in e.manifest]
     settings = fitted(settings, limit, min(best, default=None))
-    library = SampleLibrary(source, engines[0])
+    library = SampleLibrary(source, engines)
     batch = min(settings.batch, limit or settings.batch)
     sut = Sut(
         engines,
@@ -172,6 +175,7 @@ def run_test(
         tuple(done.batch_seconds for done in sut.completions),
         _latencies(sut, of_batches=settings.scenario == "Offline"),
         tuple(sut.losses),
+        sut.lost_devices,
     )
 
 

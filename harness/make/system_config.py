@@ -10,7 +10,7 @@ choose:
     [default]              # engine, device, devices, threads, url, and harness/loadgen/settings.py
     engine = "tensorrt"
     device = "cuda"
-    devices = [0, 1]
+    devices = [0, 1]       # or "all"
 
     [default.Offline]
     batch_size = 64
@@ -32,6 +32,7 @@ from engine.support.environment import cpu_name, gpu_name
 from harness.data.dataset import SHIPPED
 from harness.errors import HarnessError, as_harness_error
 from harness.loadgen.settings import check_tables
+from harness.results.devices import ALL, parse_devices
 
 CONFIGS = Path("configs")
 """Folder of the files; relative to where the commands run, and to `SHIPPED` where none fits."""
@@ -193,6 +194,8 @@ def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
     settings = {key: value for key, value in table.items() if key not in ENGINE_KEYS}
     check_tables(settings, where)
     chosen = {key: value for key, value in table.items() if key in ENGINE_KEYS}
+    if chosen.get("devices") == ALL:
+        chosen["devices"] = parse_devices(ALL)
     document = {"name": path.stem, "source": str(path), "tables": settings, **chosen}
     with as_harness_error():
         return checked(SystemConfig, document, where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from engine.data.preprocessed import PreprocessedSet
@@ -98,14 +99,16 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
         warnings = oddities(data, images, model) if "AccuracyOnly" in arguments.modes else ()
         engines = {}
         for file in dict.fromkeys(files.values()):
-            urls, device = arguments.urls, None if config.engine == "triton" else config.device
+            urls, devices = arguments.urls, config.devices
             if config.engine == "triton" and urls is None:
                 urls = servers_of(route, file, config, settings, servers)
+                # where a server is started for them, they are its repository's
+                devices = config.devices if config.url else None
             engines[file] = load_engines(
                 config.engine,
                 file,
-                device=device,
-                devices=arguments.devices or config.devices,
+                device=None if config.engine == "triton" else config.device,
+                devices=devices,
                 threads=config.threads,
                 urls=urls,
                 max_batch=largest_batch(one for one in settings if files[one.scenario] == file),
@@ -148,6 +151,7 @@ def val_images(route: Route, model: Path) -> PreprocessedSet:
 def _settings(route: Route, arguments: RunArgs) -> tuple[SystemConfig, tuple[Settings, ...]]:
     """Configuration of the machine, said in one line, and the settings of the scenarios."""
     config = system_config(route.benchmark, arguments.version, arguments.system)
+    config = replace(config, devices=arguments.devices or config.devices)
     where = f"{config.engine} on {config.device}"
     if config.source is None:
         route.say(

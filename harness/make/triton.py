@@ -37,6 +37,7 @@ def make_repository(
         engine=config.builder if onnx else None,
         max_batch=largest_batch(settings) if onnx else None,
         instances=max(setting.streams for setting in settings),
+        gpus=config.devices or (),
     )
     route.say(f"triton: wrote {folder}: tritonserver {shlex.join(repository.server_arguments)}")
     return repository

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from tomlkit import TOMLDocument
 from tomlkit.items import InlineTable
 
 from engine.data.preprocessed import PreprocessedSet
-from engine.load import ONNX_BACKENDS, load_engine
+from engine.load import ONNX_BACKENDS
 from engine.protocol import Engine
 from engine.support.environment import cpu_count, cpu_name, gpu_name, now
 from engine.support.progress import progress_bar
-from harness.errors import HarnessError
+from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.settings import MODEL, Offline, Server, Settings
 from harness.loadgen.test import Outcome, run_test
 from harness.make.route import Route, build_engine, build_int8, int8_form
@@ -30,6 +30,7 @@ from harness.make.system_config import (
     read_config_file,
 )
 from harness.make.targets import TIMEOUT_S, val_images
+from harness.results.devices import load_engines, parse_devices
 
 SERVER_QUERIES = 1000
 """Queries of a Server trial at least: early stopping asks 459 to 1,000 for up to two late ones."""
@@ -57,12 +58,16 @@ class Tuning:
         Largest batch to try.
     seconds
         Length of a trial run.
+    devices
+        Numbers of GPUs that work together, see `harness.results.devices.load_engines`; None:
+        `device` alone.
     """
 
     engine: str
     device: str
     max_batch: int
     seconds: float
+    devices: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Tuned:
     threads
         CPU threads; None: not tuned, as on a GPU.
     streams
-        Sessions side by side.
+        Sessions side by side on each device.
     offline_batch, offline_qps
         Batch of the highest throughput, and that throughput, in samples per second.
     server_batch, server_qps
@@ -103,19 +108,20 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
     images = val_images(route, model)
     onnx = tuning.engine in ONNX_BACKENDS
 
-    def engine(batch: int, threads: int | None) -> Engine:
+    def engines(batch: int, threads: int | None) -> tuple[Engine, ...]:
         file = model if onnx else build_engine(route, model, tuning.engine, batch)
         # for the largest of all trials: kernels are searched best at the largest batch
-        return load_engine(
+        return load_engines(
             tuning.engine,
             file,
             device=tuning.device,
+            devices=tuning.devices,
             threads=threads,
             max_batch=tuning.max_batch,
         )
 
     return search(
-        engine,
+        engines,
         images,
         tuning,
         cpu_count() if tuning.device == "cpu" else None,
@@ -124,7 +130,7 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
 
 
 def search(
-    engine: Callable[[int, int | None], Engine],
+    engines: Callable[[int, int | None], Sequence[Engine]],
     images: PreprocessedSet,
     tuning: Tuning,
     threads: int | None,
@@ -134,8 +140,8 @@ def search(
 
     Parameters
     ----------
-    engine
-        Loads the engine for a batch and a number of threads.
+    engines
+        Loads the engine for a batch and a number of threads, on every device.
     images
         What it shall detect objects in.
     tuning
@@ -151,7 +157,7 @@ def search(
         settings = Offline(
             min_duration_ms=milliseconds, min_query_count=1, streams=streams, batch_size=batch
         )
-        outcome = _trial(engine(batch, threads), images, settings)
+        outcome = _trial(engines(batch, threads), images, settings)
         found = float(outcome.detail.values["result_samples_per_second"])
         say(f"Offline, {_words(batch, threads, streams)}: {found:.2f} samples/s")
         return found
@@ -173,10 +179,11 @@ def search(
     # half of the bound is for the engine, the other half for waiting
     bound = Server().target_latency_ms / 1000
     gain = offline_qps / by_batch[batch]
-    seconds = {size: streams / gain * size / by_batch[size] for size in by_batch}
+    sessions = streams * len(tuning.devices or [tuning.device])
+    seconds = {size: sessions / gain * size / by_batch[size] for size in by_batch}
     fitting = [size for size in by_batch if seconds[size] <= bound / 2]
     server_batch = max(fitting, key=lambda size: by_batch[size], default=1)
-    loaded = engine(server_batch, best)
+    loaded = engines(server_batch, best)
 
     def valid(qps: float) -> bool:
         settings = Server(
@@ -312,12 +319,21 @@ def read_config(path: Path, benchmark: str, device: str) -> TOMLDocument:
     return tomlkit.parse(path.read_bytes())
 
 
+def devices_of(document: TOMLDocument, device: str) -> tuple[int, ...] | None:
+    """GPUs of a configuration's ``devices`` (see `parse_devices`), where `device` is ``cuda``."""
+    found = document.unwrap().get(DEFAULT_VERSION, {}).get("devices")
+    if found is None or device != "cuda":
+        return None
+    return parse_devices(",".join(map(str, found)) if isinstance(found, list) else str(found))
+
+
 def put(document: TOMLDocument, tuning: Tuning, found: Tuned) -> None:
     """Put into a configuration what was measured; all else, comments too, stays as it is."""
     note = f"harness tune, {now()[:10]}, trials of {tuning.seconds:g} s"
     default = _table(document, DEFAULT_VERSION)
-    engine = {"engine": tuning.engine, "device": tuning.device, "threads": found.threads}
-    for key in ENGINE_KEYS:  # those of another engine, or of more devices, would not fit it
+    engine: dict[str, object] = {"engine": tuning.engine, "device": tuning.device}
+    engine |= {"devices": tuning.devices and list(tuning.devices), "threads": found.threads}
+    for key in ENGINE_KEYS:  # those of another engine, or of other devices, would not fit it
         if engine.get(key) is None:
             default.pop(key, None)
         else:
@@ -352,13 +368,13 @@ def _set(table: MutableMapping[str, Any], key: str, value: object, note: str) ->
         table[key].comment(note)
 
 
-def _trial(engine: Engine, images: PreprocessedSet, settings: Settings) -> Outcome:
+def _trial(engines: Sequence[Engine], images: PreprocessedSet, settings: Settings) -> Outcome:
     with (
         tempfile.TemporaryDirectory() as folder,
         progress_bar(settings.scenario) as progress,
     ):
-        return run_test(
-            (engine,),
+        outcome = run_test(
+            engines,
             images,
             settings,
             "PerformanceOnly",
@@ -366,6 +382,9 @@ def _trial(engine: Engine, images: PreprocessedSet, settings: Settings) -> Outco
             timeout_s=TIMEOUT_S,
             progress=progress,
         )
+    if outcome.lost_devices:
+        raise RunFailedError(f"{', '.join(outcome.lost_devices)} lost: nothing is tuned by fewer")
+    return outcome
 
 
 def _words(batch: int, threads: int | None, streams: int) -> str:

@@ -9,22 +9,32 @@ from pathlib import Path
 from rich.console import Console
 
 from engine.auto import Way, choose
+from engine.backends.cuda import describe_gpu, visible_gpus
+from engine.errors import EngineError
 from engine.load import load_engine
 from engine.protocol import Engine
 from harness.errors import HarnessError
 
+ALL = "all"
+"""Stands for every GPU that this process sees."""
+
 
 def parse_devices(text: str) -> tuple[int, ...]:
-    """Numbers of GPUs, as ``0,1``.
+    """Numbers of GPUs, as ``0,1``; for `ALL`, those that the driver tells.
 
     Raises
     ------
     HarnessError
-        When it is no such list, or names a GPU twice.
+        When it is no such list, names a GPU twice, or there is none.
     """
+    if text.strip() == ALL:
+        try:
+            return visible_gpus()
+        except EngineError as error:
+            raise HarnessError(f"devices {ALL!r}: there is none here: {error}") from error
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and word.isascii() for word in words):
-        raise HarnessError(f"--devices {text!r}: numbers of GPUs expected, as 0 or 0,1")
+        raise HarnessError(f"--devices {text!r}: numbers of GPUs expected, as 0 or 0,1, or {ALL}")
     numbers = tuple(map(int, words))
     if len(set(numbers)) < len(numbers):
         raise HarnessError(f"--devices {text!r} names a GPU twice; see --streams")
@@ -92,6 +102,20 @@ def fastest(
     return choice.fastest
 
 
+def _check_one_model(devices: Sequence[int]) -> None:
+    """Refuse GPUs that differ from the first: a result is of one model of GPU."""
+    if len(devices) == 1:
+        return
+    first, *others = map(describe_gpu, devices)
+    model = (first.name, first.compute_capability)
+    different = [gpu for gpu in others if (gpu.name, gpu.compute_capability) != model]
+    if different:
+        raise HarnessError(
+            f"GPUs of one model together: {first} is the first, but there is "
+            f"{', '.join(map(str, different))}; leave it out of --devices"
+        )
+
+
 def load_engines(
     backend: str,
     model: Path,
@@ -119,8 +143,8 @@ def load_engines(
     Raises
     ------
     HarnessError
-        When GPUs are numbered for another device than ``cuda``, or the backend does not go
-        together with devices, threads or servers.
+        When GPUs are numbered for another device than ``cuda`` or are not of one model, or the
+        backend does not go together with devices, threads or servers.
     EngineError
         When an engine cannot be loaded.
     """
@@ -136,6 +160,7 @@ def load_engines(
     elif devices is None:
         names = [device]
     elif device in {None, "cuda"}:
+        _check_one_model(devices)
         names = [f"cuda:{number}" for number in devices]
     else:
         raise HarnessError(f"--devices chooses GPUs, but the device is {device}")

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -59,15 +60,14 @@ def facts_of(directory: Path, result: RunResult) -> dict[str, str | float | None
     """What a table has of a run: what identifies it, and its figures; None for what it has not."""
     engine, accuracy = result.engine, result.accuracy or {}
     taken = engine.get("input")
-    devices = engine.get("gpu") or engine.get("devices")
-    device = ", ".join(map(str, devices)) if isinstance(devices, list) else str(devices)
+    device = _device(engine)
     latency = result.batch_latency_ms if is_batch_latency(result) else result.latency_ms
     return {
         "run": root_of(directory, result).name,
         "date": result.finished[:16].replace("T", " "),
         "scenario": result.scenario,
         "mode": result.mode,
-        "LoadGen": {True: "VALID", False: "INVALID", None: None}[result.valid],
+        "LoadGen": _verdict(result),
         "mAP": accuracy.get("mAP"),
         "AP50": accuracy.get("AP50"),
         "samples/s": result.samples_per_second,
@@ -79,6 +79,27 @@ def facts_of(directory: Path, result: RunResult) -> dict[str, str | float | None
         "data set": str(result.dataset.get("name")),
         "samples": result.dataset.get("samples"),
     }
+
+
+def _devices(engine: Mapping[str, Any]) -> list[object]:
+    found = engine.get("devices")
+    return found if isinstance(found, list) else [found]
+
+
+def _device(engine: Mapping[str, Any]) -> str:
+    devices, gpu = _devices(engine), engine.get("gpu")
+    if gpu:
+        return f"{len(devices)} x {gpu}" if len(devices) > 1 else str(gpu)
+    return ", ".join(map(str, devices))
+
+
+def _verdict(result: RunResult) -> str | None:
+    """LoadGen's, unless devices were lost: then the figure is of fewer than the run is of."""
+    word = {True: "VALID", False: "INVALID", None: None}[result.valid]
+    if not result.lost_devices:
+        return word
+    count, lost = len(_devices(result.engine)), len(result.lost_devices)
+    return ", ".join(filter(None, [word, f"{lost} of {count} lost"]))
 
 
 def as_text(name: str, value: str | float | None) -> str:

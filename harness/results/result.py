@@ -50,7 +50,8 @@ class RunResult:
         Name and value of the figure that counts: samples per second, a latency in milliseconds, or
         mAP (0..1) in an accuracy run. The value is None when no annotations were given.
     valid
-        LoadGen's verdict of a performance run; None in an accuracy run.
+        Whether LoadGen calls a performance run VALID and no device was lost in it; None in an
+        accuracy run.
     samples_per_second
         Throughput of a performance run.
     latency_ms
@@ -58,7 +59,7 @@ class RunResult:
     batch_latency_ms
         The same of single batches in the engine.
     errors
-        LoadGen's errors, and what an INVALID run missed.
+        LoadGen's errors, what an INVALID run missed, and that a figure is of fewer devices.
     warnings
         What a reader of the accuracy must know, and the sessions that were lost.
     accuracy
@@ -68,7 +69,8 @@ class RunResult:
     dataset
         Name and number of the samples.
     engine
-        The engine's manifest, and the devices it ran on.
+        The engine's manifest, and the ``devices`` it ran on; of GPUs under ``gpus`` index, name,
+        UUID, PCI address, and what the manifest of the engine there says otherwise.
     settings
         Ours, and those that LoadGen reports as effective.
     versions
@@ -79,6 +81,8 @@ class RunResult:
         Git commit of the project when it runs from a checkout, with ``-dirty`` when changed.
     finished
         End of the run, ISO 8601, UTC.
+    lost_devices
+        Devices that the run ended without, GPUs with their UUID: its figure is of the others.
     """
 
     benchmark: str
@@ -101,6 +105,7 @@ class RunResult:
     command: str
     commit: str | None
     finished: str
+    lost_devices: tuple[str, ...] = ()
 
     def write(self, directory: Path) -> None:
         """Write the file into the folder of a run."""

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,21 @@ class Benchmark:
 
     @property
     def manifest(self) -> dict[str, object]:
-        """The first engine's manifest, with the ``devices`` of all instead of its ``device``."""
+        """The first engine's manifest, with the ``devices`` of all instead of its ``device``.
+
+        Of GPUs, ``gpus`` has what identifies each and, as its ``manifest``, what that of its engine
+        says otherwise than the first one's.
+        """
         manifests = [dict(engine.manifest) for engine in self.engines]
         devices = [manifest.pop("device", None) for manifest in manifests]
-        return {**manifests[0], "devices": devices}
+        gpus = [manifest.pop("running_on", None) for manifest in manifests]
+        first = manifests[0]
+        described = [
+            {**gpu, "manifest": {k: v for k, v in own.items() if k not in first or first[k] != v}}
+            for gpu, own in zip(gpus, manifests, strict=True)
+            if isinstance(gpu, Mapping)
+        ]
+        return {**first, "devices": devices, **({"gpus": described} if described else {})}
 
 
 def run(
@@ -207,6 +218,7 @@ def _error_kept(partial: Path) -> Iterator[None]:
 
 def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path) -> RunResult:
     detail = outcome.detail
+    lost = outcome.lost_devices
     if mode == "AccuracyOnly":
         figures = _accuracy_figures(benchmark, outcome, directory)
     else:
@@ -217,11 +229,11 @@ def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path)
             "benchmark": MODEL,
             "scenario": outcome.settings.scenario,
             "mode": mode,
-            "valid": detail.valid,
+            "valid": detail.valid if detail.valid is None else detail.valid and not lost,
             "samples_per_second": None,
             "latency_ms": {} if mode == "AccuracyOnly" else detail.latency_ms,
             "batch_latency_ms": latency_summary(outcome.batch_seconds),
-            "errors": detail.complaints,
+            "errors": (*detail.complaints, *_fewer(benchmark, lost, mode)),
             "warnings": (*_skipped(benchmark), *outcome.losses),
             "accuracy": None,
             "pictures": None,
@@ -239,8 +251,20 @@ def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path)
             "command": command_line(),
             "commit": commit(),
             "finished": now(),
+            "lost_devices": lost,
             **figures,
         }
+    )
+
+
+def _fewer(benchmark: Benchmark, lost: Sequence[str], mode: Mode) -> tuple[str, ...]:
+    """Say of a performance run that its figure is not one of all its devices."""
+    if not lost or mode == "AccuracyOnly":
+        return ()
+    count = len(benchmark.engines)
+    return (
+        f"{', '.join(lost)} lost: a figure of {count - len(lost)} of {count} devices, which does "
+        "not count, whatever LoadGen says",
     )
 
 

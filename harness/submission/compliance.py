@@ -168,6 +168,7 @@ def check_compliance(
         raise HarnessError(f"{test} runs with the samples of the base run; leave out --samples")
     for directory in needed:
         _check_same(benchmark, directory, base.results[directory.name])
+        _check_whole(directory, base.results[directory.name])
     settings = _settings(reference_dir, reference)
     if samples is not None:
         settings = dataclasses.replace(settings, performance_sample_count=samples)
@@ -178,7 +179,8 @@ def check_compliance(
             raise HarnessError(f"{directory} exists; remove it to run the test again")
     details = []
     for audit, directory in zip(audits, directories, strict=True):
-        run(benchmark, settings, "PerformanceOnly", directory, progress, audit=audit)
+        audited = run(benchmark, settings, "PerformanceOnly", directory, progress, audit=audit)
+        _check_whole(directory, audited)
         details.append(read_detail(directory / DETAIL))
     base_detail = read_detail(reference_dir / DETAIL)
     if test == "TEST04":
@@ -205,13 +207,16 @@ _SINCE = ("keep_top_k", "outputs")
 _PREPARED = ("max_batch", "batch_sizes", "kernels")
 """What cuDNN makes ready for the scenarios of a command; a plan of other sizes is another file."""
 
+_PLACES = ("gpus",)
+"""Which GPUs of their model they were; their number and model are compared."""
+
 
 def _check_same(benchmark: Benchmark, directory: Path, result: RunResult) -> None:
     """A compliance test says something only about the engine and the samples that were run."""
     now: dict[str, Any] = json.loads(json.dumps(benchmark.manifest))
     then: Mapping[str, Any] = result.engine
     unsaid = {key for key in _SINCE if key not in then}
-    compared = [key for key in {**then, **now} if key not in {*unsaid, *_PREPARED}]
+    compared = [key for key in {**then, **now} if key not in {*unsaid, *_PREPARED, *_PLACES}]
     different = [key for key in compared if then.get(key) != now.get(key)]
     if different:
         key = different[0]
@@ -222,6 +227,14 @@ def _check_same(benchmark: Benchmark, directory: Path, result: RunResult) -> Non
     if load_map(directory / SAMPLES) != tuple(benchmark.source.files):
         raise HarnessError(
             f"{directory} was run on other samples than the preprocessed set holds; see {SAMPLES}"
+        )
+
+
+def _check_whole(directory: Path, result: RunResult) -> None:
+    """A run that lost devices is compared with nothing: its figure is of fewer."""
+    if result.lost_devices:
+        raise HarnessError(
+            f"{directory}: {', '.join(result.lost_devices)} lost in it; remove it and run it again"
         )
 
 

@@ -183,8 +183,9 @@ def _accelerator(engine: Mapping[str, object]) -> dict[str, str | int]:
     if engine.get("provider") == "CPUExecutionProvider":
         fields = [name for name in SYSTEM_FIELDS if name.startswith("accelerator")]
         return {**dict.fromkeys(fields, _NO_ACCELERATOR), "accelerators_per_node": 0}
-    gpu = engine.get("gpu")
-    return {"accelerator_model_name": str(gpu)} if gpu else {}
+    gpu, gpus = engine.get("gpu"), engine.get("gpus")
+    known: dict[str, str | int] = {"accelerator_model_name": str(gpu)} if gpu else {}
+    return {**known, "accelerators_per_node": len(gpus)} if isinstance(gpus, list) else known
 
 
 def _this_machine() -> dict[str, str | int]:

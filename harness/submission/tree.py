@@ -154,6 +154,12 @@ def _check_bases(bases: Sequence[Base], division: str) -> None:
         seen[key] = base.directory
         for mode in MODES:
             _check_result(*base.run(mode))
+        for name, result in base.results.items():
+            if result.lost_devices and result.mode != "AccuracyOnly":
+                lost = ", ".join(result.lost_devices)
+                raise HarnessError(
+                    f"{base.directory / name}: a figure of fewer devices, {lost} lost; run it again"
+                )
         directory, accuracy = base.run("AccuracyOnly")
         if accuracy.value is None:
             raise HarnessError(f"{directory} has no mAP; run it with a data set with annotations")

@@ -71,6 +71,7 @@ def write_repository(
     engine: str | None = None,
     max_batch: int | None = None,
     instances: int = 1,
+    gpus: Sequence[int] = (),
     graphs: bool = False,
     reference: Path | None = None,
 ) -> Repository:
@@ -92,6 +93,8 @@ def write_repository(
         file.
     instances
         Instances of the model on each GPU, or on the CPU.
+    gpus
+        Numbers of the GPUs, as the server sees them; none: all of them.
     graphs
         Have Triton's TensorRT backend use CUDA graphs.
     reference
@@ -124,6 +127,8 @@ def write_repository(
             )
         served = dataclasses.replace(served, backend=engine)
     _check_backend(served, backend)
+    if gpus and served.backend == "onnxruntime":
+        raise EngineError("--devices chooses GPUs, and this repository's instances are on none")
     if graphs and backend != "tensorrt":
         raise EngineError("--graphs: only Triton's backend tensorrt has CUDA graphs")
     batch = _max_batch(served, max_batch)
@@ -134,6 +139,7 @@ def write_repository(
         backend,
         max_batch=batch,
         instances=instances,
+        gpus=gpus,
         graphs=graphs,
         known=known,
     )
@@ -163,6 +169,7 @@ def make_config(
     *,
     max_batch: int,
     instances: int,
+    gpus: Sequence[int],
     graphs: bool,
     known: str,
 ) -> ModelConfig:
@@ -174,7 +181,7 @@ def make_config(
         As in `write_repository`, checked.
     scenario
         One of `harness.loadgen.settings.SCENARIOS`; None: for all of them.
-    max_batch, instances, graphs
+    max_batch, instances, gpus, graphs
         As in `write_repository`, checked.
     known
         `engine.backends.triton.known.KnownAnswers.to_text`.
@@ -208,7 +215,9 @@ def make_config(
                 reshape=pb.ModelTensorReshape(shape=[]),
             ),
         ],
-        instance_group=[pb.ModelInstanceGroup(kind=_kind(pb, served, backend), count=instances)],
+        instance_group=[
+            pb.ModelInstanceGroup(kind=_kind(pb, served, backend), count=instances, gpus=gpus)
+        ],
         parameters={
             key: pb.ModelParameter(string_value=value)
             for key, value in (_parameters(served, backend) | {KNOWN_PARAMETER: known}).items()

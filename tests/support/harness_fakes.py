@@ -225,12 +225,13 @@ class PipelinedEngine:
     max_batch: int = 16
     sessions: list[PipelinedSession] = field(default_factory=list)
     lost: bool = False
+    more: dict = field(default_factory=dict)  # of its manifest
 
     input_spec = InputSpec("image", SHAPE, "float32")
 
     @property
     def manifest(self):
-        return {"backend": "fake", "onnx_sha256": "00", "device": self.device}
+        return {"backend": "fake", "onnx_sha256": "00", "device": self.device, **self.more}
 
     def session(self):
         faulty = self.all_faulty or not self.sessions
@@ -243,6 +244,18 @@ class PipelinedEngine:
 
     def host_array(self, shape, dtype):
         return np.empty(shape, dtype)
+
+
+def on_gpu(number, **engine):
+    """An engine that seems to run on a GPU, whose kernels are its own."""
+    gpu = {
+        "index": number,
+        "name": "NVIDIA H200",
+        "uuid": f"GPU-{number}",
+        "pci": f"{number}b:00.0",
+    }
+    more = {"gpu": "NVIDIA H200", "kernels": {"conv": str(number)}, "running_on": gpu}
+    return PipelinedEngine(device=f"fake:{number}", more=more, **engine)
 
 
 class BrokenMemory(Memory):

@@ -134,8 +134,9 @@ class LazyStream:
         return replay
 
     def synchronize(self):
-        if self.last is not None:
-            self.last.do(self.cuda.rng)
+        for work in (self.last, *self.waits):  # a stream that waits is not done before that
+            if work is not None:
+                work.do(self.cuda.rng)
 
     def close(self):
         self.synchronize()

@@ -11,7 +11,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ from engine.backends.cudnn.program import Kernels, Program, Run, make_program
 from engine.backends.cudnn.reader import read_int8_graph
 from engine.backends.cudnn.tuning import (
     Machine,
+    Tuned,
+    Turn,
     cache_path,
     load_cache,
     load_winners,
@@ -123,20 +125,23 @@ def load(
         owner = held.enter_context(closing(Stream()))
         handle = cudnn.create_handle()
         held.callback(cudnn.destroy_handle, handle)
-        with closing(Stream()) as scratch:
+        path = cache_path(machine)
+        with closing(Stream()) as scratch, closing(Turn(path)) as turn:
             cudnn.set_stream(handle, scratch.handle)
-            plans = _plans(cudnn, handle, graph, batches, machine, stream=scratch, device=index)
+            plans = _plans(
+                cudnn, handle, graph, batches, machine, turn=turn, stream=scratch, device=index
+            )
             kernels = Kernels(handle, library, plans, _upload_constants(owner, graph))
-            path = cache_path(machine)
-            winners = load_winners(path, machine)
-            choose = Chooser(kernels, hopper, graph, scratch, winners)
+            known = partial(load_winners, path, machine)
+            choose = Chooser(kernels, hopper, graph, scratch, known, take_turn=turn.take)
+            before = dict(choose.winners)
             try:
                 programs = {
                     batch: make_program(graph, batch, partial(choose, batch)) for batch in batches
                 }
             except PluginError as error:
                 raise EngineError(f"{model}: {error}") from error
-            if choose.winners != winners:
+            if choose.winners != before:
                 save_winners(path, machine, choose.winners)
         image = graph.tensors[graph.image]
         spec = InputSpec(
@@ -147,6 +152,7 @@ def load(
             "version": machine.cudnn,
             "frontend_version": machine.frontend,
             "gpu": gpu.name,
+            "running_on": gpu.identity,
             "compute_capability": gpu.compute_capability,
             "device": f"cuda:{index}",
             "model": model.name,
@@ -334,6 +340,7 @@ def _plans(
     batches: Sequence[int],
     machine: Machine,
     *,
+    turn: Turn,
     stream: Stream,
     device: int,
 ) -> dict[ConvShape, tuple[CompiledPlan, Any]]:
@@ -345,14 +352,20 @@ def _plans(
     ]
     shapes = {shape for layer in layers for shape in layer.values()}
     path = cache_path(machine)
-    ready = {}
-    known = load_cache(path, machine, shapes)
-    for shape, one in list(known.items()):
-        try:
-            ready[shape] = one.plan, load_plan(cudnn, handle, one.plan)
-        except EngineError:  # damaged: tuned again
-            del known[shape]
-    missing = shapes - known.keys()
+    ready: dict[ConvShape, tuple[CompiledPlan, Any]] = {}
+    known: dict[ConvShape, Tuned] = {}
+
+    def look() -> set[ConvShape]:
+        """Load what the cache knows; return what it lacks."""
+        for shape, one in load_cache(path, machine, shapes - known.keys()).items():
+            with suppress(EngineError):  # damaged: tuned again
+                ready[shape] = one.plan, load_plan(cudnn, handle, one.plan)
+                known[shape] = one
+        return shapes - known.keys()
+
+    missing = look()
+    if missing and turn.take():
+        missing = look()  # while this one waited, another may have found it
     if missing:
         _LOG.warning(
             "cuDNN: looking for the fastest kernels of %d shapes on %s, once; this takes minutes",

@@ -123,6 +123,13 @@ def measure_plans(
 class Chooser:
     """Chooses the fastest way to run a group of layers; layers of one shape are measured once.
 
+    Parameters
+    ----------
+    known
+        Returns what is known; it is asked again before the first measurement.
+    take_turn
+        See `engine.backends.cudnn.tuning.Turn.take`.
+
     Attributes
     ----------
     winners
@@ -135,13 +142,17 @@ class Chooser:
         hopper: Hopper | None,
         graph: Int8Graph,
         stream: Stream,
-        winners: Mapping[str, str],
+        known: Callable[[], Mapping[str, str]],
+        *,
+        take_turn: Callable[[], bool],
     ) -> None:
         self._kernels = kernels
         self._hopper = hopper
         self._graph = graph
         self._stream = stream
-        self.winners = dict(winners)
+        self._known = known
+        self._take_turn = take_turn
+        self.winners = dict(known())
 
     def __call__(self, batch: int, group: tuple[Layer, ...]) -> Candidate:
         """Choose for a batch size: cuDNN's fastest kernels, or libint8_conv.so's where it can."""
@@ -156,6 +167,8 @@ class Chooser:
         candidates = {one.name: one for one in (cudnn, own)}
         shape = conv_shape(graph, first, batch)
         key = f"{' or '.join(candidates)} of {self._hopper.sha256}, {shape}"
+        if self.winners.get(key) not in candidates and self._take_turn():
+            self.winners |= self._known()
         if self.winners.get(key) not in candidates:
             source = graph.tensors[graph.image]
             image = source.channels * source.height * source.width

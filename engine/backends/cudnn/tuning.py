@@ -8,6 +8,9 @@ At the largest batch everything is tried that cuDNN's heuristics advise and, for
 share of the operations, every kernel of the engine that they advise first: on one H100 this halved
 the time of a convolution of 64 channels. Smaller batches try what won there and what is advised;
 so does a largest batch of which half or more is known already.
+
+One engine at a time searches (`Turn`), in threads and in processes: two that measure side by side
+disturb each other, on one GPU, and the second finds in the cache what the first has found.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ from __future__ import annotations
 import base64
 import fcntl
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from pydantic import Field
 
@@ -35,6 +39,8 @@ from engine.backends.cudnn.plans import (
 from engine.errors import EngineError
 from engine.support.documents import checked, read_as
 from engine.support.files import write_atomically
+
+_LOG = logging.getLogger(__name__)
 
 HEAVY = 0.003
 """Share of a network's operations from which on a layer is worth every kernel."""
@@ -112,6 +118,65 @@ def cache_path(machine: Machine) -> Path:
     words = f"{machine.gpu} cudnn {machine.cudnn} frontend {machine.frontend}"
     name = "".join(c if c.isalnum() or c == "." else "-" for c in words)
     return Path(os.environ.get("BUILD_DIR") or "build") / "engines" / "cudnn" / f"{name}.json"
+
+
+class Turn:
+    """The right to search for what a cache lacks, which one engine has at a time.
+
+    Not the lock under which the file is written (`save_cache`), which is taken and left while this
+    is held, and never the other way round: so nobody waits for a circle.
+
+    Parameters
+    ----------
+    path
+        The cache.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_name(f"{path.name}.search.lock")
+        self._file: TextIO | None = None
+
+    def take(self) -> bool:
+        """Wait for it; the kernel takes it back when its holder's process ends.
+
+        Returns
+        -------
+        bool
+            Whether it was taken now: others may have added to the cache meanwhile.
+
+        Raises
+        ------
+        EngineError
+            When the file cannot be made or locked.
+        """
+        if self._file is not None:
+            return False
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._path.open("w")
+            try:
+                _lock(file)
+            except BaseException:
+                file.close()
+                raise
+        except OSError as error:
+            raise EngineError(f"{self._path}: cannot lock it: {error.strerror}") from error
+        self._file = file
+        return True
+
+    def close(self) -> None:
+        """Give it to the next."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _lock(file: TextIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _LOG.warning("cuDNN: another engine looks for the fastest kernels; waiting for it")
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def load_cache(path: Path, machine: Machine, shapes: Iterable[ConvShape]) -> dict[ConvShape, Tuned]:

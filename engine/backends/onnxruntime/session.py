@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.cuda import gpu_index
+from engine.backends.cuda import describe_gpu, gpu_index
 from engine.errors import EngineError, one_line
 from engine.protocol import InputSpec, check_batch, input_scale, output_shapes
 from engine.support.external import model_sha256
@@ -157,7 +157,12 @@ def describe(
     import onnxruntime as ort
 
     gpu = gpu_index(device)
+    known: dict[str, object] = {}
+    if gpu is not None:
+        with suppress(EngineError):  # ONNX Runtime itself needs no CUDA bindings
+            known["running_on"] = describe_gpu(gpu).identity
     return {
+        **known,
         "backend": "onnxruntime",
         "version": ort.__version__,
         "provider": _PROVIDERS["cpu" if gpu is None else "cuda"],

@@ -17,7 +17,7 @@ from engine.backends.pipeline import Enqueue, PipelinedSession, Slot
 from engine.backends.tensorrt.log import polygraphy_log
 from engine.backends.tensorrt.module import RTX, import_tensorrt
 from engine.backends.tensorrt.plugins import load_plugins
-from engine.errors import EngineError
+from engine.errors import EngineError, SessionLostError
 from engine.manifest import (
     Machine,
     Manifest,
@@ -87,7 +87,7 @@ def load(backend: str, model: Path, device: str) -> Engine:
     check_machine(model, manifest, here)
     load_plugins(trt, libraries)
     engine = deserialize(trt, plan, model, manifest)
-    described = {**manifest.to_dict(), "device": f"cuda:{index}"}
+    described = {**manifest.to_dict(), "device": f"cuda:{index}", "running_on": gpu.identity}
     return Engine(manifest.input, manifest.max_batch, described, trt, engine, index)
 
 
@@ -250,7 +250,13 @@ def start(context: tensorrt.IExecutionContext, stream: Stream) -> None:
     Raises
     ------
     EngineError
-        When TensorRT cannot.
+        When TensorRT cannot; SessionLostError where that is the GPU's fault.
     """
     if not context.execute_async_v3(stream.handle):
+        try:
+            stream.synchronize()
+        except SessionLostError:  # the GPU is lost, which is why
+            raise
+        except EngineError:
+            pass
         raise EngineError("TensorRT could not start the batch; see its messages above")

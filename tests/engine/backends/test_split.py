@@ -7,8 +7,6 @@ batches is real.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -17,12 +15,14 @@ from onnx import numpy_helper
 
 import engine.backends.onnxruntime.engine as whole
 import engine.backends.split as parts
+from engine.backends.cuda import Gpu
 from engine.backends.onnxruntime import cuda, session
 from engine.backends.split import UnsplitError, split
 from engine.errors import EngineError
 from engine.load import load_engine
 from plugin_cuda.errors import PluginError
 from plugin_cuda.library import FLOAT16, FLOAT32, load_library
+from tests.support.fake_gpus import FakeRuntime
 from tests.support.host_stream import HostStream, array_at, pinned
 from tests.support.int8_models import write_int8
 
@@ -187,9 +187,8 @@ def pretend_cuda(monkeypatch):
     monkeypatch.setitem(session._PROVIDERS, "cuda", CPU)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
     monkeypatch.setattr(cuda, "runtime", lambda: None)
-    monkeypatch.setattr(
-        cuda, "use_gpu", lambda _: SimpleNamespace(name="G", compute_capability="9.0")
-    )
+    monkeypatch.setattr(cuda, "use_gpu", lambda _: Gpu("G", "9.0"))
+    FakeRuntime("NVIDIA H200").stand_in(monkeypatch)
 
     def open_without_options(source, model, provider, options, threads, *, entries):
         assert options == {**cuda.CUDA_OPTIONS, "device_id": "0"}
@@ -205,6 +204,7 @@ def test_with_the_library_the_graph_is_split(surgered, library, pretend_cuda, ca
     assert engine.manifest["nms"] == "libnms_opt.so"
     assert engine.manifest["gpu"] == "G"
     assert engine.manifest["provider_options"] == dict(cuda.CUDA_OPTIONS)
+    assert engine.manifest["running_on"]["uuid"].startswith("GPU-")
     assert engine.max_batch is None
     assert engine.input_spec == load_engine("onnxruntime", surgered).input_spec
     assert not caplog.messages

@@ -56,7 +56,7 @@ def test_a_valid_run_with_an_error_is_not_valid(tmp_path, error):
 
 def test_the_first_error_is_the_one_that_counts():
     """Later ones follow from it."""
-    sut = Sut((FakeEngine(),), SampleLibrary(Memory(1), FakeEngine()), batch=1, max_wait_s=0)
+    sut = Sut((FakeEngine(),), SampleLibrary(Memory(1), (FakeEngine(),)), batch=1, max_wait_s=0)
     for number in range(3):
         sut.fail(EngineError(str(number)))
     assert str(sut.failure) == "0"

@@ -18,7 +18,7 @@ LOADED = [7, 3, 9, 1, 0, 7, 3]  # MultiStream repeats the first samples
 
 @pytest.fixture
 def library():
-    made = SampleLibrary(Memory(10), FakeEngine())
+    made = SampleLibrary(Memory(10), (FakeEngine(),))
     made.load(LOADED)
     return made
 
@@ -36,7 +36,7 @@ def test_contiguous_samples_are_one_view(library, asked):
 
 @given(st.lists(st.sampled_from(LOADED), min_size=1, max_size=20))
 def test_any_loaded_samples_in_as_few_views_as_can_be(asked):
-    library = SampleLibrary(Memory(10), FakeEngine())
+    library = SampleLibrary(Memory(10), (FakeEngine(),))
     library.load(LOADED)
     views = library.runs(asked)
     assert values(views) == asked
@@ -48,7 +48,7 @@ def test_any_loaded_samples_in_as_few_views_as_can_be(asked):
 @given(st.permutations(range(8)), st.integers(1, 30))
 def test_the_loaded_order_repeated_is_cut_only_at_its_end(order, batch):
     """What LoadGen asks for in Offline."""
-    library = SampleLibrary(Memory(8), FakeEngine())
+    library = SampleLibrary(Memory(8), (FakeEngine(),))
     library.load(order)
     samples = (order * 12)[: 3 * batch]
     for start in range(0, 3 * batch, batch):
@@ -85,7 +85,7 @@ def test_memory_is_the_engines_and_kept():
             allocated.append(weakref.ref(array))
             return array
 
-    library = SampleLibrary(Memory(10), Pinned())
+    library = SampleLibrary(Memory(10), (Pinned(),))
     for count in (4, 3, 4, 6, 5):
         library.load(range(count))
         assert values(library.runs(range(count))) == list(range(count))

@@ -9,10 +9,14 @@ import weakref
 import numpy as np
 import pytest
 
+from engine.errors import SessionLostError
 from engine.protocol import InputSpec
 from harness.errors import HarnessError, RunFailedError
+from harness.loadgen.log import SUMMARY
 from harness.loadgen.settings import SCENARIOS
 from harness.loadgen.test import run_test
+from harness.results.report import facts_of
+from harness.results.result import RESULT, read_result
 from harness.results.run import ERROR, run
 from tests.support.harness_fakes import (
     TOTAL,
@@ -21,6 +25,7 @@ from tests.support.harness_fakes import (
     PipelinedEngine,
     assert_complete,
     benchmark,
+    on_gpu,
     short,
 )
 
@@ -141,6 +146,75 @@ def test_a_performance_run_with_a_lost_session_counts(tmp_path):
     result = run(benchmark(engine), settings, "PerformanceOnly", tmp_path / "run")
     assert result.valid, result.errors
     assert len(result.warnings) == 1
+
+
+@pytest.mark.parametrize("fault", ["lost in submit", "lost in result", "lost in open"])
+@pytest.mark.parametrize("scenario", ["Offline", "Server"])
+def test_a_performance_run_that_loses_a_gpu_is_of_fewer_and_not_valid(scenario, fault, tmp_path):
+    engines = (on_gpu(0), on_gpu(1, fault=fault, all_faulty=True))
+    settings = short(scenario, streams=2, min_query_count=600)
+    result = run(benchmark(*engines), settings, "PerformanceOnly", tmp_path / "run")
+    assert "Result is : VALID" in (tmp_path / "run" / SUMMARY).read_text()
+    assert result.valid is False
+    assert result.lost_devices == ("fake:1 (GPU-1)",)
+    assert "fake:1 (GPU-1) lost: a figure of 1 of 2 devices" in result.errors[-1]
+    assert sorted(warning.partition(":1 (GPU-1) was lost")[0] for warning in result.warnings) == [
+        "session 0 on fake",
+        "session 1 on fake",
+    ]
+    assert read_result(tmp_path / "run" / RESULT) == result
+    assert facts_of(tmp_path / "run", result)["LoadGen"] == "INVALID, 1 of 2 lost"
+    assert facts_of(tmp_path / "run", result)["device"] == "2 x NVIDIA H200"
+
+
+def test_an_accuracy_run_that_loses_a_gpu_is_complete_and_says_so(tmp_path):
+    engines = (on_gpu(0, fault="lost in result", batches_before_fault=11), on_gpu(1))
+    settings = short("Offline", batch_size=1)
+    result = run(benchmark(*engines), settings, "AccuracyOnly", tmp_path / "run")
+    assert_complete(tmp_path / "run")
+    assert (result.valid, result.errors) == (None, ())
+    assert result.lost_devices == ("fake:0 (GPU-0)",)
+    assert "fake:0 (GPU-0) was lost, 1 of 2 left" in result.warnings[0]
+    assert facts_of(tmp_path / "run", result)["LoadGen"] == "1 of 2 lost"
+
+
+def test_a_result_names_every_gpu_and_what_its_engine_has_of_its_own(tmp_path):
+    engines = (on_gpu(0), on_gpu(1))
+    result = run(benchmark(*engines), short("Offline"), "AccuracyOnly", tmp_path / "run")
+    assert result.engine["devices"] == ["fake:0", "fake:1"]
+    first, second = result.engine["gpus"]
+    assert first == {**engines[0].more["running_on"], "manifest": {}}
+    assert second == {**engines[1].more["running_on"], "manifest": {"kernels": {"conv": "1"}}}
+    assert result.engine["kernels"] == {"conv": "0"}
+    assert "running_on" not in result.engine
+
+
+@pytest.mark.parametrize("mode", ["AccuracyOnly", "PerformanceOnly"])
+def test_the_loss_of_the_last_gpu_is_an_error(mode, tmp_path):
+    engines = tuple(
+        on_gpu(number, fault="lost in result", batches_before_fault=11 + number, all_faulty=True)
+        for number in range(2)
+    )
+    settings = short("Offline", batch_size=1, min_query_count=5000)
+    with pytest.raises(RunFailedError, match="the GPU has fallen off the bus") as caught:
+        run(benchmark(*engines), settings, mode, tmp_path / "run")
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_go_to_memory_of_a_gpu_that_is_left(tmp_path):
+    """The first one's is asked for when LoadGen loads, and that is lost in the warm-up."""
+    engines = (on_gpu(0, fault="lost in open", all_faulty=True), on_gpu(1))
+
+    def gone(_shape, _dtype, kept=engines[0].host_array):
+        if engines[1].sessions:
+            raise SessionLostError("the GPU has fallen off the bus")
+        return kept(_shape, _dtype)
+
+    engines[0].host_array = gone
+    result = run(benchmark(*engines), short("Offline"), "AccuracyOnly", tmp_path / "run")
+    assert_complete(tmp_path / "run")
+    assert result.lost_devices == ("fake:0 (GPU-0)",)
 
 
 def test_a_run_ends_with_its_last_session(tmp_path):

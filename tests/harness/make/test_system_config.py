@@ -15,6 +15,7 @@ from harness.errors import HarnessError
 from harness.loadgen.settings import SCENARIOS, settings_from
 from harness.make import system_config as module
 from harness.make.system_config import CONFIGS, VERSIONS, SystemConfig, system_config
+from tests.support.fake_gpus import FakeRuntime
 from tests.support.formats import Sample, damages
 
 MODEL = "ssd-resnet34"
@@ -127,6 +128,15 @@ def test_devices_and_streams(write):
     offline, server = settings_from(config.tables, ("Offline", "Server"), {})
     assert (offline.streams, server.streams) == (2, 3)
     assert settings_from(config.tables, ("Server",), {"streams": 1})[0].streams == 1
+
+
+def test_all_gpus(write, monkeypatch):
+    write("here", 'cpu = "Example 9"', '[default]\ndevices = "all"')
+    FakeRuntime("NVIDIA H200", "NVIDIA H200").stand_in(monkeypatch)
+    assert system_config(MODEL, "default", None).devices == (0, 1)
+    FakeRuntime().stand_in(monkeypatch)
+    with pytest.raises(HarnessError, match="devices 'all': there is none here: CUDA: no CUDA-cap"):
+        system_config(MODEL, "default", None)
 
 
 @pytest.mark.parametrize(

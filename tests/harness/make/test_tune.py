@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.cli.main import main
+from harness.errors import RunFailedError
 from harness.loadgen.settings import settings_from
 from harness.make import system_config as module
 from harness.make.tune import (
@@ -25,7 +26,8 @@ from harness.make.tune import (
     search,
 )
 from tests.support import ROOT
-from tests.support.harness_fakes import FakeEngine, Memory
+from tests.support.fake_gpus import FakeRuntime
+from tests.support.harness_fakes import FakeEngine, Memory, on_gpu
 
 
 @given(st.floats(0, 2000), st.floats(1 / 32, 1.5), st.floats(1e-3, 2000))
@@ -79,7 +81,9 @@ def test_search_finds_the_best_batch_threads_and_a_valid_rate(monkeypatch):
     monkeypatch.setattr("harness.make.tune.SERVER_QUERIES", 700)
     said = []
     tuning = Tuning("fake", "cpu", 64, 0.1)
-    found = search(lambda _, threads: Device(threads=threads), Memory(100), tuning, 2, said.append)
+    found = search(
+        lambda _, threads: (Device(threads=threads),), Memory(100), tuning, 2, said.append
+    )
     assert found.offline_batch == 8
     assert found.threads == 2
     assert found.streams == 1
@@ -99,7 +103,7 @@ def test_search_finds_the_streams_that_hide_the_copies(monkeypatch):
     )
     said = []
     tuning = Tuning("fake", "cuda", 8, 0.2)
-    found = search(lambda *_: Device(threads=2), Memory(100), tuning, None, said.append)
+    found = search(lambda *_: (Device(threads=2),), Memory(100), tuning, None, said.append)
     assert (found.offline_batch, found.threads) == (8, None)
     assert found.streams > 1
     assert 8 / 0.016 < found.offline_qps <= 8 / 0.010  # what the sleeping allows
@@ -107,12 +111,95 @@ def test_search_finds_the_streams_that_hide_the_copies(monkeypatch):
     assert any(f"Server, batch 8, {found.streams} streams" in line for line in said)
 
 
+@dataclass
+class Several(Device):
+    """One of several devices, which works in 4 ms whatever the batch."""
+
+    number: int = 0
+
+    def infer(self, images):
+        with self.working:
+            time.sleep(0.004)
+        return FakeEngine.infer(self, images)
+
+
+@pytest.mark.slow
+def test_several_devices_are_tuned_together(monkeypatch):
+    """A full batch of each takes 4 ms: the rate is that of both, and Server's bound holds."""
+    monkeypatch.setattr("harness.make.tune.SERVER_QUERIES", 100)
+    asked = []
+    monkeypatch.setattr(
+        "harness.make.tune.highest_valid", lambda _, *ends: asked.append(ends) or ends[1] / 2
+    )
+    engines = tuple(Several(number=number) for number in range(2))
+    tuning = Tuning("fake", "cuda", 4, 0.3, (0, 1))
+    found = search(lambda *_: engines, Memory(100), tuning, None, lambda _: None)
+    assert 1 * 4 / 0.004 < found.offline_qps <= 2 * 4 / 0.004  # what the sleeping allows
+    assert all(engine.batches for engine in engines)
+    ((_, ceiling),) = asked
+    assert ceiling == pytest.approx(found.offline_qps)
+
+
+def test_a_trial_that_loses_a_device_tunes_nothing(tmp_path):
+    engines = (on_gpu(0), on_gpu(1, fault="lost in result", all_faulty=True))
+    tuning = Tuning("fake", "cuda", 1, 0.1, (0, 1))
+    with pytest.raises(RunFailedError, match=r"fake:1 \(GPU-1\) lost: nothing is tuned by fewer"):
+        search(lambda *_: engines, Memory(100), tuning, None, lambda _: None)
+
+
+def configured(path, monkeypatch, *more):
+    """What `harness tune` tunes with, and the file then, for two GPUs."""
+    FakeRuntime("NVIDIA H200", "NVIDIA H200").stand_in(monkeypatch)
+    monkeypatch.setattr("harness.make.tune.gpu_name", lambda: "NVIDIA H200")
+    tuned = []
+
+    def tune(_route, tuning):
+        tuned.append(tuning)
+        return Tuned(None, 1, 16, 48.25, 4, 20.5)
+
+    monkeypatch.setattr("harness.make.tune.tune", tune)
+    files = [f"--build-dir={path.parent / 'build'}", f"--output={path}", "--force"]
+    words = ["harness", "tune", *files, "--engine=cudnn", *more]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    (tuning,) = tuned
+    return tuning.devices, tomllib.loads(path.read_text())["default"].get("devices")
+
+
+@pytest.mark.parametrize(
+    ("said", "more", "devices"),
+    [
+        ("", ["--device=cuda"], None),
+        ("", ["--device=cuda", "--devices=1,0"], (1, 0)),
+        ("", ["--device=cuda", "--devices=all"], (0, 1)),
+        ("devices = [1, 0]", ["--device=cuda"], (1, 0)),
+        ('devices = "all"', ["--device=cuda"], (0, 1)),
+        ("devices = [0, 1]", ["--device=cuda", "--devices=1"], (1,)),
+        ("devices = [0, 1]", ["--device=cuda:1"], None),
+    ],
+)
+def test_the_devices_are_those_asked_for_else_the_files(said, more, devices, tmp_path, monkeypatch):
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[system]\nbenchmark = 'ssd-resnet34'\ngpu = 'NVIDIA'\n[default]\n{said}\n")
+    found, written = configured(path, monkeypatch, *more)
+    assert found == devices
+    assert written == (None if devices is None else list(devices))
+
+
+def test_devices_are_of_gpus_alone(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["harness", "tune", "--devices=0,1"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--devices chooses GPUs, but the device is cpu" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_engine_slower_than_the_bound_gets_no_rate():
     said = []
     engine = FakeEngine(seconds=0.12)  # 100 ms are allowed
     found = search(
-        lambda *_: engine, Memory(100), Tuning("fake", "cuda", 1, 0.3), None, said.append
+        lambda *_: (engine,), Memory(100), Tuning("fake", "cuda", 1, 0.3), None, said.append
     )
     assert (found.server_batch, found.server_qps, found.threads) == (None, None, None)
     assert said[-1] == "Server: one image takes longer than 100 ms"
@@ -132,7 +219,7 @@ def test_rates_that_are_too_slow_to_try(monkeypatch, seconds, lowest):
     monkeypatch.setattr("harness.make.tune.highest_valid", never)
     engine = FakeEngine(seconds=seconds)
     found = search(
-        lambda *_: engine, Memory(100), Tuning("fake", "cuda", 1, 0.3), None, lambda _: None
+        lambda *_: (engine,), Memory(100), Tuning("fake", "cuda", 1, 0.3), None, lambda _: None
     )
     ((floor, ceiling),) = asked
     assert floor == pytest.approx(ceiling / 32 if lowest is None else lowest)

@@ -11,12 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.backends.cuda import gpu_index
+from engine.backends.cuda import check, describe_gpu, gpu_index, use_gpu
+from engine.errors import EngineError, SessionLostError
+from engine.manifest import save_engine
+from harness.cli.main import main
 from harness.errors import HarnessError
 from harness.loadgen import numa
 from harness.loadgen.numa import cpus_near, gpu_cpus, parse_cpu_list, running_on
 from harness.results import devices as module
 from harness.results.devices import load_engines, parse_devices
+from tests.support.fake_gpus import Code, FakeRuntime
+from tests.support.manifests import PLAN, manifest
 
 HERE = os.sched_getaffinity(0)
 
@@ -48,6 +53,89 @@ def test_a_gpu_given_twice():
         parse_devices("1,0,1")
 
 
+def test_all_gpus_are_those_that_the_driver_tells(monkeypatch):
+    FakeRuntime(*["NVIDIA H200"] * 3).stand_in(monkeypatch)
+    assert parse_devices("all") == (0, 1, 2)
+    assert str(describe_gpu(2)) == (
+        "cuda:2 (NVIDIA H200, GPU-00000000-0000-0000-0000-000000000002)"
+    )
+    assert describe_gpu(2).identity == {
+        "index": 2,
+        "name": "NVIDIA H200",
+        "uuid": "GPU-00000000-0000-0000-0000-000000000002",
+        "pci": "0000:02:00.0",
+    }
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "model.onnx", "--engine", "cudnn"],
+        ["make", "run", "--benchmarks", "ssd-resnet34-demo"],
+        ["tune", "--device", "cuda", "--engine", "cudnn"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_all_of_no_gpus_is_one_line(command, monkeypatch, capsys, tmp_path):
+    FakeRuntime().stand_in(monkeypatch)
+    words = ["harness", *command, "--devices=all", f"--build-dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == (
+        "harness: error: devices 'all': there is none here: CUDA: no CUDA-capable device is "
+        "detected (cudaErrorNoDevice)\n"
+    )
+
+
+def test_gpus_of_another_model_are_refused_each_by_name(monkeypatch, tmp_path):
+    FakeRuntime("NVIDIA H200", "NVIDIA A10", "NVIDIA H200", "NVIDIA L4").stand_in(monkeypatch)
+    monkeypatch.setattr(module, "load_engine", pytest.fail)
+    with pytest.raises(HarnessError) as caught:
+        load_engines("cudnn", tmp_path, device=None, devices=(0, 1, 2, 3), threads=None)
+    said = str(caught.value)
+    first, _, others = said.partition("is the first")
+    assert "cuda:0 (NVIDIA H200, GPU-" in first
+    assert "cuda:1 (NVIDIA A10, GPU-" in others
+    assert "cuda:3 (NVIDIA L4, GPU-" in others
+    assert "cuda:2" not in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", None])
+def test_a_plan_of_another_gpu_is_refused_before_the_run(gpu, monkeypatch, tmp_path):
+    """By the model, or by the compute capabilities that it was built for ahead of time."""
+    FakeRuntime(*["NVIDIA H100 NVL"] * 2, capability=(8, 6)).stand_in(monkeypatch)
+    said = manifest(gpu=gpu, compute_capabilities=("9.0",) if gpu is None else ("8.6",))
+    save_engine(tmp_path / "model.engine", PLAN, said)
+    trt = SimpleNamespace(__version__=said.version)
+    monkeypatch.setattr("engine.backends.tensorrt.engine.import_tensorrt", lambda _: trt)
+    monkeypatch.setattr("engine.backends.tensorrt.engine.deserialize", pytest.fail)
+    built = "gpu NVIDIA H200, here it is NVIDIA H100 NVL"
+    if gpu is None:
+        built = "compute_capabilities 9.0, here it is 8.6"
+    with pytest.raises(EngineError, match=f"model.engine: built for {built}; build it again"):
+        load_engines(
+            "tensorrt", tmp_path / "model.engine", device=None, devices=(0, 1), threads=None
+        )
+
+
+@pytest.mark.parametrize("name", ["cudaErrorECCUncorrectable", "cudaErrorUnknown"])
+def test_a_broken_gpu_loses_its_session(name, monkeypatch):
+    runtime = FakeRuntime("NVIDIA H200").stand_in(monkeypatch)
+    runtime.failing = Code(999, name)
+    with pytest.raises(SessionLostError, match=rf"device 0 can be used: CUDA: .* \({name}\)"):
+        use_gpu(0)
+
+
+@pytest.mark.parametrize("name", ["cudaErrorIllegalAddress", "cudaErrorLaunchFailure"])
+def test_what_a_program_may_have_done_itself_ends_the_run(name, monkeypatch):
+    FakeRuntime("NVIDIA H200").stand_in(monkeypatch)
+    with pytest.raises(EngineError, match=name) as caught:
+        check((Code(700, name),))
+    assert not isinstance(caught.value, SessionLostError)
+
+
 @pytest.mark.parametrize(
     ("device", "devices", "loaded"),
     [
@@ -58,6 +146,8 @@ def test_a_gpu_given_twice():
     ],
 )
 def test_an_engine_for_each_device(device, devices, loaded, monkeypatch, tmp_path):
+    FakeRuntime(*["NVIDIA H200"] * 3).stand_in(monkeypatch)
+
     def load(backend, model, *, device, threads, max_batch):
         assert (backend, model, threads, max_batch) == ("tensorrt", tmp_path, 3, 8)
         return SimpleNamespace(manifest={"device": device})

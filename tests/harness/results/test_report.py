@@ -17,7 +17,8 @@ FOLDER = Path("/logs/a-run-of-a-very-long-name/box/ssd-resnet34/MultiStream/Perf
 
 
 def result(**changes):
-    return RunResult(**(SAMPLE.document | {"errors": (), "warnings": ()} | changes))
+    plain = {"errors": (), "warnings": (), "lost_devices": ()}
+    return RunResult(**(SAMPLE.document | plain | changes))
 
 
 @pytest.fixture
@@ -46,6 +47,24 @@ def test_table_fits_80_columns_and_breaks_nothing_off(run, capsys, monkeypatch):
     assert text[2] == "MultiStreamPerformanceOnlyVALID"
     assert text[3] == "––123456.79"
     assert text[4] == "12345.68–0.50"
+
+
+def test_a_run_of_fewer_gpus_is_not_valid_in_the_table_and_it_still_fits(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    fewer = result(
+        valid=False,
+        engine=LONG | {"gpu": "NVIDIA H200", "devices": ["cuda:0", "cuda:1", "cuda:2"]},
+        errors=("cuda:1 (GPU-1) lost: a figure of 2 of 3 devices",),
+        lost_devices=("cuda:1 (GPU-1)",),
+    )
+    print_table([(FOLDER, fewer)])
+    printed = capsys.readouterr().out
+    table = printed.split("└")[0].splitlines()[1:]
+    assert max(map(len, table)) <= 80
+    assert "INVALID, 1 of 3 lost" in printed
+    assert "cuda:1 (GPU-1) lost: a figure of 2 of 3 devices" in printed
+    (row,) = csv.DictReader(io.StringIO(to_csv([(FOLDER, fewer)])))
+    assert (row["LoadGen"], row["device"]) == ("INVALID, 1 of 3 lost", "3 x NVIDIA H200")
 
 
 def test_csv(run):

@@ -41,6 +41,7 @@ SAMPLE = Sample(
         "command": "harness run",
         "commit": "1" * 40,
         "finished": "2026-01-01T00:00:00+00:00",
+        "lost_devices": ["cuda:1 (GPU-1)"],
     },
     maps=frozenset(
         {
@@ -50,6 +51,7 @@ SAMPLE = Sample(
     ),
     anything=frozenset({"accuracy", "dataset", "engine", "settings"}),
     nullable=frozenset({"value", "valid", "samples_per_second", "accuracy", "pictures", "commit"}),
+    optional=frozenset({"lost_devices"}),
 )
 
 

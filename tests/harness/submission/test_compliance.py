@@ -312,3 +312,20 @@ def test_runs_of_two_commands_go_together(place, tmp_path):
     compared(place, tmp_path, then, now)
     with pytest.raises(HarnessError, match="another engine: version was 9 and is 10"):
         compared(place, tmp_path, {**then, "version": 9}, {**now, "version": 10})
+
+
+def test_which_gpus_of_a_model_ran_is_not_compared(place, tmp_path):
+    then = {"devices": ["cuda:0"], "gpus": [{"uuid": "GPU-0", "manifest": {}}]}
+    now = {"device": "cuda:0", "running_on": {"uuid": "GPU-1"}}
+    compared(place, tmp_path, then, now)
+    with pytest.raises(HarnessError, match="another engine: devices was"):
+        compared(place, tmp_path, {**then, "devices": ["cuda:0", "cuda:1"]}, now)
+
+
+def test_a_base_run_that_lost_devices_is_refused(place, tmp_path):
+    path = place["Offline"].directory / "PerformanceOnly" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lost_devices": ["cuda:1 (G)"]}))
+    (base,) = find_bases([place["Offline"].directory])
+    with pytest.raises(HarnessError, match=r"PerformanceOnly: cuda:1 \(G\) lost in it; remove it"):
+        check_compliance(cheater(tmp_path), base, "TEST05")
+    assert not (place["Offline"].directory / "TEST05").exists()

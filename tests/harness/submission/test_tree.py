@@ -148,6 +148,16 @@ def test_bad_names_are_refused(change, message, runs, tmp_path):
     assert not (tmp_path / "tree").exists()
 
 
+def test_a_figure_of_fewer_devices_is_not_submitted(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "copy")
+    path = next((tmp_path / "copy" / "logs").rglob("PerformanceOnly/result.json"))
+    lost = {"lost_devices": ["cuda:1 (GPU-1)"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **lost}))
+    with pytest.raises(HarnessError, match=r"PerformanceOnly: a figure of fewer.*1 \(GPU-1\) lost"):
+        submit(tmp_path / "copy", tmp_path)
+    assert not (tmp_path / "tree").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

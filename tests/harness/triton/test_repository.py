@@ -181,6 +181,29 @@ def test_a_tensorrt_engine(engine, int8, tmp_path, capsys, monkeypatch):
     assert len(readme.splitlines()) == 5
 
 
+@pytest.mark.parametrize(("devices", "gpus"), [("1,3", [1, 3]), ("all", [])])
+def test_gpus_to_serve_on(devices, gpus, request, tmp_path, monkeypatch):
+    """Without a list, Triton takes every GPU that it finds."""
+    engine, int8 = map(request.getfixturevalue, ("engine", "int8"))
+    words = ["harness", "triton-repository", str(engine), "-o", str(tmp_path / "models")]
+    words += ["--backend", "tensorrt", "--reference", str(int8), "--devices", devices]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    for path in (tmp_path / "models").rglob("*.pbtxt"):
+        (group,) = read_config(path).instance_group
+        assert (group.kind, group.count) == (pb.ModelInstanceGroup.KIND_GPU, 1)
+        assert list(group.gpus) == gpus
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "python"])
+def test_gpus_for_instances_on_the_cpu_are_refused(backend, int8, tmp_path):
+    with pytest.raises(EngineError, match="--devices chooses GPUs, and this repository's"):
+        write_repository(int8, tmp_path / "models", backend, gpus=(0,))
+    assert not (tmp_path / "models").exists()
+
+
 def test_cuda_graphs_when_asked_for(engine, int8, tmp_path):
     write_repository(engine, tmp_path / "models", "tensorrt", graphs=True, reference=int8)
     for path in (tmp_path / "models").rglob("*.pbtxt"):

@@ -166,7 +166,7 @@ def test_what_was_fastest_is_measured_once_and_kept(monkeypatch):
     monkeypatch.setattr(Chooser, "_measure", slowest_first)
 
     def choose(hopper, winners=()):
-        chooser = Chooser(CUDNN, hopper, graph, None, dict(winners))
+        chooser = Chooser(CUDNN, hopper, graph, None, lambda: dict(winners), take_turn=bool)
         names = [chooser(batch, group).name for batch in (1, 2) for group in groups(graph)]
         return names, chooser.winners
 
@@ -206,7 +206,7 @@ def test_layers_of_as_many_bytes_are_measured_each(monkeypatch):
         return candidates[len(measured) % 2].name
 
     monkeypatch.setattr(Chooser, "_measure", keep)
-    chooser = Chooser(CUDNN, Hopper(Recorder(), ""), graph, None, {})
+    chooser = Chooser(CUDNN, Hopper(Recorder(), ""), graph, None, dict, take_turn=bool)
     runs = ((4, wide), (4, deep), (16, small))
     names = [chooser(batch, (layer,)).name for batch, layer in runs]
     assert measured == [(4 * 64 * 10 * 20,) * 2 + (0,)] * 3
@@ -221,7 +221,7 @@ def test_large_batches_are_compared_at_the_limit_of_power(monkeypatch):
         return candidates[0].name
 
     monkeypatch.setattr(Chooser, "_measure", keep)
-    chooser = Chooser(CUDNN, Hopper(Recorder(), ""), network(), None, {})
+    chooser = Chooser(CUDNN, Hopper(Recorder(), ""), network(), None, dict, take_turn=bool)
     for batch in (1, 15, 16, 64):
         chooser(batch, groups(network())[0])
     assert settled[1] == settled[15] == 0

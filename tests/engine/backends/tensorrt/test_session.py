@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from engine.backends.tensorrt.engine import Engine
-from engine.errors import EngineError
+from engine.errors import EngineError, SessionLostError
 from engine.protocol import InputSpec
 from tests.support.host_stream import array_at
-from tests.support.lazy_cuda import LazyCuda
+from tests.support.lazy_cuda import LazyCuda, LazyStream
 
 pytest.importorskip("polygraphy", reason="needs Polygraphy")
 
@@ -177,4 +177,18 @@ def test_a_batch_that_does_not_start(cuda, refuses, message):
             session.submit([images(2, 0)])
     plan.refuses = ""
     check(session.infer(images(2, 1)), images(2, 1))
+    session.close()
+
+
+def test_a_batch_that_a_lost_gpu_does_not_start_loses_the_session(cuda, monkeypatch):
+    """TensorRT says only that it could not; CUDA knows why."""
+    session = engine(CopyPlan(cuda, "start")).session()
+
+    def gone(_):
+        raise SessionLostError("CUDA: uncorrectable ECC error encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LazyStream, "synchronize", gone)
+        with pytest.raises(SessionLostError, match="uncorrectable ECC"):
+            session.submit([images(2, 0)])
     session.close()
