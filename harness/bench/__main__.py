@@ -2,7 +2,7 @@
 
 import typer
 
-from harness.bench import harness, loading, plans, triton
+from harness.bench import endurance, harness, loading, plans, triton
 from harness.command import run_command
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app.command("harness")(harness.bench)
 app.command("loading")(loading.bench)
 app.command("triton")(triton.bench)
 app.command("plans")(plans.bench)
+app.command("endurance")(endurance.bench)
 
 if __name__ == "__main__":
     run_command(app, "python -m harness.bench")
