@@ -182,8 +182,7 @@ def _run(
         timeout_s=benchmark.timeout_s,
         progress=progress,
         audit=audit,
-        # where a model has more classes than the data set, an accuracy run cannot count them
-        labels=benchmark.labels if mode == "AccuracyOnly" else None,
+        labels=benchmark.labels,
     )
     if mode == "PerformanceOnly":
         summarized(outcome.latencies).write(directory)

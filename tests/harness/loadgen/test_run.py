@@ -13,7 +13,7 @@ from engine.support.progress import progress_bar
 from harness.data.dataset import known_dataset
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.log import ACCURACY, DETAIL, SUMMARY, read_complete
-from harness.loadgen.settings import SCENARIOS
+from harness.loadgen.settings import MODES, SCENARIOS
 from harness.loadgen.test import run_test
 from harness.results.report import find_results, print_table
 from harness.results.result import read_result
@@ -188,15 +188,15 @@ def test_after_a_failed_run_the_next_one_works(tmp_path):
     assert good.errors == ()
 
 
-def test_labels_are_held_against_the_categories(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", MODES)
+def test_labels_are_held_against_the_categories(mode, tmp_path, monkeypatch):
     """The demo's annotations have 80."""
     monkeypatch.chdir(ROOT)
     demo = known_dataset("demo", "val", tmp_path)
     wrong = replace(benchmark(FakeEngine(fault="label", seconds=0.002)), dataset=demo)
     settings = short("Offline", min_duration_ms=300)
     with pytest.raises(RunFailedError, match=r"a label outside 1\.\.80 .* 81\)"):
-        run(wrong, settings, "AccuracyOnly", tmp_path / "run")
-    run(wrong, settings, "PerformanceOnly", tmp_path / "run")  # a model may know more classes
+        run(wrong, settings, mode, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
