@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 
@@ -15,6 +16,7 @@ from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.log import ACCURACY, DETAIL, SUMMARY, read_complete
 from harness.loadgen.settings import MODES, SCENARIOS
 from harness.loadgen.test import run_test
+from harness.lock import locked
 from harness.results.report import find_results, print_table
 from harness.results.result import read_result
 from harness.results.run import run
@@ -186,6 +188,25 @@ def test_after_a_failed_run_the_next_one_works(tmp_path):
     assert "in infer" in (tmp_path / "bad.partial" / "error.txt").read_text()
     good = run(benchmark(FakeEngine()), short("Offline"), "AccuracyOnly", tmp_path / "good")
     assert good.errors == ()
+
+
+def test_nothing_is_removed_that_another_run_may_have_made(tmp_path, monkeypatch):
+    """The log of a failed run goes before its lock does."""
+    there = []
+
+    @contextmanager
+    def watched(*arguments, **options):
+        with locked(*arguments, **options):
+            try:
+                yield
+            finally:
+                there.append((tmp_path / "run.partial" / ACCURACY).exists())
+
+    monkeypatch.setattr("harness.results.run.locked", watched)
+    bad = benchmark(FakeEngine(fault="raise"))
+    with pytest.raises(RunFailedError, match="no more memory"):
+        run(bad, short("Offline", batch_size=2), "AccuracyOnly", tmp_path / "run")
+    assert there == [False]
 
 
 @pytest.mark.parametrize("mode", MODES)
