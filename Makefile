@@ -69,10 +69,13 @@ test: .venv/installed
 test-fast: .venv/test
 	$(BIN)/pytest -n 2 --dist loadfile -m "not (slow or gpu or triton or build or golden)"
 
-# Random damage to what users give, and random cases against oracles; the counts at the end.
+# Random damage to what users give, and random cases against oracles, for so many minutes; then each
+# command that writes, killed so many times. The counts at the end of both.
 ATTACK_MINUTES ?= 10
+ATTACK_KILLS ?= 5
 attack: .venv/test
 	$(BIN)/python -m tests.attack $(ATTACK_MINUTES) $(ATTACK_SEED)
+	$(BIN)/python -m tests.attack.kills $(ATTACK_KILLS) $(ATTACK_SEED)
 
 # What CI checks of the sources, and each commit once `.venv/bin/pre-commit install` was run.
 lint: lint_python lint_types lint_cuda
