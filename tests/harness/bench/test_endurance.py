@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from harness.bench.drawn import measure as measure_drawn
 from harness.bench.endurance import growth, measure
 
 
@@ -28,3 +29,10 @@ def test_runs_are_measured_beside_their_peers() -> None:
     harness, bare = (found["SingleStream"][name]["queries"] for name in ("harness", "bare"))
     assert 0 < harness <= 151
     assert 0 < bare <= 151
+
+
+def test_queries_that_loadgen_draws_take_memory() -> None:
+    """Some 200,000 of them, each of which has an id, an index and times at least."""
+    found = measure_drawn("SingleStream")
+    assert found["peak_mib"][0] + 10 < found["peak_mib"][1]
+    assert 50 < found["bytes_per_query"] < 5000
