@@ -25,20 +25,23 @@ CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.
   build_plugins triton_server demo_onnx predict download_data download_model preprocess_data calibrate \
   generate_engines run_harness run
 
-# The virtual environment: the project and what its commands need, at the tested versions.
+# The virtual environment: the project and what its commands need, at the tested versions. Of two
+# `make` at once, the second waits for the first, and installs only what that has not.
+define INSTALL
+	@mkdir -p .venv
+	@flock -n .venv/lock true || echo "another make installs into .venv; waiting for it"
+	@flock .venv/lock sh -ec 'test -e $@ && test -z "$$(find $^ -newer $@)" && exit; \
+	  test -x $(BIN)/pip || $(PYTHON) -m venv .venv; \
+	  echo "installing into .venv; this takes a minute or two"; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e $(PARTS); touch $@'
+endef
+.venv/installed: PARTS = ".[export,triton]" tox
+.venv/test: PARTS = ".[test]"
+.venv/lint: PARTS = ".[lint]"
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	@echo "installing into .venv; this takes a minute or two"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,triton]' tox
-	touch $@
-
-.venv/test: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	touch $@
-
-.venv/lint: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lint]'
-	touch $@
+	$(INSTALL)
+.venv/test .venv/lint: .venv/installed
+	$(INSTALL)
 
 # The whole route on a CPU, with the checkpoint and the images of demo/: FP32, and INT8 for CPUs.
 demo: demo_onnx
@@ -66,10 +69,13 @@ test: .venv/installed
 test-fast: .venv/test
 	$(BIN)/pytest -n 2 --dist loadfile -m "not (slow or gpu or triton or build or golden)"
 
-# Random damage to what users give, and random cases against oracles; the counts at the end.
+# Random damage to what users give, and random cases against oracles, for so many minutes; then each
+# command that writes, killed so many times. The counts at the end of both.
 ATTACK_MINUTES ?= 10
+ATTACK_KILLS ?= 5
 attack: .venv/test
 	$(BIN)/python -m tests.attack $(ATTACK_MINUTES) $(ATTACK_SEED)
+	$(BIN)/python -m tests.attack.kills $(ATTACK_KILLS) $(ATTACK_SEED)
 
 # What CI checks of the sources, and each commit once `.venv/bin/pre-commit install` was run.
 lint: lint_python lint_types lint_cuda

@@ -74,8 +74,6 @@ def calibrate(
     this method already is left as it is, one of MODEL as it was before is renewed; any other file
     is replaced only with --force, and without it refused before the images are run.
     """
-    from rich.console import Console
-
     from engine.data.preprocessed import MANIFEST, load_preprocessed
     from engine.model import load_detector
     from engine.quantization.cache import Calibration
@@ -83,6 +81,7 @@ def calibrate(
     from engine.quantization.calibration import is_current
     from engine.report import calibration_report, warn
     from engine.support.files import another, check_output, write_output
+    from graph_surgery.terminal import new_console
 
     text = output.with_name(f"{output.name}.trt") if cache_format == "trt" else None
     outputs = [output, *([text] if text else [])]
@@ -113,7 +112,7 @@ def calibrate(
     if text is not None:
         write_output(text, cache.to_trt().encode(), overwrite=force)
         typer.echo(f"TensorRT's format in {text}")
-    Console().print(calibration_report(cache))
+    new_console().print(calibration_report(cache))
     warn(cache)
 
 
@@ -181,12 +180,11 @@ def quantize(
     force = force or is_outdated(output, quantized)
     say(output, written=save(quantized, output, overwrite=force))
     if images is not None:
-        from rich.console import Console
-
         from engine.comparison.agreement import find_agreement
+        from graph_surgery.terminal import new_console
 
         found = find_agreement(model, output, images)
-        Console().print(agreement_lines(found, calibration))
+        new_console().print(agreement_lines(found, calibration))
         if not found.passed:
             sys.exit(1)
 
@@ -283,11 +281,10 @@ def compare(
         overrides={"snr": snr, "matched": matched, "score": score},
         kept=None if force else output,
     )
-    from rich.console import Console
-
     from engine.report import comparison_tables
+    from graph_surgery.terminal import new_console
 
-    Console().print(comparison_tables(found))
+    new_console().print(comparison_tables(found))
     if output is not None:
         say(output, written=save_comparison(output, document, overwrite=force))
     if not found.passed:
@@ -311,14 +308,13 @@ def sensitivity(
     """
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from engine.data.preprocessed import MANIFEST, load_preprocessed
     from engine.model import load_detector
     from engine.quantization.cache import Calibration
     from engine.quantization.sensitivity import sensitivity as find_sensitivity
     from engine.report import sensitivity_table
     from engine.support.files import check_output, json_text, write_output
+    from graph_surgery.terminal import new_console
 
     if output is not None:
         check_output(output, [model, cache, data / MANIFEST])
@@ -328,7 +324,7 @@ def sensitivity(
         found = find_sensitivity(
             detector, Calibration.load(cache), source, limit=images, batch=batch, progress=progress
         )
-    Console().print(sensitivity_table(found))
+    new_console().print(sensitivity_table(found))
     if output is not None:
         say(output, written=write_output(output, json_text(asdict(found)), overwrite=force))
 
@@ -350,12 +346,11 @@ def inspect(
     Of a plan, on the GPU that it was built for, also its memory and its layers: tactic, format,
     type, and time on noise.
     """
-    from rich.console import Console
-
     from engine.inspect import inspect_file, inspect_layers
     from engine.report import facts_table, plan_table
+    from graph_surgery.terminal import new_console
 
-    console = Console()
+    console = new_console()
     files = [file] if other is None else [file, other]
     for path in files:
         console.print(facts_table(path.name, inspect_file(path)))

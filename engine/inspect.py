@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx
-
 from engine.backends.tensorrt.engine import load as load_plan
 from engine.errors import EngineError
 from engine.manifest import check_engine, load_manifest, manifest_path
@@ -17,6 +15,7 @@ from engine.quantization.cache import Calibration, parse_trt
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
 from graph_surgery.nms_function import OP_TYPE
+from graph_surgery.protobuf import inputs, type_of
 
 if TYPE_CHECKING:
     from engine.backends.tensorrt.layers import PlanDescription
@@ -93,13 +92,10 @@ def inspect_layers(
 def _detector(path: Path) -> dict[str, object]:
     detector = load_detector(path)
     model = detector.model
-    constants = {tensor.name for tensor in model.graph.initializer}
     kinds = Counter(node.op_type for node in model.graph.node)
     facts: dict[str, object] = {"kind": "ONNX detector", "sha256": detector.sha256}
-    for value in model.graph.input:
-        if value.name not in constants:
-            facts[f"input {value.name}"] = _type(value)
-    facts |= {f"output {value.name}": _type(value) for value in model.graph.output}
+    facts |= {f"input {value.name}": type_of(value) for value in inputs(model)}
+    facts |= {f"output {value.name}": type_of(value) for value in model.graph.output}
     facts["opset"] = ", ".join(
         f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in model.opset_import
     )
@@ -116,18 +112,6 @@ def _detector(path: Path) -> dict[str, object]:
             grid = f"{level.height} x {level.width}, {level.anchors} anchors"
             facts[f"level {index}"] = f"{grid}: {level.loc}, {level.conf}"
     return facts | {f"metadata {key}": value for key, value in detector.metadata.items()}
-
-
-def _type(value: onnx.ValueInfoProto) -> str:
-    if not value.type.HasField("tensor_type"):
-        return str(value.type.WhichOneof("value")).removesuffix("_type")
-    tensor = value.type.tensor_type
-    sizes = [
-        str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?"
-        for dim in tensor.shape.dim
-    ]
-    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    return f"{kind} [{', '.join(sizes)}]"
 
 
 def _calibration(path: Path) -> dict[str, object]:

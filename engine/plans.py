@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from engine.manifest import Manifest
 
 Force = Annotated[
     bool, typer.Option("--force", help="Replace the output where it is another file.")
@@ -101,12 +105,8 @@ def build(
         compute_capabilities=tuple(compute_capability or ()),
         device=device,
     )
-    existed = output.exists() and not force
-    manifest = build_engine(load_detector(model), backend, output, options, overwrite=force)
-    if existed:
-        say(output, written=False)
-    else:
-        typer.echo(f"wrote {output}: {manifest.engine_bytes} bytes in {manifest.seconds:.1f} s")
+    detector = load_detector(model)
+    _make(lambda: build_engine(detector, backend, output, options, overwrite=force), output, force)
 
 
 def refit(
@@ -127,8 +127,14 @@ def refit(
     from engine.backends.tensorrt.refit import refit as refit_plan
     from engine.model import load_detector
 
+    detector = load_detector(model)
+    _make(lambda: refit_plan(plan, detector, output, device, overwrite=force), output, force)
+
+
+def _make(make: Callable[[], Manifest], output: Path, force: bool) -> None:
+    """Make a plan and say what became of it: without force, one that was there stays."""
     existed = output.exists() and not force
-    manifest = refit_plan(plan, load_detector(model), output, device, overwrite=force)
+    manifest = make()
     if existed:
         say(output, written=False)
     else:

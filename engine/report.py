@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +16,7 @@ from engine.comparison.compare import Comparison, HeadDifference
 from engine.quantization.cache import Calibration
 from engine.quantization.sensitivity import Sensitivity
 from engine.quantization.thresholds import METHODS
+from graph_surgery.terminal import new_console
 
 if TYPE_CHECKING:
     from engine.backends.tensorrt.layers import PlanDescription
@@ -165,7 +166,7 @@ def warn(cache: Calibration) -> None:
     """Say on stderr what speaks against the use of a calibration."""
     for text in (cache.changed, cache.warning):
         if text is not None:
-            Console(stderr=True).print(f"WARNING: {escape(text)}", style="bold")
+            new_console(stderr=True).print(f"WARNING: {escape(text)}", style="bold")
 
 
 def sensitivity_table(found: Sensitivity) -> Table:

@@ -79,14 +79,13 @@ def inspect(
     NMS_OPT_TRT, before or after the surgery. Where something is not understood: what was looked
     for, the nearest match and the remedy.
     """
-    from rich.console import Console
-
     from graph_surgery.files import load
     from graph_surgery.inspect import tables
     from graph_surgery.survey import survey
+    from graph_surgery.terminal import new_console
 
     known = survey(load(model))
-    Console().print(tables(known))
+    new_console().print(tables(known))
     for line in known.missing:
         typer.echo(f"not understood: {line}")
 

@@ -108,6 +108,19 @@ def inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     return [value for value in model.graph.input if value.name not in constants]
 
 
+def type_of(value: onnx.ValueInfoProto) -> str:
+    """Type and shape for people, as ``float32 [batch, 3, ?, 400]``."""
+    if not value.type.HasField("tensor_type"):
+        return str(value.type.WhichOneof("value")).removesuffix("_type")
+    tensor = value.type.tensor_type
+    sizes = [
+        str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?"
+        for dim in tensor.shape.dim
+    ]
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    return f"{kind} [{', '.join(sizes)}]"
+
+
 def part(
     model: onnx.ModelProto, given: Iterable[onnx.ValueInfoProto], outputs: Sequence[str]
 ) -> onnx.ModelProto:

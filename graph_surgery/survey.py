@@ -32,7 +32,7 @@ from graph_surgery.pattern import (
     threshold,
 )
 from graph_surgery.probe import FRACTIONS, Decoded, probe_boxes, probe_scores
-from graph_surgery.protobuf import inputs, opset_of
+from graph_surgery.protobuf import inputs, opset_of, type_of
 from graph_surgery.unfuse import inline_functions, unfuse
 from graph_surgery.walk import NMS, RESHAPING, suppressions
 
@@ -90,8 +90,8 @@ def survey(model: onnx.ModelProto) -> Survey:
 def _file(model: onnx.ModelProto) -> Facts:
     kinds = Counter(node.op_type for node in model.graph.node)
     quantised = kinds["QuantizeLinear"] + kinds["DequantizeLinear"]
-    facts = {f"input {value.name}": _type(value) for value in inputs(model)}
-    facts |= {f"output {value.name}": _type(value) for value in model.graph.output}
+    facts = {f"input {value.name}": type_of(value) for value in inputs(model)}
+    facts |= {f"output {value.name}": type_of(value) for value in model.graph.output}
     facts["nodes"] = f"{len(model.graph.node)}, {kinds['Conv']} Conv, opset {opset_of(model)}"
     if quantised:
         facts["quantised"] = (
@@ -99,17 +99,6 @@ def _file(model: onnx.ModelProto) -> Facts:
             "DequantizeLinear"
         )
     return facts
-
-
-def _type(value: onnx.ValueInfoProto) -> str:
-    if not value.type.HasField("tensor_type"):
-        return str(value.type.WhichOneof("value")).removesuffix("_type")
-    tensor = value.type.tensor_type
-    sizes = [
-        str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?"
-        for dim in tensor.shape.dim
-    ]
-    return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} [{', '.join(sizes)}]"
 
 
 def _surgered(model: onnx.ModelProto, graph: gs.Graph, node: gs.Node, facts: Facts) -> Survey:

@@ -17,7 +17,8 @@ from engine.errors import one_line
 from engine.manifest import load_manifest
 from engine.model import load_detector
 from engine.protocol import Engine
-from engine.support.files import write_output
+from engine.support.documents import parse_json
+from engine.support.files import another, write_output
 from engine.support.progress import Progress
 from graph_surgery.names import NAMES_KEY, names_from_json, read_names
 from harness.data.transform import BadImageError, decode, read_image, transform
@@ -144,11 +145,14 @@ def predict(
     HarnessError
         When a file would be written over an image, or a label has no name.
     EngineError
-        When the engine fails, or a file cannot be written.
+        When the engine fails, or a file cannot be written. That `PREDICTIONS` is of other images is
+        told before anything runs, that it or a picture of these is another, after.
     """
     import cv2
 
     pictures = _pictures(images, output)
+    if not overwrite:
+        _check_predictions(output / PREDICTIONS, images)
     with contextlib.suppress(OSError):  # write_output tells
         output.mkdir(parents=True, exist_ok=True)
     found: list[Prediction] = []
@@ -208,6 +212,26 @@ def _pictures(images: Sequence[Path], output: Path) -> list[Path]:
     if over := next((path for path in pictures if path.resolve() in read), None):
         raise HarnessError(f"{over} is an image itself; give another folder with -o")
     return pictures
+
+
+def _check_predictions(path: Path, images: Sequence[Path]) -> None:
+    """Refuse a file of the name that is none of these images, before the work.
+
+    Raises
+    ------
+    EngineError
+        Says so.
+    """
+    if not path.exists():
+        return
+    ours = {(number, str(image)) for number, image in enumerate(images, start=1)}
+    try:
+        known = parse_json(path.read_bytes())
+        same = ours.issuperset((one["image_id"], one["file_name"]) for one in known)
+    except (OSError, ValueError, TypeError, KeyError):
+        same = False
+    if not same:
+        raise another(path)
 
 
 def _coco_results(found: Prediction) -> Iterator[dict[str, object]]:

@@ -52,7 +52,7 @@ ARROWS = {
             "backends backends.cudnn backends.onnxruntime backends.tensorrt comparison data load "
             "manifest model quantization speed"
         ),
-        "plans": "backends.tensorrt model",
+        "plans": "backends.tensorrt manifest model",
         "cli": "comparison data inspect model plans quantization report",
         "__main__": "cli",
     },

@@ -25,9 +25,12 @@ from engine.quantization.cpu import insert_for_cpu, shift_image
 from engine.quantization.placement import Placement, find_placement
 from engine.quantization.scales import FloatType, activation_scale, round_up, weight_scales
 from graph_surgery.errors import SurgeryError
-from graph_surgery.graph import export_graph, fix, import_graph, namer, value
+from graph_surgery.graph import describe, export_graph, fix, import_graph, namer, value
 from graph_surgery.nms_function import DOMAIN, add_definition
 from graph_surgery.protobuf import check, convert, with_types
+
+_READ_INT8 = ("QuantizeLinear", "DequantizeLinear", "Shape", "Size")
+"""What reads an INT8 image as what it stands for, or does not look at its pixels."""
 
 Target = Literal["gpu", "cpu"]
 """What an INT8 file is for: TensorRT, cuDNN and all others, or ONNX Runtime on CPUs alone."""
@@ -72,7 +75,8 @@ def quantize(
     ------
     EngineError
         When the calibration is another model's, a pattern matches no layer, no layer is left to
-        quantise, or a value, also an activation of the calibration images, does not fit in float16.
+        quantise, the image is read both in INT8 and in float, or a value, also an activation of the
+        calibration images, does not fit in float16.
     """
     placement = find_placement(model)
     calibration.check(model, placement)
@@ -98,6 +102,7 @@ def quantize(
     else:
         insert_qdq(graph, placement, calibration.scales, layers, float_type)
         image_scale = _int8_input(graph, placement)
+    _check_image(graph, placement, layers)
     if float_type == "fp16":
         _to_fp16(graph, placement)
     new = export_graph(graph.cleanup(recurse_functions=False), model)
@@ -221,6 +226,26 @@ def _int8_input(graph: gs.Graph, placement: Placement) -> float | None:
             quantise.o().inputs[0] = image
             return float(quantise.inputs[1].values)
     return None
+
+
+def _check_image(graph: gs.Graph, placement: Placement, layers: Iterable[int]) -> None:
+    """Refuse an INT8 image that something reads as if it were float.
+
+    Raises
+    ------
+    EngineError
+        Says what reads it how.
+    """
+    (image,) = (tensor for tensor in graph.inputs if tensor.name == placement.image)
+    in_float = [node for node in image.outputs if node.op not in _READ_INT8]
+    if in_float and image.dtype == np.int8:
+        readers = (p.layer for p in placement.points if p.tensor == image.name)
+        names = dict.fromkeys(placement.layers[layer].name for layer in readers if layer in layers)
+        raise EngineError(
+            f"the image {image.name!r} is read in INT8 by {', '.join(names)} and in float by "
+            f"{describe(in_float[0])}, and it can be but one: keep it float with "
+            + " ".join(f"--keep-float '{name}'" for name in names)
+        )
 
 
 def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:

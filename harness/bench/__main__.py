@@ -2,7 +2,7 @@
 
 import typer
 
-from harness.bench import harness, loading, plans, scaling, triton
+from harness.bench import drawn, endurance, harness, loading, plans, scaling, triton
 from harness.command import run_command
 
 app = typer.Typer(
@@ -16,6 +16,8 @@ app.command("loading")(loading.bench)
 app.command("triton")(triton.bench)
 app.command("plans")(plans.bench)
 app.command("scaling")(scaling.bench)
+app.command("endurance")(endurance.bench)
+app.command("drawn")(drawn.bench)
 
 if __name__ == "__main__":
     run_command(app, "python -m harness.bench")

@@ -114,7 +114,7 @@ def measure_efficiency(
 
 def measure_null_server(rounds: int, seconds: float) -> dict[str, object]:
     """Server latency when the engine does nothing."""
-    engine = _NullEngine()
+    engine = NullEngine()
     settings = Server(
         min_duration_ms=round(seconds * 1000), target_qps=_NULL_QPS, batch_delay_ms=0.0
     )
@@ -146,7 +146,7 @@ def measure_overhead(rounds: int, seconds: float) -> dict[str, object]:
         those of a SUT that does nothing else than complete its samples (in Server, the schedule's
         when it keeps up), and the ratio of medians.
     """
-    engine = _NullEngine()
+    engine = NullEngine()
     settings: Sequence[tuple[Settings, str]] = (
         (
             Offline(
@@ -171,7 +171,7 @@ def measure_overhead(rounds: int, seconds: float) -> dict[str, object]:
     for setting, key in settings:
         ours, bare = [], []
         for _ in range(rounds):
-            bare.append(_bare_run(setting).values[key])
+            bare.append(bare_run(setting).values[key])
             ours.append(
                 run_once(engine, RandomImages(engine.input_spec), setting).detail.values[key]
             )
@@ -248,26 +248,31 @@ class RandomImages:
         batch[:] = self._images[list(indices)]
 
 
-class _NullEngine:
-    """Answers at once: ten detections for every image."""
+class NullEngine:
+    """Answers ten detections for every image, after so many seconds for a batch."""
 
     input_spec = InputSpec("image", (3, 8, 8), "float32")
     max_batch = None
     manifest: Mapping[str, object] = {"backend": "null"}
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
         self._detections = np.ones((_SAMPLES_IN_MEMORY, 200, DETECTION_FIELDS), np.float32)
         self._detections[..., 0] = np.arange(_SAMPLES_IN_MEMORY)[:, None]
         self._counts = np.full(_SAMPLES_IN_MEMORY, 10, np.int32)
 
     def session(self) -> BlockingSession:
-        return BlockingSession(
-            lambda _: None,
-            lambda images: (self._detections[: len(images)], self._counts[: len(images)]),
-        )
+        """See `engine.protocol.Engine.session`."""
+        return BlockingSession(lambda _: None, self._infer)
 
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """See `engine.protocol.Engine.host_array`."""
         return np.empty(shape, dtype)
+
+    def _infer(self, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        if self._seconds:
+            time.sleep(self._seconds)
+        return self._detections[: len(images)], self._counts[: len(images)]
 
 
 def _loop_rate(session: Session, images: NDArray[np.generic], batch: int, batches: int) -> float:
@@ -286,12 +291,15 @@ def run_once(engine: Engine, source: SampleSource, settings: Settings) -> Outcom
         return run_test((engine,), source, settings, "PerformanceOnly", Path(folder), timeout_s=600)
 
 
-def _bare_run(settings: Settings) -> DetailLog:
-    """LoadGen with the shortest SUT that Python can be: it answers within the call."""
+def _answer(samples: Sequence[Any]) -> None:
     import mlperf_loadgen as lg
 
-    def issue(samples: Sequence[Any]) -> None:
-        lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0) for sample in samples])
+    lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0) for sample in samples])
+
+
+def bare_run(settings: Settings, answer: Callable[[Sequence[Any]], None] = _answer) -> DetailLog:
+    """LoadGen with the shortest SUT that Python can be: it answers a query within the call."""
+    import mlperf_loadgen as lg
 
     with tempfile.TemporaryDirectory() as folder:
         test = apply(settings, "PerformanceOnly", Path(folder) / USER_CONF)
@@ -300,7 +308,7 @@ def _bare_run(settings: Settings) -> DetailLog:
         log = lg.LogSettings()
         log.log_output = output
         log.enable_trace = False
-        sut = lg.ConstructSUT(issue, lambda: None)
+        sut = lg.ConstructSUT(answer, lambda: None)
         qsl = lg.ConstructQSL(
             _SAMPLES_IN_MEMORY, _SAMPLES_IN_MEMORY, lambda _: None, lambda _: None
         )

@@ -40,10 +40,11 @@ def doctor(
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    from graph_surgery.terminal import new_console
+
+    console = new_console(markup=False, highlight=False, soft_wrap=True)
     console.width = max(console.width, _MIN_WIDTH)  # better wrapped by the terminal than cut off
     for table in (_machine(report), _packages(report), _abilities(report), _resources(report)):
         console.print(table)

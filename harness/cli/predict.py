@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from engine.support.progress import progress_bar
+from graph_surgery.command import complain
 from harness.cli.options import BuildDir, Device, RunBackend, Threads, Url
 from harness.errors import HarnessError
 from harness.results.devices import AUTO, fastest, load_engines, parse_urls
@@ -77,19 +78,20 @@ def predict(
         )
     _print_table([(one.number, one.image, one.names) for one in found])
     for image, reason in bad.items():
-        typer.echo(f"harness: error: {image}: {reason}", err=True)
+        complain("harness", f"{image}: {reason}")
     typer.echo(f"{len(found)} pictures and predictions.json in {folder}")
     if bad:
         raise typer.Exit(1)
 
 
 def _print_table(found: list[tuple[int, Path, tuple[str, ...]]]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from graph_surgery.terminal import new_console
 
     table = Table("", "image", "detections")
     for number, image, names in found:
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
         table.add_row(str(number), escape(str(image)), escape(counts or "–"))
-    Console(highlight=False).print(table)
+    new_console(highlight=False).print(table)

@@ -1,8 +1,7 @@
 """Preprocessed sets: every image of a map as a .npy file, once, with a manifest.
 
-A set is made in a folder ``NAME.partial``. Complete, it gets a name of its own, ``NAME-<hash>`` of
-all that it was made from, NAME becomes a link to it, and nothing writes there again. Sets that NAME
-led to before are removed unless somebody reads them; the next call removes those, too.
+A set is made in a folder ``NAME.partial``; complete, it is named by `harness.data.sets`. Meanwhile
+``NAME.lock`` is held.
 
 A set that is interrupted is resumed: a journal names every image that is done together with the
 size, modification time and SHA-256 of its source. An image is done again when its source has
@@ -15,15 +14,11 @@ there for that.)
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from hashlib import sha256
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +41,11 @@ from engine.support.files import file_sha256, write_atomically
 from harness.artefacts import TRANSFORM_CODE, Say, code_sha256
 from harness.data.dataset import Dataset, load_map
 from harness.data.pool import Job, run
+from harness.data.sets import name_to_write, publish, remove_others, take_over
 from harness.data.transform import Source
 from harness.disk import require_space
 from harness.errors import HarnessError
-from harness.lock import LOCK, locked
+from harness.lock import locked
 
 BAD_IMAGES = "bad_images.txt"
 
@@ -99,8 +95,8 @@ def preprocess(
     ------
     HarnessError
         Bad images (after all others are done; counted, and listed in ``bad_images.txt``), no
-        image folder, a folder of something else under the name, a disk without room for all
-        (nothing is written then) or full, a worker that died.
+        image folder, a folder of something else or a finished set under the name, a disk without
+        room for all (nothing is written then) or full, a worker that died.
     EngineError
         An unusable spec.
     """
@@ -112,20 +108,13 @@ def preprocess(
             f"image folder {dataset.image_dir} not found; download the data set {dataset.name}"
         )
     settings = _settings(spec)
-    if not out_dir.name:
-        raise HarnessError(f"{out_dir}: name a folder for the preprocessed images")
-    try:
-        out_dir.resolve(strict=out_dir.is_symlink() and not out_dir.exists())
-    except FileNotFoundError:  # a link to what is not there any more
-        pass
-    except (OSError, RuntimeError) as error:
-        raise HarnessError(f"{out_dir}: a loop of links") from error
-    while out_dir.is_symlink() and not _is_made_for(out_dir, out_dir.readlink().name):
-        out_dir = out_dir.parent / out_dir.readlink()  # the user's, as to another disk
+    out_dir = name_to_write(out_dir)
     partial = unfinished(out_dir)
     try:
-        _take_over(out_dir, partial)
-        with locked(partial):  # two that write into one set would mix their images
+        # two that write into one set would mix their images
+        with locked(out_dir, file=out_dir.with_name(f"{out_dir.name}.lock")):
+            take_over(out_dir, partial)
+            partial.mkdir(exist_ok=True)
             current = out_dir.resolve() if out_dir.is_symlink() else None
             manifest = _fill(
                 dataset,
@@ -141,8 +130,8 @@ def preprocess(
             if manifest is None:
                 shutil.rmtree(partial)
             else:
-                _publish(partial, out_dir, manifest)
-            _remove_others(out_dir, say)
+                publish(partial, out_dir, manifest)
+            remove_others(out_dir, say)
     except OSError as error:
         raise HarnessError(
             f"cannot write {error.filename or out_dir}: {error.strerror}; mend that and run "
@@ -176,7 +165,7 @@ def _fill(
             and (source := _unchanged(dataset.image_dir / name, earlier[name]))
         }
     shared = {name for name, (_, folder) in found.items() if folder == current}
-    keep = {LOCK, JOURNAL, MANIFEST, *(f"{name}.npy" for name in found.keys() - shared)}
+    keep = {JOURNAL, MANIFEST, *(f"{name}.npy" for name in found.keys() - shared)}
     for path in partial.rglob("*"):
         if not path.is_dir() and str(path.relative_to(partial)) not in keep:
             path.unlink()
@@ -220,65 +209,6 @@ def _fill(
     _write_text(partial / MANIFEST, text)
     (partial / JOURNAL).unlink()
     return manifest
-
-
-def _take_over(out_dir: Path, partial: Path) -> None:
-    """Let a set that has the name itself be the one to complete."""
-    if out_dir.is_symlink() or not out_dir.exists():
-        return
-    if (out_dir / MANIFEST).exists() or (out_dir / JOURNAL).exists():
-        out_dir.rename(partial)
-    elif not out_dir.is_dir() or any(out_dir.iterdir()):
-        raise HarnessError(f"{out_dir} is there and holds no preprocessed images; move it away")
-    else:
-        out_dir.rmdir()
-
-
-def _publish(partial: Path, out_dir: Path, manifest: SetManifest) -> None:
-    """Give a complete set a name of its own, which says what it was made from, and link it."""
-    made_from = {
-        **asdict(manifest),
-        "images": [(entry.file, entry.sha256) for entry in manifest.images],
-    }
-    digest = sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    stem = f"{out_dir.name}-{digest[:12]}"
-    names = chain([stem], (f"{stem}.{number}" for number in count(2)))  # the same, made again
-    whole = next(path for name in names if not (path := out_dir.with_name(name)).exists())
-    partial.rename(whole)
-    link = out_dir.with_name(f"{out_dir.name}.{os.getpid()}.tmp")
-    link.unlink(missing_ok=True)
-    link.symlink_to(whole.name)
-    link.replace(out_dir)
-
-
-def _is_made_for(out_dir: Path, name: str) -> bool:
-    """Tell whether a set of this name is, or was, linked by `out_dir`."""
-    return re.fullmatch(rf"{re.escape(out_dir.name)}-[0-9a-f]{{12}}(\.\d+)?", name) is not None
-
-
-_REMOVED = f"{MANIFEST}.removed"
-"""What becomes of the manifest of a set that is being removed."""
-
-
-def _remove_others(out_dir: Path, say: Say) -> None:
-    """Remove the sets that were linked by `out_dir` before, but for those that are being read."""
-    current = out_dir.readlink().name
-    for other in sorted(out_dir.parent.iterdir()):
-        if other.name == current or not _is_made_for(out_dir, other.name):
-            continue
-        try:
-            with (other / MANIFEST).open("rb") as manifest:
-                fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # first: without it the folder passes for no set
-                Path(manifest.name).rename(other / _REMOVED)
-        except FileNotFoundError:
-            if not (other / _REMOVED).exists():  # not ours, whatever it is called
-                continue
-        except BlockingIOError:
-            say(f"kept {other}, which is being read; the next preprocessing removes it")
-            continue
-        shutil.rmtree(other)
-        say(f"removed {other}, which {out_dir} was before")
 
 
 def _text(path: Path) -> str | None:

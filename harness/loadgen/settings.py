@@ -29,6 +29,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 DEFAULT_BATCH = 8
 
 _NS_PER_MS = 1_000_000
+_LEAST_LATENCY_MS = 0.02
+"""Of a query through Python, halved; of less, LoadGen would draw gigabytes of queries."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -108,7 +110,7 @@ class SingleStream(Settings):
 
     def estimated(self, batch_seconds: float) -> SingleStream:
         """See `Settings.estimated`: half the measured latency."""
-        latency_ms = self.target_latency_ms or max(500 * batch_seconds, 1e-3)
+        latency_ms = self.target_latency_ms or max(500 * batch_seconds, _LEAST_LATENCY_MS)
         return dataclasses.replace(self, target_latency_ms=latency_ms)
 
 
@@ -144,7 +146,7 @@ class MultiStream(Settings):
 
     def estimated(self, batch_seconds: float) -> MultiStream:
         """See `Settings.estimated`: half the measured latency."""
-        latency_ms = self.target_latency_ms or max(500 * batch_seconds, 1e-3)
+        latency_ms = self.target_latency_ms or max(500 * batch_seconds, _LEAST_LATENCY_MS)
         return dataclasses.replace(self, target_latency_ms=latency_ms)
 
 

@@ -159,9 +159,6 @@ class Sut:
         except BaseException as error:
             self.fail(error)
 
-    def flush(self) -> None:
-        """LoadGen's FlushQueries: nothing is held back, so there is nothing to do."""
-
     def complete(self, batch: Batch, took: float, rows: NDArray[Any], sizes: Sequence[int]) -> None:
         """Give LoadGen the responses of a batch; see `harness.loadgen.response.pack`."""
         starts = accumulate(sizes, initial=rows.ctypes.data)

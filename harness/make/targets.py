@@ -47,16 +47,15 @@ def calibrate(routes: Sequence[Route], _: RunArgs) -> None:
     RunFailedError
         When INT8 does not find what FP32 finds on the calibration images.
     """
-    from rich.console import Console
-
     from engine.comparison.agreement import find_agreement
     from engine.report import agreement_lines, calibration_report
+    from graph_surgery.terminal import new_console
 
     for route in routes:
         made = build_int8(route)
         found = find_agreement(made.model, made.path, made.images)
-        Console().print(calibration_report(made.calibration))
-        Console().print(agreement_lines(found, made.calibration))
+        new_console().print(calibration_report(made.calibration))
+        new_console().print(agreement_lines(found, made.calibration))
         if not found.passed:
             raise RunFailedError(f"{made.path} does not find what {made.model} finds")
 

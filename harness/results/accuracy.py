@@ -107,7 +107,11 @@ def evaluate(
     log_path: Path, annotations: Path, files: Sequence[str] | None = None
 ) -> AccuracyResult:
     """Evaluate an accuracy log against COCO annotations; see `evaluation_of`."""
-    found = evaluation_of(log_path, annotations, files)
+    return accuracy_of(evaluation_of(log_path, annotations, files))
+
+
+def accuracy_of(found: Evaluation) -> AccuracyResult:
+    """What an evaluation comes to."""
     stats = dict(zip(STATS, map(float, found.coco.stats), strict=True))
     total = len(found.content["images"])
     return AccuracyResult(

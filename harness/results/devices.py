@@ -6,13 +6,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from engine.auto import Way, choose
 from engine.backends.cuda import describe_gpu, visible_gpus
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.protocol import Engine
+from graph_surgery.terminal import new_console
 from harness.errors import HarnessError
 
 ALL = "all"
@@ -92,7 +91,7 @@ def fastest(
     from engine.model import load_detector
 
     choice, remembered = choose(load_detector(model), batch, device, build_dir / "engines", threads)
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = new_console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     for one in choice.measured:
         speed = one.images_per_s
         found = f"cannot: {one.refusal}" if speed is None else f"{speed:.1f} images/s"

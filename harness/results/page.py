@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -21,18 +22,17 @@ from harness.data.transform import BadImageError, decode, read_image
 from harness.errors import HarnessError
 from harness.loadgen.log import ACCURACY
 from harness.results import charts
-from harness.results.accuracy import Evaluation, evaluation_of
+from harness.results.accuracy import evaluation_of
 from harness.results.latencies import read_latencies
 from harness.results.pictures import SCORE_THRESHOLD, draw_boxes, enlarged, to_jpeg
 from harness.results.report import INDEX, Runs, as_text, facts_of, root_of
 from harness.results.result import RESULT, RunResult, read_result
-from harness.results.review import ClassReview, ImageReview, review_classes, review_images
+from harness.results.review import WORST, ClassReview, ImageReview, Review, review
 from harness.results.run import SAMPLES
 
 PAGE = "report.html"
 
 _PICTURES = 24  # on a page: some 5 MB
-_PICTURES_OF_RUN = 12
 _LONG_SIDE = 800
 _RED, _AMBER, _GREEN = (77, 72, 229), (36, 165, 245), (88, 167, 70)  # BGR; the page's key has them
 _COMPARED = ("mAP", "AP50", "samples/s", "p50 ms", "p90 ms", "p99 ms")
@@ -91,7 +91,9 @@ class _Fact:
         return len(set(self.values)) > 1
 
 
-def render_page(runs: Runs, build_dir: Path) -> str:
+def render_page(
+    runs: Runs, build_dir: Path, reviews: Mapping[Path, Review] = MappingProxyType({})
+) -> str:
     """Make the page of one or more runs.
 
     Parameters
@@ -100,6 +102,8 @@ def render_page(runs: Runs, build_dir: Path) -> str:
         Not none.
     build_dir
         The build folder, in which the images of the data sets lie.
+    reviews
+        What is known of accuracy runs, by their folders; others are evaluated again.
 
     Raises
     ------
@@ -118,21 +122,21 @@ def render_page(runs: Runs, build_dir: Path) -> str:
     classes: dict[str, Sequence[ClassReview]] = {}
     worst: list[tuple[_Run, list[_Picture]]] = []
     notes: list[str] = []
-    share = min(_PICTURES_OF_RUN, max(1, _PICTURES // max(1, len(accuracies))))
+    share = min(WORST, max(1, _PICTURES // max(1, len(accuracies))))
     for number, run in enumerate(accuracies):
         try:
-            data, found = _evaluation(run, build_dir)
+            data = _dataset(run, build_dir)
+            found = reviews.get(run.directory) or _review(run, data)
         except (HarnessError, EngineError) as error:
             notes.append(f"{run.label}: no classes and no images: {error}")
             continue
-        if abs(run.stats.get("AP", -2.0) - found.coco.stats[0]) > 1e-6:
+        if abs(run.stats.get("AP", -2.0) - found.ap) > 1e-6:
             notes.append(f"{run.label}: the annotations are others now than when it ran")
-        if reviews := review_classes(found):
-            classes[run.name] = reviews
+        if found.classes:
+            classes[run.name] = found.classes
         if number >= _PICTURES:
             continue
-        by_errors = sorted(review_images(found), key=lambda review: -review.errors)
-        worst.append((run, list(_pictures(f"r{number}", by_errors[:share], data.image_dir))))
+        worst.append((run, list(_pictures(f"r{number}", found.worst[:share], data.image_dir))))
     names = list(dict.fromkeys(str(run.cells["run"]) for run in shown))
     html: str = template.render(
         title=f"{'Runs' if len(names) > 1 else 'Run'} {', '.join(names)}",
@@ -220,36 +224,39 @@ def _change(before: Any, after: Any) -> str:
     return f"{100 * (after / before - 1):+.1f} %"
 
 
-def _evaluation(run: _Run, build_dir: Path) -> tuple[Dataset, Evaluation]:
+def _dataset(run: _Run, build_dir: Path) -> Dataset:
     name, _, split = str(run.result.dataset.get("name")).rpartition("-")
-    data = known_dataset(name, split, build_dir)
+    return known_dataset(name, split, build_dir)
+
+
+def _review(run: _Run, data: Dataset) -> Review:
     if data.annotations is None:
         raise HarnessError(f"{data.name} has no annotations")
     files = load_map(run.directory / SAMPLES)
-    return data, evaluation_of(run.directory / ACCURACY, data.annotations, files)
+    return review(evaluation_of(run.directory / ACCURACY, data.annotations, files))
 
 
 def _pictures(prefix: str, reviews: Sequence[ImageReview], image_dir: Path) -> Iterator[_Picture]:
-    for number, review in enumerate(reviews):
-        if review.errors:
-            yield _Picture(f"{prefix}-{number}", review, _drawn(review, image_dir))
+    for number, one in enumerate(reviews):
+        if one.errors:
+            yield _Picture(f"{prefix}-{number}", one, _drawn(one, image_dir))
 
 
-def _drawn(review: ImageReview, image_dir: Path) -> str | None:
+def _drawn(image: ImageReview, image_dir: Path) -> str | None:
     """The image with what is wrong, as a data URL; None when it cannot be read."""
     import cv2
 
     try:
-        picture = enlarged(decode(read_image(image_dir / review.file)[0]))
+        picture = enlarged(decode(read_image(image_dir / image.file)[0]))
     except BadImageError:
         return None
     height, width = picture.shape[:2]
     if (factor := _LONG_SIDE / max(height, width)) < 1:
         size = max(1, round(factor * width)), max(1, round(factor * height))
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
-    draw_boxes(picture, [("", box) for _, box in review.right], _GREEN)
-    draw_boxes(picture, review.missed, _RED)
-    draw_boxes(picture, review.false, _AMBER)
+    draw_boxes(picture, [("", box) for _, box in image.right], _GREEN)
+    draw_boxes(picture, image.missed, _RED)
+    draw_boxes(picture, image.false, _AMBER)
     return f"data:image/jpeg;base64,{base64.b64encode(to_jpeg(picture)).decode()}"
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from graph_surgery.terminal import new_console
 from harness.errors import HarnessError
 from harness.results.result import RESULT, RunResult, read_result
 
@@ -120,7 +120,7 @@ def root_of(directory: Path, result: RunResult) -> Path:
 
 def print_table(runs: Runs) -> None:
     """Print one table of all runs to stdout, and below it where their files are."""
-    console = Console(soft_wrap=True, markup=False)  # paths and LoadGen's words may hold [ ]
+    console = new_console(soft_wrap=True, markup=False)  # paths and LoadGen's words may hold [ ]
     table = Table(title="ssd-resnet34", show_lines=True)
     for number, heads in enumerate(_COLUMNS):
         table.add_column(

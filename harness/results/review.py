@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from harness.results.accuracy import Evaluation
 from harness.results.pictures import SCORE_THRESHOLD
 
+WORST = 12
+"""Images of a run on a page."""
+
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as fractions of the image."""
 
@@ -61,6 +64,31 @@ class ImageReview:
     def errors(self) -> int:
         """What is missed, and what is false."""
         return len(self.missed) + len(self.false)
+
+
+@dataclass(frozen=True)
+class Review:
+    """What a page shows of an evaluation.
+
+    Attributes
+    ----------
+    ap
+        The mAP.
+    classes
+        Of each category that has annotations.
+    worst
+        Images with the most errors, `WORST` at most.
+    """
+
+    ap: float
+    classes: Sequence[ClassReview]
+    worst: Sequence[ImageReview]
+
+
+def review(found: Evaluation) -> Review:
+    """Review an evaluation, which for COCO takes gigabytes, so that it need not be kept."""
+    by_errors = sorted(review_images(found), key=lambda image: -image.errors)
+    return Review(float(found.coco.stats[0]), review_classes(found), by_errors[:WORST])
 
 
 def review_classes(found: Evaluation) -> tuple[ClassReview, ...]:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from engine.support.files import write_atomically
 from engine.support.progress import Progress
 from harness.data.dataset import Dataset, category_names, load_map
 from harness.errors import HarnessError, RunFailedError
-from harness.loadgen.accuracy_log import read_accuracy_log
 from harness.loadgen.audit import Audit
 from harness.loadgen.log import ACCURACY
 from harness.loadgen.qsl import SampleSource
 from harness.loadgen.settings import MODEL, Mode, Settings
 from harness.loadgen.test import Outcome, run_test
 from harness.lock import locked
-from harness.results.accuracy import evaluate
+from harness.results.accuracy import Evaluation, accuracy_of, evaluation_of
 from harness.results.latencies import summarized
 from harness.results.pictures import draw_detections
 from harness.results.result import RunResult, latency_summary, performance_figures, versions
@@ -118,6 +117,7 @@ def run(
     progress: Progress | None = None,
     *,
     audit: Audit | None = None,
+    evaluated: Callable[[Evaluation], None] | None = None,
 ) -> RunResult:
     """Run one test and leave its logs and result.json.
 
@@ -137,6 +137,8 @@ def run(
         Called about once a second during the test.
     audit
         Compliance test that a performance run belongs to; its name becomes the result's mode.
+    evaluated
+        Takes the evaluation of an accuracy run, which for COCO takes up to a minute.
 
     Raises
     ------
@@ -152,15 +154,21 @@ def run(
             if directory.exists():
                 raise HarnessError(f"{directory} exists; choose another log directory or remove it")
             with _error_kept(partial):
-                result = _run(benchmark, settings, mode, partial, progress=progress, audit=audit)
+                result = _run(
+                    benchmark,
+                    settings,
+                    mode,
+                    partial,
+                    progress=progress,
+                    audit=audit,
+                    evaluated=evaluated,
+                )
             partial.rename(directory)
     except OSError as error:
         raise HarnessError(
             f"cannot write the run's files to {partial}: {error.strerror}"
         ) from error
     except RunFailedError as error:
-        # LoadGen may have filled it with the empty answers that ended the run
-        (partial / ACCURACY).unlink(missing_ok=True)
         raise RunFailedError(
             f"{settings.scenario} {audit.name if audit else mode}: {error}; "
             f"its unfinished logs: {partial}",
@@ -177,6 +185,7 @@ def _run(
     *,
     progress: Progress | None,
     audit: Audit | None,
+    evaluated: Callable[[Evaluation], None] | None,
 ) -> RunResult:
     """Run one test, and leave its logs and result.json in a folder, which is emptied before."""
     if directory.exists():
@@ -193,12 +202,11 @@ def _run(
         timeout_s=benchmark.timeout_s,
         progress=progress,
         audit=audit,
-        # where a model has more classes than the data set, an accuracy run cannot count them
-        labels=benchmark.labels if mode == "AccuracyOnly" else None,
+        labels=benchmark.labels,
     )
     if mode == "PerformanceOnly":
         summarized(outcome.latencies).write(directory)
-    result = _result(benchmark, outcome, mode, directory)
+    result = _result(benchmark, outcome, mode, directory, evaluated)
     if audit is not None:
         result = dataclasses.replace(result, mode=audit.name)
     result.write(directory)
@@ -212,15 +220,24 @@ def _error_kept(partial: Path) -> Iterator[None]:
         yield
     except Exception as error:
         with contextlib.suppress(OSError):
+            if isinstance(error, RunFailedError):
+                # LoadGen may have filled it with the empty answers that ended the run
+                (partial / ACCURACY).unlink(missing_ok=True)
             write_atomically(partial / ERROR, "".join(traceback.format_exception(error)).encode())
         raise
 
 
-def _result(benchmark: Benchmark, outcome: Outcome, mode: Mode, directory: Path) -> RunResult:
+def _result(
+    benchmark: Benchmark,
+    outcome: Outcome,
+    mode: Mode,
+    directory: Path,
+    evaluated: Callable[[Evaluation], None] | None,
+) -> RunResult:
     detail = outcome.detail
     lost = outcome.lost_devices
     if mode == "AccuracyOnly":
-        figures = _accuracy_figures(benchmark, outcome, directory)
+        figures = _accuracy_figures(benchmark, outcome, directory, evaluated)
     else:
         figures = performance_figures(outcome)
     dataset = benchmark.dataset
@@ -268,14 +285,21 @@ def _fewer(benchmark: Benchmark, lost: Sequence[str], mode: Mode) -> tuple[str, 
     )
 
 
-def _accuracy_figures(benchmark: Benchmark, outcome: Outcome, directory: Path) -> dict[str, Any]:
+def _accuracy_figures(
+    benchmark: Benchmark,
+    outcome: Outcome,
+    directory: Path,
+    evaluated: Callable[[Evaluation], None] | None,
+) -> dict[str, Any]:
     figures: dict[str, Any] = {"metric": "mAP", "value": None}
     dataset = benchmark.dataset
     if dataset is None or dataset.annotations is None:
         return figures
     files = benchmark.source.files
-    log = directory / ACCURACY
-    accuracy = evaluate(log, dataset.annotations, files)
+    found = evaluation_of(directory / ACCURACY, dataset.annotations, files)
+    accuracy = accuracy_of(found)
+    if evaluated is not None:
+        evaluated(found)
     figures["value"] = accuracy.mAP
     figures["accuracy"] = dataclasses.asdict(accuracy)
     warnings = (*_skipped(benchmark), *outcome.losses, *benchmark.warnings, *accuracy.warnings)
@@ -284,7 +308,7 @@ def _accuracy_figures(benchmark: Benchmark, outcome: Outcome, directory: Path) -
         draw_detections(
             dataset.image_dir,
             files,
-            read_accuracy_log(log).rows,
+            found.log.rows,
             category_names(dataset.annotations),
             directory / PICTURES,
             limit=benchmark.pictures,

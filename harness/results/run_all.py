@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
@@ -15,9 +16,11 @@ from engine.support.progress import progress_bar
 from harness.command import leave
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.settings import Mode, Settings
+from harness.results.accuracy import Evaluation
 from harness.results.page import PAGE, render_page, write_index
 from harness.results.report import Runs, find_results, print_table, root_of
 from harness.results.result import RunResult
+from harness.results.review import Review, review
 from harness.results.run import Benchmark, run
 
 Test = tuple[Benchmark, Settings, Mode, Path]
@@ -63,6 +66,7 @@ def run_all(tests: Sequence[Test], build_dir: Path) -> None:
         See `harness.results.run.run`.
     """
     results: list[tuple[Path, RunResult]] = []
+    reviews: dict[Path, Review] = {}
     evaluated = (one.warnings for one, _, mode, _ in tests if mode == "AccuracyOnly")
     for warning in dict.fromkeys(chain.from_iterable(evaluated)):
         typer.echo(f"warning: {warning}", err=True)
@@ -70,20 +74,33 @@ def run_all(tests: Sequence[Test], build_dir: Path) -> None:
         for benchmark, settings, mode, where in tests:
             typer.echo(_announcement(settings, mode, len(benchmark.source.files)), err=True)
             with progress_bar(f"{settings.scenario} {mode}") as progress:
-                results.append((where, run(benchmark, settings, mode, where, progress)))
+                result = run(
+                    benchmark,
+                    settings,
+                    mode,
+                    where,
+                    progress,
+                    evaluated=functools.partial(_keep_review, reviews, where),
+                )
+                results.append((where, result))
     except RunFailedError as error:
         if results:
             print_table(results)
         leave(error)
-    _report(results, build_dir)
+    _report(results, reviews, build_dir)
 
 
-def _report(results: Runs, build_dir: Path) -> None:
+def _keep_review(reviews: dict[Path, Review], where: Path, found: Evaluation) -> None:
+    reviews[where.resolve()] = review(found)
+
+
+def _report(results: Runs, reviews: Mapping[Path, Review], build_dir: Path) -> None:
     print_table(results)
     root = root_of(*results[0])
     page, logs = root / PAGE, build_dir / "logs"
     try:
-        write_atomically(page, render_page(find_results([root]), build_dir).encode())
+        html = render_page(find_results([root]), build_dir, reviews)
+        write_atomically(page, html.encode())
         if root.parent == logs.resolve():
             write_index(logs)
     except Exception as error:  # the run is done, whatever becomes of its page

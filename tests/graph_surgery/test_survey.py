@@ -194,7 +194,7 @@ KNOWN = {
     "no convolution": (
         lambda: text("y = Relu(image)", "float x", "float[1,3,8,8] y"),
         NONE,
-        {"input image": r"float \[1, 3, 8, 8\]", "nodes": "1, 0 Conv, opset 17"},
+        {"input image": r"float32 \[1, 3, 8, 8\]", "nodes": "1, 0 Conv, opset 17"},
         ["'y' from Relu"],
     ),
     "sequences": (

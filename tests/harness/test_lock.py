@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -74,14 +75,75 @@ def test_a_run_owns_the_folder_of_its_logs(holder, tmp_path):
     assert [path.name for path in (tmp_path / "run.partial").iterdir()] == ["log"]
 
 
-def test_a_folder_that_got_another_name_is_not_held(tmp_path):
-    """Whoever waited for a folder that was complete and renamed holds the new one of its name."""
-    with locked(tmp_path / "partial"):
-        (tmp_path / "partial").rename(tmp_path / "whole")
-        with locked(tmp_path / "partial"):
-            pass
-        with pytest.raises(HarnessError, match="in use"), locked(tmp_path / "whole"):
-            pass
+@pytest.fixture
+def lockless(tmp_path):
+    """A program that holds a folder whose file system has no locks, until it is told to end."""
+
+    def start(number, ending="pass"):
+        code = LOCKLESS.replace("NUMBER", str(number)).replace("ENDING", ending)
+        return subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+
+    return start
+
+
+LOCKLESS = """
+import fcntl, os, sys
+from pathlib import Path
+from engine.support.leaving import leave_now
+from harness.errors import HarnessError
+from harness.lock import locked
+
+def flock(*_):
+    raise OSError(NUMBER, os.strerror(NUMBER))
+
+fcntl.flock = flock
+try:
+    with locked(Path(sys.argv[1])):
+        print("held", flush=True)
+        sys.stdin.readline()
+        ENDING
+except HarnessError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("ending", ["pass", "1 / 0", "leave_now(1)", "sys.exit(2)"])
+def test_without_locks_a_file_stands_for_one(number, ending, lockless, tmp_path):
+    first = lockless(number, ending)
+    assert first.stdout.readline() == "held\n"
+    second = lockless(number)
+    said, warned = second.communicate("\n", timeout=60)
+    assert f"{tmp_path} is in use by process {first.pid} on " in said
+    assert f"where it is gone, remove {tmp_path}/lock.held" in said
+    assert warned == ""
+    _, warned = first.communicate("\n", timeout=60)
+    assert f"warning: the file system of {tmp_path} has no locks" in warned
+    assert lockless(number).communicate("\n", timeout=60)[0] == "held\n"
+    assert not (tmp_path / "lock.held").exists()
+
+
+def test_without_locks_a_dead_holder_is_named(lockless, tmp_path):
+    first = lockless(errno.ENOLCK)
+    first.stdout.readline()
+    first.kill()
+    first.communicate()
+    said, _ = lockless(errno.ENOLCK).communicate("\n", timeout=60)
+    assert f"process {first.pid} on " in said and "remove" in said
+    (tmp_path / "lock.held").unlink()
+    assert lockless(errno.ENOLCK).communicate("\n", timeout=60)[0] == "held\n"
+
+
+def test_a_file_that_cannot_be_locked_for_another_reason_is_one_line(lockless, tmp_path):
+    said, _ = lockless(errno.EIO).communicate("\n", timeout=60)
+    assert said == f"{tmp_path}/lock: cannot be locked: {os.strerror(errno.EIO)}\n"
 
 
 def test_a_full_disk_is_one_line(tmp_path):

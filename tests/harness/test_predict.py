@@ -162,6 +162,30 @@ def test_other_files_are_replaced_only_when_asked(images, tmp_path):
     assert (tmp_path / "out" / "b.jpg").read_bytes() != images[0].read_bytes()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"a": 1}',
+        "[1]",
+        '[{"image_id": 1, "file_name": "other.jpg"}]',
+        '[{"image_id": 2, "file_name": "%s"}]',
+        '[{"image_id": [], "file_name": "%s"}]',
+    ],
+)
+def test_predictions_of_others_are_refused_before_the_work(content, images, tmp_path):
+    path = tmp_path / "out" / PREDICTIONS
+    path.parent.mkdir()
+    path.write_text(content.replace("%s", str(images[0])))
+    engine = FakeEngine(3)
+    with pytest.raises(EngineError, match=r"predictions\.json: exists already, and is another"):
+        predict(engine, images, {}, tmp_path / "out", score=0.0)
+    assert engine.batches == []
+    assert list(path.parent.iterdir()) == [path]
+    predict(engine, images, {}, tmp_path / "out", score=0.0, overwrite=True)
+    assert json.loads(path.read_text()) == []  # what the engine says of grey images
+
+
 def test_too_few_names(images, tmp_path, monkeypatch):
     monkeypatch.setattr(
         FakeEngine, "infer", lambda *_: (np.full((3, 1, 7), 2.0, np.float32), [1] * 3)

@@ -39,6 +39,7 @@ from engine.backends.cudnn.plans import (
 from engine.errors import EngineError
 from engine.support.documents import checked, read_as
 from engine.support.files import write_atomically
+from engine.support.locks import lock
 
 _LOG = logging.getLogger(__name__)
 
@@ -225,8 +226,9 @@ def save_winners(path: Path, machine: Machine, winners: Mapping[str, str]) -> No
 def _save(path: Path, machine: Machine, part: str, entries: Mapping[str, object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f"{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # what others save in between would be lost
+        with path.with_name(f"{path.name}.lock").open("w") as file:
+            # what others save in between would be lost; without locks it is, and measured again
+            lock(file, fcntl.LOCK_EX)
             cache = _read(path, machine)
             getattr(cache, part).update(entries)
             text = json.dumps(asdict(cache), indent=1) + "\n"

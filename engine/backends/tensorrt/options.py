@@ -143,8 +143,8 @@ def options_of(engine: Path, manifest: Manifest) -> BuildOptions:
         When a plugin library is missing or another one, or an option is not known.
     """
     known = dict(manifest.options)
-    for name in ("strip_plan", "refit"):  # of the file, not of how it computes
-        known.pop(name, None)
+    if known.pop("strip_plan", False):  # of the file; it makes the plan refittable, too
+        known["refit"] = True
     if cache := known.get("timing_cache"):
         known["timing_cache"] = Path(str(cache))
     try:

@@ -132,6 +132,48 @@ def test_a_float16_weight_behind_a_node_is_refused_before_calibration(tmp_path) 
         int8(model, tmp_path)
 
 
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+@pytest.mark.parametrize("looks", [True, False], ids=["at pixels", "at the shape"])
+def test_an_image_that_is_also_read_in_float(plain, target, looks, tmp_path) -> None:
+    """Scaled by its own mean, or by its number of pixels, both beside the first convolution."""
+    graph = plain.graph
+    first = next(node for node in graph.node if node.op_type == "Conv")
+    filters = constants(plain)[first.input[1]].shape[0]
+    if looks:
+        extra = [helper.make_node("GlobalAveragePool", ["image"], ["three"], "mean")]
+    else:
+        extra = [
+            helper.make_node("Size", ["image"], ["pixels"]),
+            helper.make_node("Cast", ["pixels"], ["many"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Expand", ["many", "three_shape"], ["three"]),
+        ]
+    extra.append(helper.make_node("Conv", ["three", "own_weight"], ["more"], "own"))
+    extra.append(helper.make_node("Add", [first.output[0], "more"], ["with_more"]))
+    rng = np.random.default_rng(5)
+    own = rng.normal(size=(filters, 3, 1, 1)).astype(np.float32) / 1e6
+    graph.initializer.append(numpy_helper.from_array(own, "own_weight"))
+    graph.initializer.append(numpy_helper.from_array(np.array([1, 3, 1, 1]), "three_shape"))
+    for node in graph.node:
+        node.input[:] = ["with_more" if name == first.output[0] else name for name in node.input]
+    position = list(graph.node).index(first) + 1
+    for node in reversed(extra):
+        graph.node.insert(position, node)
+    onnx.save(plain, tmp_path / "model.onnx")
+    detector = load_detector(tmp_path / "model.onnx")
+    calibration = calibrate(detector, write_images(tmp_path, IMAGES), method="minmax")
+    if not looks:
+        quantized = quantize(plain, calibration, target=target)
+        assert quantized.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT8
+        return
+    name = find_placement(plain).layers[0].name
+    complaint = f"'image' is read in INT8 by {name} and in float by GlobalAveragePool 'mean', "
+    with pytest.raises(EngineError, match=complaint) as caught:
+        quantize(plain, calibration, target=target)
+    assert f"--keep-float '{name}'" in str(caught.value)
+    kept = quantize(plain, calibration, target=target, keep_float=[name])
+    assert kept.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
 def test_a_function_in_front_of_the_heads_is_refused(plain) -> None:
     conv, relu = plain.graph.node[:2]
     names = list(conv.input)

@@ -133,4 +133,4 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None
     assert (process.returncode, errors) == (2, "")
     assert output.startswith(f"cannot write {tmp_path}/out.partial/")
     assert output.count("\n") == 1
-    assert {path.name for path in (tmp_path / "out.partial").iterdir()} == {"journal.jsonl", "lock"}
+    assert {path.name for path in (tmp_path / "out.partial").iterdir()} == {"journal.jsonl"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import operator
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from engine.data.preprocessed import load_preprocessed
 from engine.errors import EngineError
 from engine.protocol import InputSpec
+from harness.data import preprocess as module
 from harness.data.preprocess import preprocess
 from harness.errors import HarnessError
 from harness.lock import locked
@@ -29,7 +33,7 @@ def steps(image: np.ndarray, scale: float) -> np.ndarray:
 
 
 def folders(root: Path) -> set[str]:
-    return {path.name for path in root.glob("out*") if not path.is_symlink()}
+    return {path.name for path in root.glob("out*") if path.is_dir() and not path.is_symlink()}
 
 
 def test_images_for_another_model_leave_an_open_set_alone(
@@ -132,10 +136,78 @@ def test_a_link_to_another_disk_stays(tmp_path: Path) -> None:
 
 def test_a_set_in_the_making_is_left_alone(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, {"a.jpg": photo(40, 50, 1)})
-    partial = tmp_path / "out.partial"
-    with locked(partial), pytest.raises(HarnessError, match="is in use by process"):
+    out = tmp_path / "out"
+    with (
+        locked(out, file=tmp_path / "out.lock"),
+        pytest.raises(HarnessError, match="/out is in use by process"),
+    ):
+        run(dataset, out)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("call", ["shutil.rmtree", "remove_others"])
+def test_a_set_is_held_to_the_end(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when its folder is gone, as there was nothing to do, or has got its name."""
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    if call == "shutil.rmtree":
         run(dataset, tmp_path / "out")
-    assert {path.name for path in partial.iterdir()} == {"lock"}
+    refused = []
+    real = operator.attrgetter(call)(module)
+
+    def with_a_second(*arguments):
+        monkeypatch.setattr(f"harness.data.preprocess.{call}", real)
+        real(*arguments)
+        with pytest.raises(HarnessError, match="is in use by process"):
+            run(dataset, tmp_path / "out")
+        refused.append(True)
+
+    monkeypatch.setattr(f"harness.data.preprocess.{call}", with_a_second)
+    assert run(dataset, tmp_path / "out").files == ("a.png",)
+    assert refused == [True]
+
+
+@pytest.mark.parametrize("name", ["itself", "link"])
+def test_a_finished_set_is_not_written_again(name: str, tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    made = run(dataset, tmp_path / "out").directory
+    (tmp_path / "mine").symlink_to(made)
+    before = sorted(tmp_path.rglob("*"))
+    path = made if name == "itself" else tmp_path / "mine"
+    with pytest.raises(
+        HarnessError, match=f"{made} is a finished set.* name {tmp_path}/out, which"
+    ):
+        run(dataset, path, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert load_preprocessed(tmp_path / "out", SPEC).directory == made
+
+
+def test_a_name_like_that_of_a_set_is_a_name(tmp_path: Path) -> None:
+    """As one with a date; what has another name beside it leaves it alone."""
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    dated = tmp_path / "out-202611301200"
+    run(dataset, dated)
+    run(dataset, tmp_path / "out")
+    run(dataset, tmp_path / "out", overwrite=True)
+    assert load_preprocessed(dated, SPEC).files == ("a.png",)
+    run(dataset, dated)
+
+
+def test_without_locks_nothing_is_removed_that_may_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    first = run(dataset, tmp_path / "out").directory
+    second = run(dataset, tmp_path / "out", overwrite=True).directory
+    assert folders(tmp_path) == {first.name, second.name}
+    said = capsys.readouterr()
+    assert f"kept {first}: its file system has no locks" in said.out
+    assert "has no locks; out.lock.held stands for one" in said.err
 
 
 def test_what_was_made_for_another_scale_is_not_resumed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 
@@ -13,8 +14,9 @@ from engine.support.progress import progress_bar
 from harness.data.dataset import known_dataset
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.log import ACCURACY, DETAIL, SUMMARY, read_complete
-from harness.loadgen.settings import SCENARIOS
+from harness.loadgen.settings import MODES, SCENARIOS
 from harness.loadgen.test import run_test
+from harness.lock import locked
 from harness.results.report import find_results, print_table
 from harness.results.result import read_result
 from harness.results.run import run
@@ -55,7 +57,7 @@ def parse(summary, label):
         ("Server", {"target_qps": 200.0}, "Completed samples per second", 1),
         ("SingleStream", {}, "90.0th percentile latency (ns)", 1e-6),
         # whose 99th percentile takes 662 queries
-        ("MultiStream", {"min_duration_ms": 1000}, "99.0th percentile latency (ns)", 1e-6),
+        ("MultiStream", {"min_query_count": 662}, "99.0th percentile latency (ns)", 1e-6),
     ],
 )
 def test_performance_run(scenario, more, label, factor, tmp_path):
@@ -188,15 +190,34 @@ def test_after_a_failed_run_the_next_one_works(tmp_path):
     assert good.errors == ()
 
 
-def test_labels_are_held_against_the_categories(tmp_path, monkeypatch):
+def test_nothing_is_removed_that_another_run_may_have_made(tmp_path, monkeypatch):
+    """The log of a failed run goes before its lock does."""
+    there = []
+
+    @contextmanager
+    def watched(*arguments, **options):
+        with locked(*arguments, **options):
+            try:
+                yield
+            finally:
+                there.append((tmp_path / "run.partial" / ACCURACY).exists())
+
+    monkeypatch.setattr("harness.results.run.locked", watched)
+    bad = benchmark(FakeEngine(fault="raise"))
+    with pytest.raises(RunFailedError, match="no more memory"):
+        run(bad, short("Offline", batch_size=2), "AccuracyOnly", tmp_path / "run")
+    assert there == [False]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_labels_are_held_against_the_categories(mode, tmp_path, monkeypatch):
     """The demo's annotations have 80."""
     monkeypatch.chdir(ROOT)
     demo = known_dataset("demo", "val", tmp_path)
     wrong = replace(benchmark(FakeEngine(fault="label", seconds=0.002)), dataset=demo)
     settings = short("Offline", min_duration_ms=300)
     with pytest.raises(RunFailedError, match=r"a label outside 1\.\.80 .* 81\)"):
-        run(wrong, settings, "AccuracyOnly", tmp_path / "run")
-    run(wrong, settings, "PerformanceOnly", tmp_path / "run")  # a model may know more classes
+        run(wrong, settings, mode, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -67,6 +69,35 @@ def test_help_and_makefile_name_every_target(monkeypatch, capsys):
     for target in TARGETS:
         assert target in words
         assert target in {*phony.split(), "onnx"}
+
+
+PIP = """#!/bin/sh
+echo begin >> said; sleep 0.5; echo "end $*" >> said
+"""
+VENV = f"""#!/bin/sh
+mkdir -p .venv/bin
+printf '%s' '{PIP}' > .venv/bin/pip
+chmod +x .venv/bin/pip
+"""
+
+
+def test_two_makes_install_one_after_the_other(tmp_path):
+    """The first two in a checkout; the second finds that all is done."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "python").write_text(VENV)
+    (tmp_path / "python").chmod(0o755)
+    command = ["make", ".venv/test", "PYTHON=./python", "BUILD_DIR=build"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(command, cwd=tmp_path, **pipes) for _ in range(2)]
+    outputs = [one.communicate(timeout=60)[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0], outputs
+    said = (tmp_path / "said").read_text().splitlines()
+    assert [line.split()[0] for line in said] == ["begin", "end"] * 2
+    assert [line.split()[-1] for line in said if "end" in line] == ["tox", ".[test]"]
+    os.utime(tmp_path / "pyproject.toml")
+    subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    assert len((tmp_path / "said").read_text().splitlines()) == 8
 
 
 def make(*arguments):

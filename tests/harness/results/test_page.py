@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from engine.data.coco import coco_evaluation
 from harness.errors import HarnessError
 from harness.loadgen.log import ACCURACY
 from harness.results import run_all
 from harness.results.page import PAGE, render_page, write_index
 from harness.results.report import INDEX, find_results
+from harness.results.run import Benchmark
 from tests.harness.results.test_result import ANYTHING, FIGURES
-from tests.support.harness_fakes import FakeEngine, benchmark, short
+from tests.support.compliance_runs import TOTAL, data_set
+from tests.support.harness_fakes import FakeEngine, Memory, benchmark, short
 from tests.support.pages import HOSTILE, Page, accuracy_run, performance_run, shown
 
 PATTERN = np.random.default_rng(1).integers(0, 255, (60, 80, 3)).astype(np.uint8)
@@ -168,6 +171,28 @@ def test_a_run_leaves_its_page_and_the_list(tests, tmp_path, capsys):
     elsewhere = tmp_path / "elsewhere" / "a" / "b" / "c" / "d"
     run_all.run_all([(*tests[0][:3], elsewhere)], tmp_path / "build")
     assert not (tmp_path / INDEX).exists()
+
+
+def test_a_run_and_its_page_evaluate_once(tmp_path, monkeypatch):
+    """The page is that of an evaluation of its own."""
+    evaluations = []
+
+    def counted(*arguments):
+        evaluations.append(arguments)
+        return coco_evaluation(*arguments)
+
+    data = data_set(tmp_path / "data")
+    monkeypatch.setattr("harness.results.accuracy.coco_evaluation", counted)
+    monkeypatch.setattr("harness.results.page.known_dataset", lambda *_: data)
+    logs = tmp_path / "build" / "logs"
+    test = Benchmark((FakeEngine(),), Memory(TOTAL), data, 30), short("Offline"), "AccuracyOnly"
+    where = logs / "now" / "box" / "ssd-resnet34" / "Offline" / "AccuracyOnly"
+    run_all.run_all([(*test, where)], tmp_path / "build")
+    assert len(evaluations) == 1
+    page = (logs / "now" / PAGE).read_text()
+    assert "No accuracy run" not in page and "no classes" not in page
+    assert render_page(find_results([logs]), tmp_path / "build") == page
+    assert len(evaluations) == 2
 
 
 @pytest.mark.parametrize("package", ["plotly", "jinja2"])

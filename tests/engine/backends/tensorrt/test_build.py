@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from engine.backends.tensorrt.build import Plugin, build, wanted_plugin
-from engine.backends.tensorrt.options import BuildOptions
+from engine.backends.tensorrt.options import BuildOptions, options_of, set_options
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.manifest import (
@@ -153,6 +153,21 @@ def test_options_out_of_range(options, message):
 def test_options_that_a_backend_lacks(tmp_path, backend, options, message):
     with pytest.raises(EngineError, match=message):
         build(NOTHING, backend, tmp_path / "e.engine", BuildOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("given", "again"),
+    [
+        ({}, {}),
+        ({"tf32": True, "refit": True}, {"tf32": True, "refit": True}),
+        ({"strip_plan": True}, {"refit": True}),  # a plan without weights would not run
+    ],
+)
+def test_the_like_of_an_engine_computes_as_it(given, again, tmp_path):
+    """A plan that may be refitted has other kernels than one whose weights are fixed."""
+    known = manifest(options=set_options(BuildOptions(**given)))
+    expected = BuildOptions(min_batch=1, opt_batch=8, max_batch=16, **again)
+    assert options_of(tmp_path / "plan.engine", known) == expected
 
 
 def test_output_folder_is_missing(tmp_path):
