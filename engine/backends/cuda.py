@@ -253,10 +253,13 @@ class Stream:
         """Let everything submitted from now on wait for an event of any stream."""
         check(self._cuda.cudaStreamWaitEvent(self.handle, event.handle, 0))
 
+    def use_gpu(self) -> None:
+        """Make its GPU the current one of this thread, which would else be the first one."""
+        check(self._cuda.cudaSetDevice(self._device))
+
     def synchronize(self) -> None:
         """Wait until everything submitted is done, in any thread."""
-        # a thread that has chosen no GPU would make a context on the first one
-        check(self._cuda.cudaSetDevice(self._device))
+        self.use_gpu()
         check(self._cuda.cudaStreamSynchronize(self.handle))
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:

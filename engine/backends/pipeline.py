@@ -83,13 +83,11 @@ class PipelinedSession(Session):
     ) -> None:
         use_gpu(device)  # the current device is a matter of each thread
         self._depth = depth
-        self._device = device
         self._check = partial(check_batch, spec=spec, max_batch=max_batch, too_large=too_large)
         image_bytes = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
         self._lock = threading.Lock()
         self._flying: deque[tuple[int, int]] = deque()  # (ticket, images)
         self._tickets = 0
-        self._threads = threading.local()
         self._streams: list[Stream] = []
         try:
             self._copy_in, self._work, self._copy_out = (self._stream() for _ in range(3))
@@ -134,7 +132,7 @@ class PipelinedSession(Session):
         with self._lock:
             if len(self._flying) == self.depth:
                 raise EngineError(f"{self.depth} batches are in flight; take a result first")
-        self._use_device()
+        self._work.use_gpu()
         number = self._tickets % self.depth
         slot, moments = self._slots[number], self._moments[number]
         address = slot.images
@@ -166,7 +164,7 @@ class PipelinedSession(Session):
             if not self._flying:
                 raise EngineError("no batch was submitted")
             ticket, count = self._flying[0]
-        self._use_device()
+        self._work.use_gpu()
         self._moments[ticket % self.depth].done.synchronize()
         with self._lock:
             self._flying.popleft()
@@ -181,9 +179,3 @@ class PipelinedSession(Session):
     def _stream(self) -> Stream:
         self._streams.append(Stream())
         return self._streams[-1]
-
-    def _use_device(self) -> None:
-        """Make the GPU the current one of a thread that comes here for the first time."""
-        if not getattr(self._threads, "ready", False):
-            use_gpu(self._device)
-            self._threads.ready = True

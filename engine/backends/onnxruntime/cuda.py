@@ -198,6 +198,7 @@ class SplitSession(Session):
         if self._count:
             raise EngineError("the result of the last batch was not taken")
         count = self._check(images)
+        self._stream.use_gpu()
         try:
             self._start(images, self._fixed_batch or count)
         except BaseException as error:

@@ -55,8 +55,8 @@ def parse(summary, label):
     [
         ("Offline", {}, "Samples per second", 1),
         ("Server", {"target_qps": 200.0}, "Completed samples per second", 1),
-        ("SingleStream", {}, "90.0th percentile latency (ns)", 1e-6),
-        # whose 99th percentile takes 662 queries
+        # whose 90th percentile takes 64 queries, the 99th of the next 662
+        ("SingleStream", {"min_query_count": 64}, "90.0th percentile latency (ns)", 1e-6),
         ("MultiStream", {"min_query_count": 662}, "99.0th percentile latency (ns)", 1e-6),
     ],
 )

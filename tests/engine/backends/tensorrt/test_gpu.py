@@ -306,7 +306,7 @@ def test_layers_of_a_plan(int8_model, float_model, make_plan):
     assert sum("Int8" in layer.writes for layer in found.layers) > 20
     assert all(layer.ms >= 0 for layer in found.layers) and found.session_bytes > 0
     both = command("engine", "inspect", make_plan(int8_model), make_plan(float_model))
-    assert both.count("sum") == 1 and both.count("a session takes") == 2
+    assert both.stdout.count("sum") == 1 and both.stdout.count("a session takes") == 2
 
 
 # Triton's TensorRT backend
