@@ -60,7 +60,7 @@ def preprocess(
         Path | None,
         typer.Option(
             help="Link to the result, if it is one set.",
-            show_default="preprocessed_data/<dataset>-<split>/<dtype>_<size> in the build folder",
+            show_default="in preprocessed_data of the build folder",
         ),
     ] = None,
     workers: Annotated[

@@ -138,14 +138,17 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
     version
         One of `VERSIONS`.
     name
-        Name of a file in `CONFIGS`, without ``.toml``; None: the file whose ``gpu``, or else whose
-        ``cpu`` is how this machine's begins, the longest if there are several.
+        Name of a file in `CONFIGS`, without ``.toml``, or the path of one, with it; None: the file
+        whose ``gpu``, or else whose ``cpu`` is how this machine's begins, the longest if there are
+        several.
 
     Raises
     ------
     HarnessError
         When there is no such file, it lacks the version, or it cannot be understood.
     """
+    if name is not None and name.endswith(".toml"):
+        return _named(Path(name), benchmark, version)
     folders = (CONFIGS, SHIPPED / CONFIGS)
     files = {p: read_config_file(p) for folder in folders for p in sorted(folder.glob("*.toml"))}
     fitting = {p: file for p, file in files.items() if file.system.benchmark == benchmark}
@@ -176,10 +179,29 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
                 )
             return SystemConfig(machine)
         path = found
-    tables = files[path].versions
-    if version not in tables:
-        raise HarnessError(f"{path} has no [{version}]; it has: {', '.join(tables)}")
-    return _config(path, version, tables[version])
+    return _config(path, files[path], version)
+
+
+def config_of(path: Path) -> SystemConfig | None:
+    """Return the default version of a file; None where it has no [system], as one of settings.
+
+    Raises
+    ------
+    HarnessError
+        When it cannot be read or understood.
+    """
+    with as_harness_error():
+        document = read_toml(path)
+    if "system" not in document:
+        return None
+    return _config(path, read_config_file(path), DEFAULT_VERSION)
+
+
+def _named(path: Path, benchmark: str, version: str) -> SystemConfig:
+    file = read_config_file(path)
+    if file.system.benchmark != benchmark:
+        raise HarnessError(f"{path} is for {file.system.benchmark}, not for {benchmark}")
+    return _config(path, file, version)
 
 
 def named_configs(benchmark: str, key: str, name: str) -> list[Path]:
@@ -188,7 +210,10 @@ def named_configs(benchmark: str, key: str, name: str) -> list[Path]:
     return [p for p, s in files.items() if (s.benchmark, getattr(s, key)) == (benchmark, name)]
 
 
-def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
+def _config(path: Path, file: ConfigFile, version: str) -> SystemConfig:
+    if version not in file.versions:
+        raise HarnessError(f"{path} has no [{version}]; it has: {', '.join(file.versions)}")
+    table = file.versions[version]
     where = f"{path} [{version}]: "
     settings = {key: value for key, value in table.items() if key not in ENGINE_KEYS}
     check_tables(settings, where)

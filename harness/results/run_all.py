@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,8 +17,8 @@ from harness.command import leave
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.settings import Mode, Settings
 from harness.results.page import PAGE, render_page, write_index
-from harness.results.report import Runs, find_results, print_table, root_of
-from harness.results.result import RunResult
+from harness.results.report import Runs, find_results, is_page, print_table, root_of
+from harness.results.result import RESULT, RunResult, read_result
 from harness.results.run import Benchmark, run
 
 Test = tuple[Benchmark, Settings, Mode, Path]
@@ -45,7 +46,23 @@ def new_folder(parent: Path) -> Path:
     raise AssertionError  # the numbers do not end
 
 
-def run_all(tests: Sequence[Test], build_dir: Path) -> None:
+def check_folders(folders: Sequence[Path]) -> None:
+    """Refuse folders of tests that exist, before anything is loaded or run.
+
+    Raises
+    ------
+    HarnessError
+        Names the first.
+    """
+    for folder in folders:
+        if folder.exists():
+            raise HarnessError(
+                f"{folder} exists; choose another log directory, remove it, or pass --resume to "
+                "run only what is missing"
+            )
+
+
+def run_all(tests: Sequence[Test], build_dir: Path, *, resume: bool = False) -> None:
     """Run tests, print the table of their results, and write their page.
 
     After a test that fails the process ends.
@@ -56,18 +73,25 @@ def run_all(tests: Sequence[Test], build_dir: Path) -> None:
         Their folders lie in one, as ``SYSTEM/BENCHMARK/SCENARIO/MODE``, where the page goes.
     build_dir
         The build folder; a list of all runs in its ``logs`` goes there.
+    resume
+        Take the results of tests that were run, and run the others.
 
     Raises
     ------
     HarnessError
-        See `harness.results.run.run`.
+        See `harness.results.run.run`; when what was run is another test than this one.
     """
+    there = _results_of(tests) if resume else {}
     results: list[tuple[Path, RunResult]] = []
     evaluated = (one.warnings for one, _, mode, _ in tests if mode == "AccuracyOnly")
     for warning in dict.fromkeys(chain.from_iterable(evaluated)):
         typer.echo(f"warning: {warning}", err=True)
     try:
         for benchmark, settings, mode, where in tests:
+            if where in there:
+                typer.echo(f"{settings.scenario} {mode}: was run, {where}", err=True)
+                results.append((where, there[where]))
+                continue
             typer.echo(_announcement(settings, mode, len(benchmark.source.files)), err=True)
             with progress_bar(f"{settings.scenario} {mode}") as progress:
                 results.append((where, run(benchmark, settings, mode, where, progress)))
@@ -78,19 +102,55 @@ def run_all(tests: Sequence[Test], build_dir: Path) -> None:
     _report(results, build_dir)
 
 
+def _results_of(tests: Sequence[Test]) -> dict[Path, RunResult]:
+    """Results of the tests that were run already, each the same test."""
+    found = {}
+    for benchmark, settings, mode, where in tests:
+        if not where.exists():
+            continue
+        result = read_result(where / RESULT)
+        asked = {
+            "scenario": settings.scenario,
+            "mode": mode,
+            "engine.backend": benchmark.manifest.get("backend"),
+            "engine.onnx_sha256": benchmark.manifest.get("onnx_sha256"),
+            "engine.devices": benchmark.manifest.get("devices"),
+            "dataset.name": benchmark.dataset.name if benchmark.dataset else None,
+            "dataset.samples": len(benchmark.source.files),
+            **{
+                f"settings.{name}": value
+                for name, value in dataclasses.asdict(settings).items()
+                if value is not None  # else what the warm-up says
+            },
+        }
+        for name, value in asked.items():
+            first, _, rest = name.partition(".")
+            was = getattr(result, first)
+            was = was.get(rest) if rest else was
+            if was != value:
+                raise HarnessError(
+                    f"--resume: {where} is another test: its {name} is {was}, not {value}"
+                )
+        found[where] = result
+    return found
+
+
 def _report(results: Runs, build_dir: Path) -> None:
     print_table(results)
     root = root_of(*results[0])
     page, logs = root / PAGE, build_dir / "logs"
+    homes = list(dict.fromkeys(where.resolve().parents[1] for where, _ in results))
     try:
-        write_atomically(page, render_page(find_results([root]), build_dir).encode())
+        if page.exists() and not is_page(page):
+            raise HarnessError(f"{os.path.relpath(page)} is none of ours")
+        write_atomically(page, render_page(find_results(homes), build_dir).encode())
         if root.parent == logs.resolve():
             write_index(logs)
     except Exception as error:  # the run is done, whatever becomes of its page
         reason = " ".join(str(error).split())
         typer.echo(
             f"harness: no page was written: {type(error).__name__}: {reason}; for another try: "
-            f"harness report {root} -o report.html",
+            f"harness report {root} -o FILE.html",
             err=True,
         )
     else:

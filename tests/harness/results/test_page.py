@@ -15,6 +15,7 @@ from harness.loadgen.log import ACCURACY
 from harness.results import run_all
 from harness.results.page import PAGE, render_page, write_index
 from harness.results.report import INDEX, find_results
+from harness.results.result import read_result
 from tests.harness.results.test_result import ANYTHING, FIGURES
 from tests.support.harness_fakes import FakeEngine, benchmark, short
 from tests.support.pages import HOSTILE, Page, accuracy_run, performance_run, shown
@@ -168,6 +169,67 @@ def test_a_run_leaves_its_page_and_the_list(tests, tmp_path, capsys):
     elsewhere = tmp_path / "elsewhere" / "a" / "b" / "c" / "d"
     run_all.run_all([(*tests[0][:3], elsewhere)], tmp_path / "build")
     assert not (tmp_path / INDEX).exists()
+
+
+def test_the_page_has_this_run_alone_and_replaces_no_file_of_the_user(tests, tmp_path, capsys):
+    """As with ``--log-dir .``, where other runs and a report of somebody lie, too."""
+    home = tmp_path / "box" / "ssd-resnet34" / "Offline"
+    other = tmp_path / "older" / "box" / "ssd-resnet34" / "Offline" / "PerformanceOnly"
+    run_all.run_all([(*tests[0][:3], other)], tmp_path / "build")
+    run_all.run_all([(*tests[0][:3], home / "PerformanceOnly")], tmp_path / "build")
+    assert len(Page((tmp_path / PAGE).read_text()).results()) == 1
+    run_all.run_all([(*tests[0][:3], home / "Second")], tmp_path / "build")  # ours is replaced
+    assert len(Page((tmp_path / PAGE).read_text()).results()) == 2
+    (tmp_path / PAGE).write_text("mine")
+    capsys.readouterr()
+    run_all.run_all([(*tests[0][:3], home / "Third")], tmp_path / "build")
+    assert (tmp_path / PAGE).read_text() == "mine"
+    assert f"{PAGE} is none of ours" in capsys.readouterr().err
+
+
+def test_resume_runs_what_is_missing(tests, tmp_path, capsys):
+    engine = FakeEngine()
+    wanted = [
+        (benchmark(engine), short(name), "PerformanceOnly", tmp_path / "logs" / name / "mode")
+        for name in ("Offline", "SingleStream")
+    ]
+    run_all.run_all(wanted[:1], tmp_path)
+    before = (wanted[0][3] / "result.json").read_bytes()
+    with pytest.raises(HarnessError, match=r"Offline/mode exists; .* --resume"):
+        run_all.check_folders([where for *_, where in wanted])
+    wanted[1][3].with_name("mode.partial").mkdir(parents=True)  # of a run that failed
+    done = len(engine.batches)
+    run_all.run_all(wanted, tmp_path, resume=True)
+    assert (wanted[0][3] / "result.json").read_bytes() == before
+    assert len(engine.batches) > done
+    said = capsys.readouterr()
+    assert "Offline PerformanceOnly: was run, " in said.err
+    assert "SingleStream" in said.out and "Offline" in said.out.split("SingleStream")[0]
+    done = len(engine.batches)
+    run_all.run_all(wanted, tmp_path, resume=True)
+    assert len(engine.batches) == done
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"min_duration_ms": 70}, "settings.min_duration_ms is 50, not 70"),
+        ({"batch_size": 3}, "settings.batch_size is 8, not 3"),
+    ],
+)
+def test_resume_refuses_another_test(tests, tmp_path, change, message):
+    run_all.run_all(tests, tmp_path)
+    other = [(tests[0][0], short("Offline", **change), *tests[0][2:])]
+    with pytest.raises(HarnessError, match=f"is another test: its {message}"):
+        run_all.run_all(other, tmp_path, resume=True)
+
+
+def test_resume_refuses_another_model(tests, tmp_path):
+    run_all.run_all(tests, tmp_path)
+    result = read_result(tests[0][3] / "result.json")
+    replace(result, engine={**result.engine, "onnx_sha256": "0" * 64}).write(tests[0][3])
+    with pytest.raises(HarnessError, match=r"its engine\.onnx_sha256 is 0+, not"):
+        run_all.run_all(tests, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("package", ["plotly", "jinja2"])
