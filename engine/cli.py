@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Calibrate, quantise, build and compare detectors.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

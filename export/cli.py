@@ -12,7 +12,7 @@ from export.errors import ExportError
 from graph_surgery.command import run_command
 from graph_surgery.errors import SurgeryError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -23,12 +23,16 @@ def export_onnx(
     output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
     image_size: Annotated[
         int | None,
-        typer.Option(help="Side of the input image [default: the checkpoint's own, else 1200]"),
+        typer.Option(
+            help="Side of the input image.",
+            show_default="the checkpoint's own, else 1200, which is said to be a guess",
+        ),
     ] = None,
     names: Annotated[
         Path | None,
         typer.Option(
-            help="Class names, one a line [default: the checkpoint's own, COCO's for 81 classes]"
+            help="Class names, one a line.",
+            show_default="the checkpoint's own, COCO's for 81 classes",
         ),
     ] = None,
     force: Annotated[
