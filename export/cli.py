@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from export.errors import ExportError
+from export.errors import ExportError, needed_packages
 from graph_surgery.command import run_command
 from graph_surgery.errors import SurgeryError
 
@@ -48,16 +48,13 @@ def export_onnx(
     it, one whose metadata names other weights, sizes or names is refused before the export, any
     other after it.
     """
-    try:
+    with needed_packages():
         import onnx
+        import onnxscript  # noqa: F401  # what is missing is missed before the work
 
         from export import checkpoint, onnx_export
         from export.names import choose_names
         from graph_surgery.files import check_output, save
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"{error.name} is missing; exporting needs it: pip install 'ssd-resnet34-trt[export]'"
-        ) from error
 
     check_output(output, [weights, *([names] if names else [])])
     start = time.monotonic()

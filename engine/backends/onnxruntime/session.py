@@ -19,6 +19,7 @@ from engine.errors import EngineError, one_line
 from engine.protocol import InputSpec, check_batch, input_scale, output_shapes
 from engine.support.external import model_sha256
 from engine.support.processor import int8_instructions
+from graph_surgery.kinds import other_kind
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -112,6 +113,8 @@ def open_session(
             enable_fallback=0,  # to the CPU, when the provider fails
         )
     except Exception as error:  # ORT's exceptions share no base class but Exception
+        if what := other_kind(model):
+            raise EngineError(f"{model}: not an ONNX model{what}") from error
         raise EngineError(f"{model}: {refusal(error)}") from error
     if session.get_providers()[0] != provider:  # its library could not be loaded
         raise EngineError(f"ONNX Runtime could not start {provider}; see its messages above")
