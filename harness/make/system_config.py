@@ -52,7 +52,15 @@ Backend = Annotated[str, one_of(BACKENDS)]
 
 @dataclass(frozen=True)
 class Machine:
-    """Which benchmark and machine a file is for: how the GPU's or the processor's name begins."""
+    """Which benchmark and machine a file is for.
+
+    Attributes
+    ----------
+    benchmark
+        ``ssd-resnet34`` or ``ssd-resnet34-demo``.
+    gpu, cpu
+        How the GPU's, or the processor's, name begins; one of both.
+    """
 
     benchmark: str
     gpu: str | None = None
@@ -90,11 +98,17 @@ class SystemConfig:
         Name of the system: the file's, or that of the GPU or processor without a file.
     source
         The file; None: there is none for this machine, and the values are the program's own.
-    engine, device, devices, threads
-        See `harness.results.devices.load_engines`. With the engine ``triton``, where the server
-        that `harness.make.targets` makes a repository for runs the model.
+    engine
+        As ``--engine`` of ``harness run``.
+    device
+        ``cpu``, ``cuda`` or ``cuda:N``. With the engine ``triton``, where the server that `make`
+        writes a repository for runs the model.
+    devices
+        Numbers of the GPUs to use together, as ``[0, 1]``; None: `device` alone.
+    threads
+        CPU threads; None: one for each CPU.
     url
-        Triton servers, see `harness.results.devices.parse_urls`; None: one is started here.
+        ``HOST:PORT`` of each Triton server, with commas between; None: one is started here.
     serves
         What that server runs it with; None: TensorRT on ``cuda``, ONNX Runtime on ``cpu``, which,
         as cuDNN, is served by Triton's Python backend.
