@@ -298,6 +298,9 @@ def sensitivity(
 ) -> None:
     """Rank the layers of MODEL by what their quantisation does to the heads.
 
+    Gain is what leaving one layer float gives, in dB; the last line has the --keep-float to pass to
+    'engine quantize' for the layers that gain most.
+
     A JSON file with the same figures is left, any other is replaced only with --force.
     """
     from dataclasses import asdict
@@ -308,7 +311,7 @@ def sensitivity(
     from engine.model import load_detector
     from engine.quantization.cache import Calibration
     from engine.quantization.sensitivity import sensitivity as find_sensitivity
-    from engine.report import sensitivity_table
+    from engine.report import sensitivity_advice, sensitivity_table
     from engine.support.files import check_output, json_text, write_output
 
     if output is not None:
@@ -322,6 +325,7 @@ def sensitivity(
     Console().print(sensitivity_table(found))
     if output is not None:
         say(output, written=write_output(output, json_text(asdict(found)), overwrite=force))
+    typer.echo(sensitivity_advice(found))
 
 
 @app.command()
