@@ -212,7 +212,7 @@ def load_manifest(engine: Path) -> Manifest:
     if not engine.is_file():
         raise EngineError(f"{engine}: no such engine file")
     if what := other_kind(engine):
-        raise EngineError(f"{engine}: no engine, and not an .onnx{what}")
+        raise EngineError(f"{engine}: no manifest {path.name} beside it, and no engine{what}")
     raise EngineError(
         f"{engine}: no manifest {path.name} beside it; an engine is loaded only with the "
         "manifest that 'engine build' writes"

@@ -250,7 +250,7 @@ def _data_steps(resources: Resources) -> Iterator[str]:
         yield f"Free some disk, or set BUILD_DIR to a larger one: no room for {demo.need.what}"
     if not list(Path(resources.folder).glob("onnx/*demo.nms.onnx")):
         yield "Run the demo: make demo"
-    for need in (one.need for one in rest if not one.enough):
+    for need in (one.need for one in rest if not one.enough and not one.need.optional):
         yield f"Before COCO, set BUILD_DIR to a larger disk: no room for {need.what}"
     if not Path(resources.folder, "data", "coco", "val2017").is_dir():
         yield "Fetch COCO and the weights: harness download data && harness download model"

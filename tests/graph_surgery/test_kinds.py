@@ -61,7 +61,7 @@ def test_every_reader_says_what_it_is(kind, write, tmp_path):
     for read in (load_detector, lambda path: load_engine("onnxruntime", path)):
         with pytest.raises(EngineError, match=f"not an ONNX model but an? {kind}"):
             read(path)
-    with pytest.raises(EngineError, match=f"no engine, and not an .onnx but an? {kind}"):
+    with pytest.raises(EngineError, match=f"beside it, and no engine but an? {kind}"):
         load_manifest(path)
 
 

@@ -348,6 +348,12 @@ def test_next_steps(monkeypatch, tmp_path):
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "ssd-resnet34-demo.nms.onnx").touch()
     step = doctor.examine(tmp_path).next_step
+    # room for all but the float validation set, which the benchmark does not need
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage._replace(free=50 * 10**9))
+    assert doctor.examine(tmp_path).next_step == step
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage._replace(free=10 * 10**9))
+    assert "no room for COCO" in doctor.examine(tmp_path).next_step
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage)
     for words in step.partition(": ")[2].split(" && "):
         command(*words.split(), "--help")
     (tmp_path / "data" / "coco" / "val2017").mkdir(parents=True)
