@@ -32,7 +32,7 @@ CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.
 
 help: ## This list
 	@echo "make TARGET [NAME=VALUE…]; in the brackets of a target are names that it knows"
-	@awk -F ':.*## ' '/^[a-z_ -]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z_ -]+:.*## / {printf "  %-29s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The virtual environment: the project and what its commands need, at the tested versions.
 .venv/installed: pyproject.toml constraints.txt
