@@ -10,12 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 
 from tests.support import ROOT, attempt
-from tests.support.grey import BOX, CATEGORY_IDS, GREYS, grey_detector, harness
+from tests.support.grey import GREYS, grey_dataset, grey_detector, harness
 
 pytestmark = pytest.mark.slow  # commands in processes of their own
 
@@ -24,36 +22,11 @@ pytestmark = pytest.mark.slow  # commands in processes of their own
 def place(tmp_path_factory):
     """A working directory with a data set as `harness download` would leave it, and a model."""
     place = tmp_path_factory.mktemp("place")
-    images = place / "build" / "data" / "coco" / "val2017"
-    images.mkdir(parents=True)
-    entries, annotations = [], []
-    for number, grey in enumerate(GREYS):
-        height, width = 20 + number, 40 - number
-        name = f"{number:012d}.png"
-        cv2.imwrite(str(images / name), np.full((height, width, 3), grey, np.uint8))
-        entries.append({"id": 1000 - number, "file_name": name, "height": height, "width": width})
-        top, left, bottom, right = BOX
-        box = [left * width, top * height, (right - left) * width, (bottom - top) * height]
-        annotations.append(
-            {
-                "id": number + 1,
-                "image_id": 1000 - number,
-                "category_id": CATEGORY_IDS[grey // 10 - 1],
-                "bbox": box,
-                "area": box[2] * box[3],
-                "iscrowd": 0,
-            }
-        )
-    categories = [{"id": number, "name": f"grey {number}"} for number in CATEGORY_IDS]
-    folder = images.parent / "annotations"
-    folder.mkdir()
-    (folder / "instances_val2017.json").write_text(
-        json.dumps({"images": entries, "annotations": annotations, "categories": categories})
-    )
+    coco = place / "build" / "data" / "coco"
+    names = grey_dataset(coco / "val2017", coco / "annotations" / "instances_val2017.json")
     maps = place / "data_maps" / "coco"
     maps.mkdir(parents=True)
     # not the order of the annotations: the position in the map is what counts
-    names = [entry["file_name"] for entry in entries]
     (maps / "val_map.txt").write_text("\n".join(names[::-1]) + "\n")
     grey_detector(place / "grey.onnx")
     return place
