@@ -155,6 +155,14 @@ def run(
             rich_help_panel=RESULTS,
         ),
     ] = 0,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Time the engine's layers on noise after each performance run, for its page.",
+            rich_help_panel=RESULTS,
+        ),
+    ] = False,
     system: Annotated[
         str | None,
         typer.Option(
@@ -262,6 +270,7 @@ def run(
         ],
         build_dir,
         resume=resume,
+        layers=layers,
     )
 
 

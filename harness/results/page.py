@@ -22,6 +22,7 @@ from harness.results import charts
 from harness.results.accuracy import Evaluation, evaluation_of
 from harness.results.compare import facts, per_cent
 from harness.results.latencies import read_latencies
+from harness.results.layers import read_layers
 from harness.results.pictures import SCORE_THRESHOLD, draw_boxes, enlarged, to_jpeg
 from harness.results.report import INDEX, OURS, Runs, as_text, facts_of, root_of
 from harness.results.result import RESULT, RunResult, read_result
@@ -34,6 +35,7 @@ _PICTURES = 24  # on a page: some 5 MB
 _PICTURES_OF_RUN = 12
 _LONG_SIDE = 800
 _RED, _AMBER, _GREEN = (77, 72, 229), (36, 165, 245), (88, 167, 70)  # BGR; the page's key has them
+_LAYERS = 40  # of an engine: those that take most
 _COMPARED = ("mAP", "AP50", "samples/s", "p50 ms", "p90 ms", "p99 ms")
 
 
@@ -133,6 +135,8 @@ def render_page(runs: Runs, build_dir: Path) -> str:
         plotly=_trusted(get_plotlyjs()) if known or classes else None,
         histogram=_trusted(charts.latency_histogram(known)) if known else None,
         over_time=_trusted(charts.latency_over_time(known)) if known else None,
+        layers=_layers(shown),
+        shown_layers=_LAYERS,
         accuracies=accuracies,
         stats=STATS,
         notes=notes,
@@ -208,6 +212,23 @@ def _change(before: Any, after: Any) -> str:
     if before is after or not all(isinstance(one, float) for one in (before, after)):
         return ""
     return per_cent(before, after)
+
+
+@dataclass(frozen=True)
+class _LayerTable:
+    runs: Sequence[tuple[_Run, int, float]]
+    rows: Sequence[tuple[str, Sequence[float | None]]]
+
+
+def _layers(runs: Sequence[_Run]) -> _LayerTable | None:
+    """Layers of the runs that have them, the slowest first; with each run its batch and sum."""
+    found = [(run, layers) for run in runs if (layers := read_layers(run.directory)) is not None]
+    if not found:
+        return None
+    names = dict.fromkeys(name for _, layers in found for name in layers.ms)
+    rows = [(name, [layers.ms.get(name) for _, layers in found]) for name in names]
+    rows.sort(key=lambda row: -max(ms or 0.0 for ms in row[1]))
+    return _LayerTable([(run, one.batch, sum(one.ms.values())) for run, one in found], rows)
 
 
 def _evaluation(run: _Run, build_dir: Path) -> tuple[Dataset, Evaluation]:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import typer
 
+from engine.errors import EngineError
 from engine.support.files import write_atomically
 from engine.support.progress import progress_bar
 from harness.command import leave
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.settings import Mode, Settings
+from harness.results.layers import check_layers, measure_layers
 from harness.results.page import PAGE, render_page, write_index
 from harness.results.report import Runs, find_results, is_page, print_table, root_of
 from harness.results.result import RESULT, RunResult, read_result
@@ -62,7 +64,9 @@ def check_folders(folders: Sequence[Path]) -> None:
             )
 
 
-def run_all(tests: Sequence[Test], build_dir: Path, *, resume: bool = False) -> None:
+def run_all(
+    tests: Sequence[Test], build_dir: Path, *, resume: bool = False, layers: bool = False
+) -> None:
     """Run tests, print the table of their results, and write their page.
 
     After a test that fails the process ends.
@@ -75,6 +79,8 @@ def run_all(tests: Sequence[Test], build_dir: Path, *, resume: bool = False) -> 
         The build folder; a list of all runs in its ``logs`` goes there.
     resume
         Take the results of tests that were run, and run the others.
+    layers
+        Time the layers of the engine after each performance run.
 
     Raises
     ------
@@ -82,6 +88,9 @@ def run_all(tests: Sequence[Test], build_dir: Path, *, resume: bool = False) -> 
         See `harness.results.run.run`; when what was run is another test than this one.
     """
     there = _results_of(tests) if resume else {}
+    if layers:
+        for benchmark in {id(one): one for one, *_ in tests}.values():
+            check_layers(benchmark.engines[0])
     results: list[tuple[Path, RunResult]] = []
     evaluated = (one.warnings for one, _, mode, _ in tests if mode == "AccuracyOnly")
     for warning in dict.fromkeys(chain.from_iterable(evaluated)):
@@ -94,7 +103,12 @@ def run_all(tests: Sequence[Test], build_dir: Path, *, resume: bool = False) -> 
                 continue
             typer.echo(_announcement(settings, mode, len(benchmark.source.files)), err=True)
             with progress_bar(f"{settings.scenario} {mode}") as progress:
-                results.append((where, run(benchmark, settings, mode, where, progress)))
+                result = run(benchmark, settings, mode, where, progress)
+            results.append((where, result))
+            if layers and mode == "PerformanceOnly":
+                _time_layers(
+                    benchmark, int(result.settings.get("batch_size") or settings.batch), where
+                )
     except RunFailedError as error:
         if results:
             print_table(results)
@@ -133,6 +147,13 @@ def _results_of(tests: Sequence[Test]) -> dict[Path, RunResult]:
                 )
         found[where] = result
     return found
+
+
+def _time_layers(benchmark: Benchmark, batch: int, where: Path) -> None:
+    try:
+        measure_layers(benchmark.engines[0], batch).write(where)
+    except (EngineError, HarnessError, OSError) as error:  # the run is done
+        typer.echo(f"warning: {error}", err=True)
 
 
 def _report(results: Runs, build_dir: Path) -> None:

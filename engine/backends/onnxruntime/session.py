@@ -76,6 +76,7 @@ def open_session(
     threads: int | None,
     *,
     entries: Mapping[str, str] = MappingProxyType({}),
+    profile: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a model in ONNX Runtime.
 
@@ -91,6 +92,8 @@ def open_session(
         As `engine.backends.onnxruntime.engine.load`.
     entries
         Session options that content needs, see `graph_surgery.protobuf.serialized`.
+    profile
+        How the name of a file begins into which the times of nodes are written; None: none is.
 
     Raises
     ------
@@ -102,6 +105,9 @@ def open_session(
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = thread_count(threads)
     settings.log_severity_level = 3
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
     for key, value in {**exact_int8(), **entries}.items():
         settings.add_session_config_entry(key, value)
     content = source if isinstance(source, bytes) else str(source)

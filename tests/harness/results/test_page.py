@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from engine.errors import EngineError
 from harness.errors import HarnessError
 from harness.loadgen.log import ACCURACY
 from harness.results import run_all
+from harness.results.layers import Layers, read_layers
 from harness.results.page import PAGE, render_page, write_index
 from harness.results.report import INDEX, find_results
 from harness.results.result import read_result
@@ -78,6 +80,25 @@ def test_worst_images_come_first_with_what_is_wrong(page):
     text = " ".join(Page(page).text.split())
     assert text.count("00000.jpg: 1 missed, 1 false, 1 right") == 1
     assert text.count(": 1 missed, 1 false, 1 right") == 4
+
+
+def test_layers_side_by_side(performance, tmp_path):
+    folder, result = performance
+    runs = []
+    for name, times in (("a", {HOSTILE: 2.0, "conv": 0.5}), ("b", {"conv": 3.0})):
+        where = tmp_path / name
+        shutil.copytree(folder, where)
+        Layers(8, times).write(where)
+        runs.append((where, result))
+    read = Page(render_page([*runs, performance], tmp_path))
+    assert ["conv", "0.5000", "3.0000"] in read.rows
+    assert [HOSTILE, "2.0000", "–"] in read.rows
+    assert ["all 2", "2.500", "3.000"] in read.rows
+    assert read.rows.index(["conv", "0.5000", "3.0000"]) < read.rows.index([HOSTILE, "2.0000", "–"])
+    assert "Layers" not in [row[0] for row in Page(render_page([performance], tmp_path)).rows]
+    (runs[0][0] / "layers.json").write_text("[]")
+    with pytest.raises(HarnessError, match=r"layers\.json"):
+        render_page(runs, tmp_path)
 
 
 def test_changes_are_against_the_first_of_its_kind(performance, tmp_path):
@@ -185,6 +206,37 @@ def test_the_page_has_this_run_alone_and_replaces_no_file_of_the_user(tests, tmp
     run_all.run_all([(*tests[0][:3], home / "Third")], tmp_path / "build")
     assert (tmp_path / PAGE).read_text() == "mine"
     assert f"{PAGE} is none of ours" in capsys.readouterr().err
+
+
+class LayeredEngine(FakeEngine):
+    """One that tells its layers, or fails to."""
+
+    fails = False
+
+    def layer_times(self, batch):
+        if self.fails:
+            raise EngineError("no more memory")
+        return {"conv": 0.25 * batch}
+
+
+def test_layers_of_a_run(tests, tmp_path, capsys):
+    engine = LayeredEngine()
+    test = (benchmark(engine), short("Offline", batch_size=4), "PerformanceOnly", tests[0][3])
+    run_all.run_all([test], tmp_path / "build", layers=True)
+    assert read_layers(tests[0][3]) == Layers(4, {"conv": 1.0})
+    engine.fails = True
+    other = tests[0][3].with_name("Again")
+    run_all.run_all([(*test[:3], other)], tmp_path / "build", layers=True)
+    assert "warning: no more memory" in capsys.readouterr().err
+    assert (other / "result.json").exists() and read_layers(other) is None
+    silent = FakeEngine()
+    with pytest.raises(HarnessError, match="does not tell the times of its layers"):
+        run_all.run_all(
+            [(benchmark(silent), *test[1:3], other.with_name("Third"))],
+            tmp_path / "build",
+            layers=True,
+        )
+    assert not silent.batches
 
 
 def test_resume_runs_what_is_missing(tests, tmp_path, capsys):
