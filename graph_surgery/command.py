@@ -47,6 +47,7 @@ def run_command(
     try:
         command = get_command(app)
         command.params.append(_version_option())
+        _flow(command)
         code = command.main(prog_name=program, standalone_mode=False, **_HABITS)
     except _UsageError as error:
         said = error.format_message()
@@ -107,6 +108,15 @@ def _version_option() -> Any:
     option = get_command(alone).params[0]
     option.expose_value = False
     return option
+
+
+def _flow(command: Any) -> None:
+    """Join the lines of each paragraph of the help, which are as long as those of the source."""
+    if command.help:
+        paragraphs = command.help.split("\n\n")
+        command.help = "\n\n".join(" ".join(one.split()) for one in paragraphs)
+    for one in getattr(command, "commands", {}).values():
+        _flow(one)
 
 
 def _elsewhere(words: list[str]) -> str:

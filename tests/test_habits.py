@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from importlib import import_module, metadata
+from itertools import pairwise
 
 import pytest
 import typer.main
@@ -67,7 +68,19 @@ def test_help_names_every_option_at_80_columns(module, path, command, call, monk
         for name in option.opts:
             if name.startswith("-"):
                 assert re.search(rf"(?<![\w-]){name}(?![\w-])", said), name
-    assert not re.search(r"…", said)
+    assert "…" not in said
+
+
+def test_paragraphs_of_the_help_fill_their_lines(call, monkeypatch):
+    """At the width of the terminal, not at that of the source."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    _, said, _ = call("harness.cli.main", "run", "--help")
+    text = said.split("╭")[0]
+    paragraph = next(one for one in re.split(r"\n\s*\n", text) if "LOG_DIR" in one)
+    lines = [line.strip() for line in paragraph.splitlines() if line.strip()]
+    assert len(lines) > 2
+    for line, following in pairwise(lines):
+        assert len(line) + len(following.split()[0]) >= 76, (line, following)
 
 
 @pytest.mark.parametrize(("module", "path", "command"), EVERY)
