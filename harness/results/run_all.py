@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from datetime import datetime
@@ -15,13 +16,14 @@ from engine.errors import EngineError
 from engine.support.files import write_atomically
 from engine.support.progress import progress_bar
 from harness.command import leave
+from harness.data.dataset import load_map
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.settings import Mode, Settings
 from harness.results.layers import check_layers, measure_layers
 from harness.results.page import PAGE, render_page, write_index
 from harness.results.report import Runs, find_results, is_page, print_table, root_of
 from harness.results.result import RESULT, RunResult, read_result
-from harness.results.run import Benchmark, run
+from harness.results.run import SAMPLES, Benchmark, run
 
 Test = tuple[Benchmark, Settings, Mode, Path]
 """What to run, and the folder for its logs."""
@@ -117,34 +119,30 @@ def run_all(
 
 
 def _results_of(tests: Sequence[Test]) -> dict[Path, RunResult]:
-    """Results of the tests that were run already, each the same test."""
+    """Results of the tests that were run already, each the same test of the same engine."""
     found = {}
     for benchmark, settings, mode, where in tests:
         if not where.exists():
             continue
         result = read_result(where / RESULT)
-        asked = {
-            "scenario": settings.scenario,
-            "mode": mode,
-            "engine.backend": benchmark.manifest.get("backend"),
-            "engine.onnx_sha256": benchmark.manifest.get("onnx_sha256"),
-            "engine.devices": benchmark.manifest.get("devices"),
-            "dataset.name": benchmark.dataset.name if benchmark.dataset else None,
-            "dataset.samples": len(benchmark.source.files),
-            **{
-                f"settings.{name}": value
-                for name, value in dataclasses.asdict(settings).items()
-                if value is not None  # else what the warm-up says
-            },
-        }
-        for name, value in asked.items():
-            first, _, rest = name.partition(".")
-            was = getattr(result, first)
-            was = was.get(rest) if rest else was
-            if was != value:
-                raise HarnessError(
-                    f"--resume: {where} is another test: its {name} is {was}, not {value}"
-                )
+        # what is None follows from the warm-up; a model may have another path
+        given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
+        engine = json.loads(json.dumps({**benchmark.manifest, "model": result.engine.get("model")}))
+        data = benchmark.dataset.name if benchmark.dataset else None
+        for name, was, asked in (
+            ("scenario", result.scenario, settings.scenario),
+            ("mode", result.mode, mode),
+            ("data set", result.dataset.get("name"), data),
+            ("list of samples", load_map(where / SAMPLES), tuple(benchmark.source.files)),
+            *((f"settings.{key}", result.settings.get(key), value) for key, value in given.items()),
+            *(
+                (f"engine.{key}", result.engine.get(key), engine.get(key))
+                for key in dict.fromkeys((*engine, *result.engine))
+            ),
+        ):
+            if was != asked:
+                values = "" if isinstance(was, tuple) else f": {was}, not {asked}"
+                raise HarnessError(f"--resume: {where} is of another {name}{values}")
         found[where] = result
     return found
 

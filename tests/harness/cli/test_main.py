@@ -178,7 +178,7 @@ def test_resume_adds_what_is_missing(logs, preprocessed):
     assert len(after) == len(before) + 2
     done = harness(preprocessed, *arguments, *modes, "--min-queries", "30")
     assert done.returncode == 2
-    assert "is another test: its settings.min_query_count is 20, not 30" in done.stderr
+    assert "is of another settings.min_query_count: 20, not 30" in done.stderr
 
 
 def test_two_runs_are_compared(logs, preprocessed):

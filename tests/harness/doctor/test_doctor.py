@@ -345,6 +345,11 @@ def test_next_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "find_spec", lambda _: True)
     monkeypatch.setattr(doctor, "_gpus", lambda _: doctor.Gpus("580.1", "13.0", (), "test"))
     assert doctor.examine(tmp_path).next_step == "Run the demo: make demo"
+    monkeypatch.chdir(tmp_path)
+    assert doctor.examine(tmp_path).next_step == f"Run the demo: make demo, in {ROOT}"
+    monkeypatch.setattr(doctor, "_ROOT", tmp_path)
+    assert doctor.examine(tmp_path).next_step.startswith("Fetch COCO")
+    monkeypatch.chdir(ROOT)
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "ssd-resnet34-demo.nms.onnx").touch()
     step = doctor.examine(tmp_path).next_step

@@ -265,22 +265,30 @@ def test_resume_runs_what_is_missing(tests, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"min_duration_ms": 70}, "settings.min_duration_ms is 50, not 70"),
-        ({"batch_size": 3}, "settings.batch_size is 8, not 3"),
+        ({"min_duration_ms": 70}, "settings.min_duration_ms: 50, not 70"),
+        ({"batch_size": 3}, "settings.batch_size: 8, not 3"),
     ],
 )
 def test_resume_refuses_another_test(tests, tmp_path, change, message):
     run_all.run_all(tests, tmp_path)
     other = [(tests[0][0], short("Offline", **change), *tests[0][2:])]
-    with pytest.raises(HarnessError, match=f"is another test: its {message}"):
+    with pytest.raises(HarnessError, match=f"Only is of another {message}"):
         run_all.run_all(other, tmp_path, resume=True)
 
 
-def test_resume_refuses_another_model(tests, tmp_path):
+def test_resume_refuses_another_engine_or_other_samples(tests, tmp_path):
     run_all.run_all(tests, tmp_path)
-    result = read_result(tests[0][3] / "result.json")
-    replace(result, engine={**result.engine, "onnx_sha256": "0" * 64}).write(tests[0][3])
-    with pytest.raises(HarnessError, match=r"its engine\.onnx_sha256 is 0+, not"):
+    where = tests[0][3]
+    result = read_result(where / "result.json")
+    for key, value in (("onnx_sha256", "0" * 64), ("threads", 77), ("devices", ["cuda:0"])):
+        replace(result, engine={**result.engine, key: value}).write(where)
+        with pytest.raises(HarnessError, match=rf"is of another engine\.{key}: .*, not "):
+            run_all.run_all(tests, tmp_path, resume=True)
+    replace(result, engine={**result.engine, "model": "elsewhere.onnx"}).write(where)
+    run_all.run_all(tests, tmp_path, resume=True)
+    names = (where / "samples.txt").read_text().splitlines()
+    (where / "samples.txt").write_text("\n".join(names[::-1]))
+    with pytest.raises(HarnessError, match="is of another list of samples"):
         run_all.run_all(tests, tmp_path, resume=True)
 
 
