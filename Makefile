@@ -9,8 +9,12 @@ endif
 # RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS) or ssd-resnet34-demo (what is shipped);
 # the others: .venv/bin/harness make --help
 RUN_ARGS ?= --benchmarks=ssd-resnet34
+# Yours instead of the benchmark's, and the side of its image where the file does not tell it
 ifdef WEIGHTS
 export WEIGHTS
+endif
+ifdef IMAGE_SIZE
+export IMAGE_SIZE
 endif
 
 BIN := .venv/bin
@@ -18,12 +22,17 @@ HARNESS := $(BIN)/python -m harness
 DEMO := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
 DEMO_INT8 := $(BUILD_DIR)/demo/ssd-resnet34-demo.int8.cpu.onnx
 TRITON := $(BUILD_DIR)/triton-server/bin/tritonserver
+DEMO_CAL := $(BUILD_DIR)/demo/cal
 DEMO_DATA := $(BUILD_DIR)/preprocessed_data
 CUDA = $(shell find plugin_cuda tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: attack demo test test-fast lint lint_python lint_types lint_cuda format bench bench_nms bench_triton \
+.PHONY: help attack demo test test-fast lint lint_python lint_types lint_cuda format bench bench_nms bench_triton \
   build_plugins triton_server demo_onnx predict download_data download_model preprocess_data calibrate \
   generate_engines run_harness run
+
+help: ## This list
+	@echo "make TARGET [NAME=VALUE…]; in the brackets of a target are names that it knows"
+	@awk -F ':.*## ' '/^[a-z_ -]+:.*## / {printf "  %-29s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The virtual environment: the project and what its commands need, at the tested versions. Of two
 # `make` at once, the second waits for the first, and installs only what that has not.
@@ -44,10 +53,11 @@ endef
 	$(INSTALL)
 
 # The whole route on a CPU, with the checkpoint and the images of demo/: FP32, and INT8 for CPUs.
-demo: demo_onnx
-	$(HARNESS) preprocess $(DEMO) --dataset demo
+demo: demo_onnx ## The whole route on a CPU, on what is shipped [WEIGHTS, IMAGE_SIZE]
 	mkdir -p $(dir $(DEMO_INT8))
-	$(BIN)/engine calibrate $(DEMO) --data $(DEMO_DATA)/demo-cal/float32_400x400 \
+	$(HARNESS) preprocess $(DEMO) --dataset demo --val_only
+	$(HARNESS) preprocess $(DEMO) --dataset demo --cal_only --preprocessed $(DEMO_CAL)
+	$(BIN)/engine calibrate $(DEMO) --data $(DEMO_CAL) \
 	  -o $(DEMO_INT8:.onnx=.json) --force
 	$(BIN)/engine quantize $(DEMO) $(DEMO_INT8:.onnx=.json) $(DEMO_INT8) --target cpu --force
 	$(HARNESS) preprocess $(DEMO_INT8) --dataset demo --val_only
@@ -59,26 +69,26 @@ demo: demo_onnx
 
 # What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
 IMAGES ?= demo/data/val
-predict: demo_onnx
+predict: demo_onnx ## What the demo checkpoint detects [IMAGES, WEIGHTS, IMAGE_SIZE]
 	$(HARNESS) predict $(DEMO) $(IMAGES)
 
-test: .venv/installed
+test: .venv/installed ## All tests, in an environment of their own
 	$(BIN)/tox run -e py
 
 # What needs no model, server or compiler: under a minute on two cores.
-test-fast: .venv/test
+test-fast: .venv/test ## What needs no model, server or compiler
 	$(BIN)/pytest -n 2 --dist loadfile -m "not (slow or gpu or triton or build or golden)"
 
 # Random damage to what users give, and random cases against oracles, for so many minutes; then each
 # command that writes, killed so many times. The counts at the end of both.
 ATTACK_MINUTES ?= 10
 ATTACK_KILLS ?= 5
-attack: .venv/test
+attack: .venv/test ## Random damage and random cases [ATTACK_MINUTES, ATTACK_KILLS, ATTACK_SEED]
 	$(BIN)/python -m tests.attack $(ATTACK_MINUTES) $(ATTACK_SEED)
 	$(BIN)/python -m tests.attack.kills $(ATTACK_KILLS) $(ATTACK_SEED)
 
 # What CI checks of the sources, and each commit once `.venv/bin/pre-commit install` was run.
-lint: lint_python lint_types lint_cuda
+lint: lint_python lint_types lint_cuda ## What CI checks of the sources
 lint_python: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,13 +98,13 @@ lint_cuda: .venv/lint
 	$(BIN)/clang-format --dry-run --Werror $(CUDA)
 
 # Writes imports, Python, CUDA and C++ as `make lint` wants them.
-format: .venv/lint
+format: .venv/lint ## Write the sources as lint wants them
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CUDA)
 
 # Ratios against peers in one run, to docs/measurements/. Wants a quiet machine.
-bench: demo_onnx
+bench: demo_onnx ## Ratios against peers, to docs/measurements/
 	$(BIN)/python -m harness.bench harness $(DEMO) -o docs/measurements/harness.json
 	$(HARNESS) preprocess $(DEMO) --dataset demo
 	$(BIN)/python -m engine.bench int8 $(DEMO) --images 64 -o docs/measurements/int8_demo.json \
@@ -104,31 +114,36 @@ bench: demo_onnx
 	  --annotations demo/data/annotations/instances_val.json
 
 # Through a Triton server against the same engine without one, in turns.
-bench_triton: demo_onnx triton_server
+bench_triton: demo_onnx triton_server ## The same, of Triton
 	$(BIN)/python -m harness.bench triton $(DEMO) -o docs/measurements/triton.json
 
 # The NMS kernels against their peers, on a GPU: needs torch, torchvision, CuPy and matplotlib.
-bench_nms:
+bench_nms: ## The NMS kernels against their peers, on a GPU
 	$(PYTHON) -m plugin_cuda
 	$(PYTHON) -m plugin_cuda.bench -o docs/measurements/nms.json
 	$(PYTHON) -m plugin_cuda.bench --plot docs/measurements/nms.json -o docs/nms.png
 
 # The CUDA kernels and the TensorRT plugin, for every GPU that nvcc knows.
-build_plugins: .venv/installed
+build_plugins: .venv/installed ## The CUDA kernels and the TensorRT plugin
 	$(BIN)/build-plugin
 
 # Triton Inference Server without a container: its Python backend alone, in its own environment.
-triton_server: $(TRITON)
+triton_server: $(TRITON) ## Triton with its Python backend, without a container
 $(TRITON): .venv/installed
 	$(BIN)/python -m harness.triton.server $(BUILD_DIR)/triton-server
 
-demo_onnx: .venv/installed
+demo_onnx: .venv/installed ## The demo checkpoint's ONNX file [WEIGHTS, IMAGE_SIZE]
 	$(HARNESS) make onnx --benchmarks=ssd-resnet34-demo
 
 # DOWNLOAD_ARGS="--mirror URL"; data also takes --demo, which checks what is shipped.
-download_data download_model: .venv/installed
+download_data download_model: .venv/installed ## COCO; the official weights [DOWNLOAD_ARGS]
 	$(HARNESS) download $(@:download_%=%) $(DOWNLOAD_ARGS)
 
 # From the weights on; what is up to date by its hashes is used again, what is stale rebuilt.
+preprocess_data: ## Images of a benchmark, INT8 [RUN_ARGS, WEIGHTS, IMAGE_SIZE]
+calibrate: ## Its INT8 model, held against FP32 [the same]
+generate_engines: ## Its engines [the same]
+run_harness: ## LoadGen on them, and the table of results [the same]
+run: ## Both [the same]
 preprocess_data calibrate generate_engines run_harness run: .venv/installed
 	@$(HARNESS) make $@ $(RUN_ARGS)

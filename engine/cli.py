@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Calibrate, quantise, build and compare detectors.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -304,6 +303,9 @@ def sensitivity(
 ) -> None:
     """Rank the layers of MODEL by what their quantisation does to the heads.
 
+    Gain is what leaving one layer float gives, in dB; the last line has the --keep-float to pass to
+    'engine quantize' for the layers that gain most.
+
     A JSON file with the same figures is left, any other is replaced only with --force.
     """
     from dataclasses import asdict
@@ -312,7 +314,7 @@ def sensitivity(
     from engine.model import load_detector
     from engine.quantization.cache import Calibration
     from engine.quantization.sensitivity import sensitivity as find_sensitivity
-    from engine.report import sensitivity_table
+    from engine.report import sensitivity_advice, sensitivity_table
     from engine.support.files import check_output, json_text, write_output
     from graph_surgery.terminal import new_console
 
@@ -327,6 +329,7 @@ def sensitivity(
     new_console().print(sensitivity_table(found))
     if output is not None:
         say(output, written=write_output(output, json_text(asdict(found)), overwrite=force))
+    typer.echo(sensitivity_advice(found))
 
 
 @app.command()

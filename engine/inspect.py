@@ -14,6 +14,7 @@ from engine.model import load_detector
 from engine.quantization.cache import Calibration, parse_trt
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
+from graph_surgery.kinds import other_kind
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.protobuf import inputs, type_of
 
@@ -133,6 +134,8 @@ def _calibration(path: Path) -> dict[str, object]:
         for name in ("scales", "largest", "statistics"):
             del facts[name]
     else:
+        if what := other_kind(path):
+            raise EngineError(f"{path}: no model, engine or calibration{what}")
         raise EngineError(
             f"{path}: neither an .onnx file, nor an engine with its manifest "
             f"{manifest_path(path).name} beside it, nor a calibration cache"

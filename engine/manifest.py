@@ -14,6 +14,7 @@ from engine.errors import EngineError
 from engine.protocol import InputSpec, output_shapes
 from engine.support.documents import read_as
 from engine.support.files import another, file_sha256, write_atomically
+from graph_surgery.kinds import other_kind
 
 AMPERE = (8, 0)
 """Oldest compute capability that a hardware-compatible plan runs on (TensorRT's AMPERE_PLUS)."""
@@ -210,6 +211,8 @@ def load_manifest(engine: Path) -> Manifest:
         return manifest
     if not engine.is_file():
         raise EngineError(f"{engine}: no such engine file")
+    if what := other_kind(engine):
+        raise EngineError(f"{engine}: no manifest {path.name} beside it, and no engine{what}")
     raise EngineError(
         f"{engine}: no manifest {path.name} beside it; an engine is loaded only with the "
         "manifest that 'engine build' writes"

@@ -18,6 +18,9 @@ Force = Annotated[
     bool, typer.Option("--force", help="Replace the output where it is another file.")
 ]
 
+_BATCHES, _PLAN, _BUILDER = "Batches", "The plan", "The build"
+"""Groups of options in the help."""
+
 
 def build(
     model: Annotated[Path, typer.Argument(help="Surgered .onnx, float or INT8.")],
@@ -26,15 +29,67 @@ def build(
         Path, typer.Option("-o", "--output", help="Engine file to write.", show_default=False)
     ],
     *,
-    min_batch: Annotated[int, typer.Option(min=1, help="Smallest batch.")] = 1,
+    min_batch: Annotated[
+        int, typer.Option(min=1, help="Smallest batch.", rich_help_panel=_BATCHES)
+    ] = 1,
     opt_batch: Annotated[
-        int | None, typer.Option(min=1, help="Batch to tune for.", show_default="the largest")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Batch to tune for.",
+            show_default="the largest",
+            rich_help_panel=_BATCHES,
+        ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch.")] = 64,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Largest batch.", rich_help_panel=_BATCHES)
+    ] = 64,
+    tf32: Annotated[
+        bool,
+        typer.Option(
+            "--tf32", help="Allow TF32 where the graph is float32.", rich_help_panel=_PLAN
+        ),
+    ] = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible", help="Run on later releases too.", rich_help_panel=_PLAN
+        ),
+    ] = False,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="Run on every GPU from Ampere on.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = False,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Target of tensorrt-rtx, e.g. 8.9; may be repeated.",
+            show_default="portable",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    strip_plan: Annotated[
+        bool, typer.Option("--strip-plan", help="Leave the weights out.", rich_help_panel=_PLAN)
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Keep the plan refittable.", rich_help_panel=_PLAN)
+    ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Plugin library; repeatable.", show_default="none", rich_help_panel=_PLAN
+        ),
+    ] = None,
     memory_pool: Annotated[
         list[str] | None,
         typer.Option(
-            help="POOL=MIB, e.g. workspace=4096; may be repeated.", show_default="TensorRT's"
+            help="POOL=MIB, e.g. workspace=4096; may be repeated.",
+            show_default="TensorRT's",
+            rich_help_panel=_BUILDER,
         ),
     ] = None,
     timing_cache: Annotated[
@@ -42,36 +97,42 @@ def build(
         typer.Option(
             help="File to read and extend.",
             show_default="engines/timing.cache in the build folder; none for rtx",
+            rich_help_panel=_BUILDER,
         ),
     ] = None,
     optimization_level: Annotated[
-        int | None, typer.Option(min=0, max=5, help="Effort.", show_default="TensorRT's")
+        int | None,
+        typer.Option(
+            min=0,
+            max=5,
+            metavar="0-5",
+            help="Effort.",
+            show_default="TensorRT's",
+            rich_help_panel=_BUILDER,
+        ),
     ] = None,
-    tf32: Annotated[bool, typer.Option(help="Allow TF32 where the graph is float32.")] = False,
-    version_compatible: Annotated[bool, typer.Option(help="Run on later releases too.")] = False,
-    hardware_compatible: Annotated[
-        bool, typer.Option(help="Run on every GPU from Ampere on.")
-    ] = False,
-    strip_plan: Annotated[bool, typer.Option(help="Leave the weights out.")] = False,
-    refit: Annotated[bool, typer.Option(help="Keep the plan refittable.")] = False,
     verbosity: Annotated[
-        Literal["error", "warning", "info", "verbose"], typer.Option(help="Messages to show.")
+        Literal["error", "warning", "info", "verbose"],
+        typer.Option(
+            metavar="LEVEL",
+            help="Messages to show: error, warning, info or verbose.",
+            rich_help_panel=_BUILDER,
+        ),
     ] = "warning",
     layer_info: Annotated[
-        Path | None, typer.Option(help="JSON of the engine inspector.", show_default="none")
-    ] = None,
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option(help="Plugin library; repeatable.", show_default="none"),
-    ] = None,
-    compute_capability: Annotated[
-        list[str] | None,
+        Path | None,
         typer.Option(
-            help="Target of tensorrt-rtx, e.g. 8.9; may be repeated.", show_default="portable"
+            help="JSON of the engine inspector.", show_default="none", rich_help_panel=_BUILDER
         ),
     ] = None,
     device: Annotated[
-        int | None, typer.Option(min=0, help="GPU to build on.", show_default="0; none for rtx")
+        int | None,
+        typer.Option(
+            min=0,
+            help="GPU to build on.",
+            show_default="0; none for rtx",
+            rich_help_panel=_BUILDER,
+        ),
     ] = None,
     force: Force = False,
 ) -> None:

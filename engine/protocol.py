@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -230,5 +230,18 @@ class Engine(Protocol):
         """Allocate host memory from which the engine takes images fastest, as pinned on a GPU.
 
         It is freed when no array refers to it any more.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsLayers(Protocol):
+    """What an engine has besides that can tell how long its layers take."""
+
+    def layer_times(self, batch: int) -> Mapping[str, float] | None:
+        """Median milliseconds of each layer for a batch of noise, in the order in which they run.
+
+        None where they cannot be told on this device. Layers run one after the other for it, so
+        that their sum may be more than a batch takes.
         """
         ...

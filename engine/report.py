@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from glob import escape as glob_escape
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
     from engine.backends.tensorrt.layers import PlanDescription
 
 _WORST = 8
-"""Rows of the table of the worst tensors."""
+"""Rows of the table of the worst tensors, and layers that are advised to be left float."""
+
+_WORTH_DB = 1.0
+"""Gain from which on it is advised to leave a layer float."""
 
 
 def comparison_tables(found: Comparison) -> Group:
@@ -182,6 +187,20 @@ def sensitivity_table(found: Sensitivity) -> Table:
         figures = [value for one in noise for value in (one.loc_db, one.conf_db)]
         table.add_row(escape(row.layer), *(f"{value:.1f}" for value in (*figures, row.gain_db)))
     return table
+
+
+def sensitivity_advice(found: Sensitivity) -> str:
+    """Say what gain means, and what to pass to quantize; two lines."""
+    gaining = [row for row in found.layers if row.gain_db >= _WORTH_DB]
+    gaining.sort(key=lambda row: -row.gain_db)
+    patterns = [f"--keep-float {quote(glob_escape(row.layer))}" for row in gaining[:_WORST]]
+    advice = f"no layer alone gains {_WORTH_DB:g} dB: none is worth a --keep-float"
+    if patterns:
+        advice = f"to leave float what gains most: engine quantize … {' '.join(patterns)}"
+    return (
+        "gain: the dB by which the worse of loc and conf gets better when that layer alone is left "
+        f"float and all others are INT8; gains of several layers do not add up\n{advice}"
+    )
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:

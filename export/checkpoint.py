@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from export.config import BOXES_PER_CELL, SSDConfig
-from export.errors import ExportError
+from export.errors import ExportError, needed_packages
 from export.model import SSDResNet34
 from export.names import names_from_json
 from export.unpickle import LEGACY_MAGIC, load_pickle
@@ -101,7 +101,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _read_safetensors(
     path: Path,
 ) -> tuple[dict[str, object], SSDConfig | None, tuple[str, ...]]:
-    from safetensors import SafetensorError, safe_open
+    with needed_packages():
+        from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from export.errors import ExportError
+from export.errors import ExportError, needed_packages
 from graph_surgery.command import run_command
 from graph_surgery.errors import SurgeryError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -23,12 +23,16 @@ def export_onnx(
     output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
     image_size: Annotated[
         int | None,
-        typer.Option(help="Side of the input image [default: the checkpoint's own, else 1200]"),
+        typer.Option(
+            help="Side of the input image.",
+            show_default="the checkpoint's own, else 1200, which is said to be a guess",
+        ),
     ] = None,
     names: Annotated[
         Path | None,
         typer.Option(
-            help="Class names, one a line [default: the checkpoint's own, COCO's for 81 classes]"
+            help="Class names, one a line.",
+            show_default="the checkpoint's own, COCO's for 81 classes",
         ),
     ] = None,
     force: Annotated[
@@ -44,16 +48,13 @@ def export_onnx(
     it, one whose metadata names other weights, sizes or names is refused before the export, any
     other after it.
     """
-    try:
+    with needed_packages():
         import onnx
+        import onnxscript  # noqa: F401  # what is missing is missed before the work
 
         from export import checkpoint, onnx_export
         from export.names import choose_names
         from graph_surgery.files import check_output, save
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"{error.name} is missing; exporting needs it: pip install 'ssd-resnet34-trt[export]'"
-        ) from error
 
     check_output(output, [weights, *([names] if names else [])])
     start = time.monotonic()

@@ -11,7 +11,6 @@ from graph_surgery.command import run_command
 from graph_surgery.errors import SurgeryError
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Replace the postprocessing of an SSD detector by one NMS_OPT_TRT node.",
 )
@@ -24,7 +23,8 @@ def nms(
     names: Annotated[
         Path | None,
         typer.Option(
-            help="Class names, one a line [default: the model's own, COCO's for 80 classes]"
+            help="Class names, one a line.",
+            show_default="the model's own, COCO's for 80 classes",
         ),
     ] = None,
     plugin_alone: Annotated[

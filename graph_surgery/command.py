@@ -1,15 +1,27 @@
-"""How a command ends: what is wrong is one line, without a traceback or what a terminal obeys."""
+"""What all commands do alike: --version, -h, spellings; what is wrong is one line, no traceback."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, which typer gives."""
+
+_ROOT = Path(__file__).parents[1]
+"""The checkout, where the project was not copied out of it."""
+
+_HABITS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    # of the options as they are declared, and of what the user writes: both spellings of every one
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+}
 
 _UsageError: Any = typer.BadParameter.__base__  # typer has no name for it
 
@@ -19,6 +31,7 @@ def run_command(
 ) -> None:
     """Run a command; what is wrong with its options or files is one line and exit code 2.
 
+    Every command has --version and -h, and takes each option with dashes and with underscores.
     Ctrl-C and SIGTERM end it alike, with exit code 130.
 
     Parameters
@@ -32,7 +45,10 @@ def run_command(
     """
     leave_in_order()
     try:
-        code = app(prog_name=program, standalone_mode=False)
+        command = get_command(app)
+        command.params.append(_version_option())
+        _flow(command)
+        code = command.main(prog_name=program, standalone_mode=False, **_HABITS)
     except _UsageError as error:
         said = error.format_message()
         if "\n" in said or not said:  # the help, where no argument was given
@@ -41,7 +57,7 @@ def run_command(
             complain(name, f"{said.rstrip('.')}; see '{error.ctx.command_path} --help'")
         sys.exit(2)
     except errors as error:
-        complain(name, error)
+        complain(name, f"{error}{_elsewhere(sys.argv[1:])}")
         sys.exit(2)
     sys.exit(code or 0)
 
@@ -63,3 +79,54 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def _show_version(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        try:
+            version = metadata.version("ssd-resnet34-trt")
+        except metadata.PackageNotFoundError:
+            version = "of a folder that is not installed"
+        typer.echo(f"{context.find_root().info_name} {version}")
+        raise typer.Exit
+
+
+def _version_alone(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    """Have the option that all commands get: typer makes options of functions alone."""
+    del version
+
+
+def _version_option() -> Any:
+    alone = typer.Typer(add_completion=False)
+    alone.command()(_version_alone)
+    option = get_command(alone).params[0]
+    option.expose_value = False
+    return option
+
+
+def _flow(command: Any) -> None:
+    """Join the lines of each paragraph of the help, which are as long as those of the source."""
+    if command.help:
+        paragraphs = command.help.split("\n\n")
+        command.help = "\n\n".join(" ".join(one.split()) for one in paragraphs)
+    for one in getattr(command, "commands", {}).values():
+        _flow(one)
+
+
+def _elsewhere(words: list[str]) -> str:
+    """Say which of the paths that were given are not here but in the checkout."""
+    found = [
+        word
+        for word in (word.partition("=")[2] or word for word in words)
+        if "/" in word
+        and not word.startswith(("/", "-"))
+        and not Path(word).exists()
+        and (_ROOT / word).exists()
+    ]
+    return f"; {found[0]} is not here, but in {_ROOT}: work there" if found else ""

@@ -19,6 +19,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from graph_surgery.errors import SurgeryError
+from graph_surgery.kinds import other_kind
 from graph_surgery.limits import check_limits
 from graph_surgery.protobuf import (
     SMALL,
@@ -48,11 +49,13 @@ def load(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, UnicodeDecodeError) as error:
-        raise SurgeryError(f"{path}: not an ONNX model, or a truncated one") from error
+        what = other_kind(path) or ", or a truncated one"
+        raise SurgeryError(f"{path}: not an ONNX model{what}") from error
     except OSError as error:
         raise SurgeryError(f"{error.filename or path}: cannot read: {error.strerror}") from error
     if not model.graph.node:
-        raise SurgeryError(f"{path}: not an ONNX model, or one without nodes")
+        what = other_kind(path) or ", or one without nodes"
+        raise SurgeryError(f"{path}: not an ONNX model{what}")
     try:
         check_limits(model)
     except SurgeryError as error:

@@ -7,7 +7,8 @@ was made from, and its own SHA-256. An artefact is used only when all of that st
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -97,11 +98,24 @@ def remake(artefact: Artefact, build: Callable[[], object], say: Say, reason: st
     """Build an artefact and record its inputs; see `make`."""
     verb = "made" if reason == MISSING else f"rebuilt because {reason}:"
     say(f"{artefact.step}: {verb} {artefact.path}")
+    with recorded(artefact):
+        build()
+
+
+@contextmanager
+def recorded(artefact: Artefact) -> Iterator[None]:
+    """Record the inputs of an artefact that is made within; of a failure nothing is recorded.
+
+    Raises
+    ------
+    HarnessError
+        When a file cannot be read or written.
+    """
     record = _record_path(artefact)
     try:
         artefact.path.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)  # what is interrupted counts as never made
-        build()
+        yield
         made = _Record(dict(artefact.inputs), model_sha256(_content(artefact.path)))
         write_atomically(record, (json.dumps(asdict(made), indent=1) + "\n").encode())
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +13,18 @@ import typer
 
 from plugin_cuda.errors import PluginError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
-@app.command()
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"build-plugin {metadata.version('ssd-resnet34-trt')}")
+        raise typer.Exit
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def build_plugin(
+    *,
     arch: Annotated[
         str | None,
         typer.Option(
@@ -29,6 +37,10 @@ def build_plugin(
         Path | None,
         typer.Option("-o", "--output", help="Folder.", show_default="plugins in the build folder"),
     ] = None,
+    _: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
 ) -> None:
     """Build libnms_opt.so, libint8_layers.so and, where TensorRT's headers are found, the plugin.
 

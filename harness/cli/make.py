@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from engine.load import BACKENDS
-from harness.cli.options import Backend, BuildDir, Scenarios, TestModes
+from harness.cli.options import DATA, MACHINE, Backend, BuildDir, Scenarios, TestModes
 from harness.command import leave
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.settings import MODEL
@@ -21,15 +21,18 @@ _Weights = Annotated[
     typer.Option(
         envvar="WEIGHTS",
         help="Checkpoint, or its .onnx.",
-        show_default="models/ssd-resnet34/resnet34-ssd1200.pytorch in the build folder; the demo's",
+        rich_help_panel=DATA,
+        show_default="what download leaves in the build folder; the demo's",
     ),
 ]
 _ImageSize = Annotated[
     int | None,
     typer.Option(
         "--image-size",
+        envvar="IMAGE_SIZE",
         min=1,
         help="Side of the checkpoint's input image.",
+        rich_help_panel=DATA,
         show_default="the checkpoint's own, else 1200",
     ),
 ]
@@ -38,6 +41,7 @@ _Dataset = Annotated[
     typer.Option(
         "--dataset",
         help="Another data set; see harness dataset add.",
+        rich_help_panel=DATA,
         show_default="the benchmark's: coco, demo",
     ),
 ]
@@ -58,11 +62,18 @@ def make_command(
     scenarios: Scenarios = "Offline",
     test_mode: TestModes = "PerformanceOnly",
     config_ver: Annotated[
-        str, typer.Option("--config_ver", help=f"One of: {', '.join(VERSIONS)}.")
+        str,
+        typer.Option(
+            "--config_ver", help=f"One of: {', '.join(VERSIONS)}.", rich_help_panel=MACHINE
+        ),
     ] = VERSIONS[0],
     system: Annotated[
         str | None,
-        typer.Option(help="Name of a file in configs/.", show_default="this machine's"),
+        typer.Option(
+            help="Name of a file in configs/, or the path of any .toml of 'harness tune -o'.",
+            show_default="this machine's",
+            rich_help_panel=MACHINE,
+        ),
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Run for 60 s: a trial.")] = False,
     devices: Annotated[
@@ -70,6 +81,7 @@ def make_command(
         typer.Option(
             help="Numbers of the GPUs to use together, as 0,1; or all.",
             show_default="of the system configuration",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     url: Annotated[
@@ -77,6 +89,7 @@ def make_command(
         typer.Option(
             help="HOST:PORT of each Triton server, comma-separated.",
             show_default="of the system configuration, or one is started",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     streams: Annotated[
@@ -84,6 +97,7 @@ def make_command(
         typer.Option(
             help="Sessions side by side on each device.",
             show_default="of the system configuration",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     weights: _Weights = None,

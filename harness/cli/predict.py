@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from engine.load import BACKENDS
 from engine.support.progress import progress_bar
 from graph_surgery.command import complain
 from harness.cli.options import BuildDir, Device, RunBackend, Threads, Url
@@ -24,7 +25,7 @@ def predict(
         ),
     ],
     *,
-    engine: RunBackend = "onnxruntime",
+    engine: RunBackend = None,
     score: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Detections below are left out.")
     ] = 0.5,
@@ -65,6 +66,7 @@ def predict(
     if urls is not None and len(urls) > 1:
         raise HarnessError("predict asks one server; give one --url")
     called = class_names(model, names)
+    engine = engine or BACKENDS[0]
     if engine == AUTO:
         way = fastest(model, device, threads, BATCH, build_dir)
         engine, model, device = way.backend, Path(way.file), way.device

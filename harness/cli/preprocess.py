@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -15,6 +16,7 @@ from engine.manifest import load_manifest
 from engine.protocol import InputSpec
 from harness.cli.options import BuildDir, DatasetName
 from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
+from harness.data.record import recorded_images
 from harness.errors import HarnessError
 from harness.make.arguments import choice
 
@@ -60,7 +62,7 @@ def preprocess(
         Path | None,
         typer.Option(
             help="Link to the result, if it is one set.",
-            show_default="preprocessed_data/<dataset>-<split>/<dtype>_<size> in the build folder",
+            show_default="in preprocessed_data of the build folder",
         ),
     ] = None,
     workers: Annotated[
@@ -112,16 +114,19 @@ def preprocess(
 
     for data, spec in tasks:
         directory = preprocessed or preprocessed_dir(build_dir, data, spec)
-        done = preprocess_images(
-            data,
-            spec,
-            directory,
-            workers=workers or len(os.sched_getaffinity(0)),
-            overwrite=overwrite,
-            skip_bad=skip_bad,
-            progress=sys.stderr.isatty(),
-            say=functools.partial(typer.echo, err=True),
-        )
+        # a set without its bad images is none that `make` may use again
+        record = nullcontext() if skip_bad else recorded_images(data, spec, directory)
+        with record:
+            done = preprocess_images(
+                data,
+                spec,
+                directory,
+                workers=workers or len(os.sched_getaffinity(0)),
+                overwrite=overwrite,
+                skip_bad=skip_bad,
+                progress=sys.stderr.isatty(),
+                say=functools.partial(typer.echo, err=True),
+            )
         typer.echo(f"{len(done.files)} images in {directory}")
         for warning in oddities(data, done, model):
             typer.echo(f"warning: {warning}", err=True)

@@ -28,6 +28,9 @@ _MIB = 2**20
 _SMI_QUERY = "driver_version,compute_cap,memory.total,name"
 """What nvidia-smi is asked for; memory in MiB, the name last, for it may hold commas."""
 
+_ROOT = Path(__file__).parents[2]
+"""The checkout, or where the wheel was installed."""
+
 _INSTALL = "pip install -e ."
 _EXTRA = "pip install 'ssd-resnet34-trt[{}]'"
 _INSTALL_CUDA = (
@@ -248,9 +251,10 @@ def _data_steps(resources: Resources) -> Iterator[str]:
     demo, *rest = (one for one in resources.balance if one.need.kind == "disk")
     if not demo.enough:
         yield f"Free some disk, or set BUILD_DIR to a larger one: no room for {demo.need.what}"
-    if not list(Path(resources.folder).glob("onnx/*demo.nms.onnx")):
-        yield "Run the demo: make demo"
-    for need in (one.need for one in rest if not one.enough):
+    shipped = (_ROOT / "demo").is_dir()  # but for a wheel
+    if shipped and not list(Path(resources.folder).glob("onnx/*demo.nms.onnx")):
+        yield f"Run the demo: make demo{'' if Path.cwd() == _ROOT else f', in {_ROOT}'}"
+    for need in (one.need for one in rest if not one.enough and not one.need.optional):
         yield f"Before COCO, set BUILD_DIR to a larger disk: no room for {need.what}"
     if not Path(resources.folder, "data", "coco", "val2017").is_dir():
         yield "Fetch COCO and the weights: harness download data && harness download model"

@@ -32,6 +32,8 @@ class Need:
         Where the figure comes from.
     folders
         Folders below the build folder, as glob patterns, that it fills.
+    optional
+        The benchmark is run without it.
     """
 
     what: str
@@ -39,6 +41,7 @@ class Need:
     size: int
     source: str
     folders: tuple[str, ...] = ()
+    optional: bool = False
 
 
 NEEDS = (
@@ -79,11 +82,12 @@ NEEDS = (
         ("preprocessed_data/coco-val/int8*",),
     ),
     Need(
-        "COCO validation set, FP32 (to run or compare the float model)",
+        "COCO validation set, FP32 (only to run or compare the float model)",
         "disk",
         5000 * _FP32_IMAGE,
         "5000 images of 17.28 MB (3·1200·1200·4 bytes)",
         ("preprocessed_data/coco-val/float32*",),
+        optional=True,
     ),
     Need(
         "export-onnx at 1200x1200",

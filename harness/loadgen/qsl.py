@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from engine.errors import SessionLostError
 from engine.protocol import Engine
+from harness.errors import HarnessError
 
 
 class SampleSource(Protocol):
@@ -48,12 +50,25 @@ class SampleLibrary:
         self._row: dict[int, int] = {}
 
     def load(self, indices: Sequence[int]) -> None:
-        """Load samples, in this order; LoadGen repeats the first ones at the end in MultiStream."""
+        """Load samples, in this order; LoadGen repeats the first ones at the end in MultiStream.
+
+        Raises
+        ------
+        HarnessError
+            When there is no memory for them.
+        """
         self.unload(())
         count, spec = len(indices), self._spec
         if count > len(self._memory):
             self._memory = np.empty((0, *spec.shape), spec.dtype)  # frees the old memory first
-            self._memory = self._allocate((count, *spec.shape))
+            try:
+                self._memory = self._allocate((count, *spec.shape))
+            except MemoryError as error:
+                size = count * math.prod(spec.shape) * np.dtype(spec.dtype).itemsize / 1e9
+                raise HarnessError(
+                    f"{count} samples of {size:.1f} GB do not fit in memory; choose a smaller "
+                    "--batch or --samples"
+                ) from error
         self._source.read_into(self._memory[:count], indices)
         self._loaded = list(indices)
         # reversed: of a repeated sample the first row counts

@@ -81,13 +81,15 @@ def run_args(
 
 
 def choices(text: str, known: tuple[_Name, ...], what: str) -> tuple[_Name, ...]:
-    """Names of a comma-separated list, in any case, each once.
+    """Names of a comma-separated list, in any case, each once; ``all`` stands for every one.
 
     Raises
     ------
     HarnessError
         For an unknown name; lists the known ones.
     """
+    if text.strip().lower() == "all":
+        return known
     return tuple(dict.fromkeys(choice(word, known, what) for word in text.split(",")))
 
 

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.data.preprocessed import PreprocessedSet, load_preprocessed, transform_settings
+from engine.data.preprocessed import PreprocessedSet, load_preprocessed
 from engine.errors import EngineError, naming
 from engine.protocol import InputSpec
 from engine.quantization.thresholds import METHODS
@@ -32,6 +32,7 @@ from harness.artefacts import (
     version,
 )
 from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
+from harness.data.record import images_artefact
 from harness.errors import HarnessError
 from harness.loadgen.settings import MODEL
 
@@ -273,16 +274,7 @@ def preprocess(route: Route, split: str, spec: InputSpec) -> PreprocessedSet:
     data = known_dataset(route.dataset, split, route.build_dir)
     check_annotated(data)
     directory = preprocessed_dir(route.build_dir, data, spec)
-    images = Artefact(
-        f"preprocess {data.name}",
-        directory,
-        {
-            "map": file_sha256(data.map_file) if data.map_file.is_file() else "",
-            "image format": sha256(json.dumps(transform_settings(spec)).encode()).hexdigest(),
-            "code": code_sha256(TRANSFORM_CODE),
-            "opencv": version("opencv-python-headless"),
-        },
-    )
+    images = images_artefact(data, spec, directory)
     reason = stale(images)
     if reason is None:
         try:

@@ -53,7 +53,15 @@ Backend = Annotated[str, one_of(BACKENDS)]
 
 @dataclass(frozen=True)
 class Machine:
-    """Which benchmark and machine a file is for: how the GPU's or the processor's name begins."""
+    """Which benchmark and machine a file is for.
+
+    Attributes
+    ----------
+    benchmark
+        ``ssd-resnet34`` or ``ssd-resnet34-demo``.
+    gpu, cpu
+        How the GPU's, or the processor's, name begins; one of both.
+    """
 
     benchmark: str
     gpu: str | None = None
@@ -91,11 +99,17 @@ class SystemConfig:
         Name of the system: the file's, or that of the GPU or processor without a file.
     source
         The file; None: there is none for this machine, and the values are the program's own.
-    engine, device, devices, threads
-        See `harness.results.devices.load_engines`. With the engine ``triton``, where the server
-        that `harness.make.targets` makes a repository for runs the model.
+    engine
+        As ``--engine`` of ``harness run``.
+    device
+        ``cpu``, ``cuda`` or ``cuda:N``. With the engine ``triton``, where the server that `make`
+        writes a repository for runs the model.
+    devices
+        Numbers of the GPUs to use together, as ``[0, 1]``; None: `device` alone.
+    threads
+        CPU threads; None: one for each CPU.
     url
-        Triton servers, see `harness.results.devices.parse_urls`; None: one is started here.
+        ``HOST:PORT`` of each Triton server, with commas between; None: one is started here.
     serves
         What that server runs it with; None: TensorRT on ``cuda``, ONNX Runtime on ``cpu``, which,
         as cuDNN, is served by Triton's Python backend.
@@ -139,14 +153,17 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
     version
         One of `VERSIONS`.
     name
-        Name of a file in `CONFIGS`, without ``.toml``; None: the file whose ``gpu``, or else whose
-        ``cpu`` is how this machine's begins, the longest if there are several.
+        Name of a file in `CONFIGS`, without ``.toml``, or the path of one, with it; None: the file
+        whose ``gpu``, or else whose ``cpu`` is how this machine's begins, the longest if there are
+        several.
 
     Raises
     ------
     HarnessError
         When there is no such file, it lacks the version, or it cannot be understood.
     """
+    if name is not None and name.endswith(".toml"):
+        return _named(Path(name), benchmark, version)
     folders = (CONFIGS, SHIPPED / CONFIGS)
     files = {p: read_config_file(p) for folder in folders for p in sorted(folder.glob("*.toml"))}
     fitting = {p: file for p, file in files.items() if file.system.benchmark == benchmark}
@@ -177,10 +194,29 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
                 )
             return SystemConfig(machine)
         path = found
-    tables = files[path].versions
-    if version not in tables:
-        raise HarnessError(f"{path} has no [{version}]; it has: {', '.join(tables)}")
-    return _config(path, version, tables[version])
+    return _config(path, files[path], version)
+
+
+def config_of(path: Path) -> SystemConfig | None:
+    """Return the default version of a file; None where it has no [system], as one of settings.
+
+    Raises
+    ------
+    HarnessError
+        When it cannot be read or understood.
+    """
+    with as_harness_error():
+        document = read_toml(path)
+    if "system" not in document:
+        return None
+    return _config(path, read_config_file(path), DEFAULT_VERSION)
+
+
+def _named(path: Path, benchmark: str, version: str) -> SystemConfig:
+    file = read_config_file(path)
+    if file.system.benchmark != benchmark:
+        raise HarnessError(f"{path} is for {file.system.benchmark}, not for {benchmark}")
+    return _config(path, file, version)
 
 
 def named_configs(benchmark: str, key: str, name: str) -> list[Path]:
@@ -189,7 +225,10 @@ def named_configs(benchmark: str, key: str, name: str) -> list[Path]:
     return [p for p, s in files.items() if (s.benchmark, getattr(s, key)) == (benchmark, name)]
 
 
-def _config(path: Path, version: str, table: Mapping[str, Any]) -> SystemConfig:
+def _config(path: Path, file: ConfigFile, version: str) -> SystemConfig:
+    if version not in file.versions:
+        raise HarnessError(f"{path} has no [{version}]; it has: {', '.join(file.versions)}")
+    table = file.versions[version]
     where = f"{path} [{version}]: "
     settings = {key: value for key, value in table.items() if key not in ENGINE_KEYS}
     check_tables(settings, where)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,11 @@ from harness.errors import HarnessError
 from harness.loadgen.log import ACCURACY
 from harness.results import charts
 from harness.results.accuracy import evaluation_of
+from harness.results.compare import facts, per_cent
 from harness.results.latencies import read_latencies
+from harness.results.layers import read_layers
 from harness.results.pictures import SCORE_THRESHOLD, draw_boxes, enlarged, to_jpeg
-from harness.results.report import INDEX, Runs, as_text, facts_of, root_of
+from harness.results.report import INDEX, OURS, Runs, as_text, facts_of, root_of
 from harness.results.result import RESULT, RunResult, read_result
 from harness.results.review import WORST, ClassReview, ImageReview, Review, review
 from harness.results.run import SAMPLES
@@ -35,6 +35,7 @@ PAGE = "report.html"
 _PICTURES = 24  # on a page: some 5 MB
 _LONG_SIDE = 800
 _RED, _AMBER, _GREEN = (77, 72, 229), (36, 165, 245), (88, 167, 70)  # BGR; the page's key has them
+_LAYERS = 40  # of an engine: those that take most
 _COMPARED = ("mAP", "AP50", "samples/s", "p50 ms", "p90 ms", "p99 ms")
 
 
@@ -78,17 +79,6 @@ class _Picture:
     id: str
     review: ImageReview
     data: str | None
-
-
-@dataclass(frozen=True)
-class _Fact:
-    name: str
-    values: tuple[str, ...]
-
-    @property
-    def differs(self) -> bool:
-        """Whether not all runs have the same."""
-        return len(set(self.values)) > 1
 
 
 def render_page(
@@ -149,6 +139,8 @@ def render_page(
         plotly=_trusted(get_plotlyjs()) if known or classes else None,
         histogram=_trusted(charts.latency_histogram(known)) if known else None,
         over_time=_trusted(charts.latency_over_time(known)) if known else None,
+        layers=_layers(shown),
+        shown_layers=_LAYERS,
         accuracies=accuracies,
         stats=STATS,
         notes=notes,
@@ -156,7 +148,7 @@ def render_page(
         bars=_trusted(charts.class_bars(classes)) if classes else None,
         worst=worst,
         threshold=SCORE_THRESHOLD,
-        facts_all=_facts(shown),
+        facts_all=facts(runs),
     )
     return html
 
@@ -201,27 +193,46 @@ def _template(name: str) -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("harness.results")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(name)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.globals["ours"] = _trusted(OURS)
+    return environment.get_template(name)
 
 
 def _shown(runs: Runs) -> list[_Run]:
     shown: list[_Run] = []
     first: dict[tuple[str, str], Mapping[str, Any]] = {}
     for number, (directory, result) in enumerate(runs, start=1):
-        facts = facts_of(directory, result)
-        before = first.setdefault((result.scenario, result.mode), facts)
-        cells = {name: as_text(name, value) for name, value in facts.items()}
-        changes = {name: _change(before[name], facts[name]) for name in _COMPARED}
-        changed = {name: changes.get(name, "") for name in facts}
+        found = facts_of(directory, result)
+        before = first.setdefault((result.scenario, result.mode), found)
+        cells = {name: as_text(name, value) for name, value in found.items()}
+        changes = {name: _change(before[name], found[name]) for name in _COMPARED}
+        changed = {name: changes.get(name, "") for name in found}
         shown.append(_Run(number, directory, result, cells, changed))
     return shown
 
 
 def _change(before: Any, after: Any) -> str:
     """Change against another run, in per cent; empty for none."""
-    if before is after or not before or not all(isinstance(one, float) for one in (before, after)):
+    if before is after or not all(isinstance(one, float) for one in (before, after)):
         return ""
-    return f"{100 * (after / before - 1):+.1f} %"
+    return per_cent(before, after)
+
+
+@dataclass(frozen=True)
+class _LayerTable:
+    runs: Sequence[tuple[_Run, int, float]]
+    rows: Sequence[tuple[str, Sequence[float | None]]]
+
+
+def _layers(runs: Sequence[_Run]) -> _LayerTable | None:
+    """Layers of the runs that have them, the slowest first; with each run its batch and sum."""
+    found = [(run, layers) for run in runs if (layers := read_layers(run.directory)) is not None]
+    if not found:
+        return None
+    names = dict.fromkeys(name for _, layers in found for name in layers.ms)
+    rows = [(name, [layers.ms.get(name) for _, layers in found]) for name in names]
+    rows.sort(key=lambda row: -max(ms or 0.0 for ms in row[1]))
+    return _LayerTable([(run, one.batch, sum(one.ms.values())) for run, one in found], rows)
 
 
 def _dataset(run: _Run, build_dir: Path) -> Dataset:
@@ -258,24 +269,3 @@ def _drawn(image: ImageReview, image_dir: Path) -> str | None:
     draw_boxes(picture, image.missed, _RED)
     draw_boxes(picture, image.false, _AMBER)
     return f"data:image/jpeg;base64,{base64.b64encode(to_jpeg(picture)).decode()}"
-
-
-def _facts(runs: Sequence[_Run]) -> list[_Fact]:
-    """All that identifies the runs and how they were made, by dotted names."""
-    flat = []
-    for run in runs:
-        fields = dataclasses.asdict(run.result)
-        for name in ("latency_ms", "batch_latency_ms", "accuracy", "errors", "warnings"):
-            del fields[name]
-        flat.append(dict(_flat({"folder": str(run.directory), **fields})))
-    names = list(dict.fromkeys(name for facts in flat for name in facts))
-    return [_Fact(name, tuple(facts.get(name, "–") for facts in flat)) for name in names]
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in fields.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield f"{prefix}{name}", "–" if value is None else text

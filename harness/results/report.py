@@ -20,6 +20,9 @@ from harness.results.result import RESULT, RunResult, read_result
 INDEX = "index.html"
 """The list of all runs, in the folder that they lie in."""
 
+OURS = '<meta name="generator" content="ssd-resnet34-trt">'
+"""In the head of every page that the project writes: files without it are the user's."""
+
 _COLUMNS = (
     ("run", "date", "data set"),
     ("model", "engine", "device"),
@@ -43,8 +46,8 @@ def find_results(directories: Sequence[Path]) -> Runs:
     """
     found: dict[Path, RunResult] = {}
     for directory in directories:
-        if directory.name == INDEX and len(directories) > 1:
-            continue  # build/logs/* has it, too
+        if len(directories) > 1 and is_page(directory):
+            continue  # build/logs/* has the list of runs, too
         paths = [
             path
             for path in ([directory] if directory.is_file() else sorted(directory.rglob(RESULT)))
@@ -54,6 +57,15 @@ def find_results(directories: Sequence[Path]) -> Runs:
             raise HarnessError(f"{directory}: no {RESULT} of a complete run in or below it")
         found |= {path.parent: read_result(path) for path in paths}
     return list(found.items())
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that the project wrote."""
+    try:
+        with path.open("rb") as file:
+            return OURS.encode() in file.read(1024)
+    except OSError:
+        return False
 
 
 def facts_of(directory: Path, result: RunResult) -> dict[str, str | float | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -11,17 +13,20 @@ from pathlib import Path
 
 import typer
 
+from engine.errors import EngineError
 from engine.support.files import write_atomically
 from engine.support.progress import progress_bar
 from harness.command import leave
+from harness.data.dataset import load_map
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.settings import Mode, Settings
 from harness.results.accuracy import Evaluation
+from harness.results.layers import check_layers, measure_layers
 from harness.results.page import PAGE, render_page, write_index
-from harness.results.report import Runs, find_results, print_table, root_of
-from harness.results.result import RunResult
+from harness.results.report import Runs, find_results, is_page, print_table, root_of
+from harness.results.result import RESULT, RunResult, read_result
 from harness.results.review import Review, review
-from harness.results.run import Benchmark, run
+from harness.results.run import SAMPLES, Benchmark, run
 
 Test = tuple[Benchmark, Settings, Mode, Path]
 """What to run, and the folder for its logs."""
@@ -48,7 +53,25 @@ def new_folder(parent: Path) -> Path:
     raise AssertionError  # the numbers do not end
 
 
-def run_all(tests: Sequence[Test], build_dir: Path) -> None:
+def check_folders(folders: Sequence[Path]) -> None:
+    """Refuse folders of tests that exist, before anything is loaded or run.
+
+    Raises
+    ------
+    HarnessError
+        Names the first.
+    """
+    for folder in folders:
+        if folder.exists():
+            raise HarnessError(
+                f"{folder} exists; choose another log directory, remove it, or pass --resume to "
+                "run only what is missing"
+            )
+
+
+def run_all(
+    tests: Sequence[Test], build_dir: Path, *, resume: bool = False, layers: bool = False
+) -> None:
     """Run tests, print the table of their results, and write their page.
 
     After a test that fails the process ends.
@@ -59,12 +82,20 @@ def run_all(tests: Sequence[Test], build_dir: Path) -> None:
         Their folders lie in one, as ``SYSTEM/BENCHMARK/SCENARIO/MODE``, where the page goes.
     build_dir
         The build folder; a list of all runs in its ``logs`` goes there.
+    resume
+        Take the results of tests that were run, and run the others.
+    layers
+        Time the layers of the engine after each performance run.
 
     Raises
     ------
     HarnessError
-        See `harness.results.run.run`.
+        See `harness.results.run.run`; when what was run is another test than this one.
     """
+    there = _results_of(tests) if resume else {}
+    if layers:
+        for benchmark in {id(one): one for one, *_ in tests}.values():
+            check_layers(benchmark.engines[0])
     results: list[tuple[Path, RunResult]] = []
     reviews: dict[Path, Review] = {}
     evaluated = (one.warnings for one, _, mode, _ in tests if mode == "AccuracyOnly")
@@ -72,6 +103,10 @@ def run_all(tests: Sequence[Test], build_dir: Path) -> None:
         typer.echo(f"warning: {warning}", err=True)
     try:
         for benchmark, settings, mode, where in tests:
+            if where in there:
+                typer.echo(f"{settings.scenario} {mode}: was run, {where}", err=True)
+                results.append((where, there[where]))
+                continue
             typer.echo(_announcement(settings, mode, len(benchmark.source.files)), err=True)
             with progress_bar(f"{settings.scenario} {mode}") as progress:
                 result = run(
@@ -82,7 +117,11 @@ def run_all(tests: Sequence[Test], build_dir: Path) -> None:
                     progress,
                     evaluated=functools.partial(_keep_review, reviews, where),
                 )
-                results.append((where, result))
+            results.append((where, result))
+            if layers and mode == "PerformanceOnly":
+                _time_layers(
+                    benchmark, int(result.settings.get("batch_size") or settings.batch), where
+                )
     except RunFailedError as error:
         if results:
             print_table(results)
@@ -94,12 +133,51 @@ def _keep_review(reviews: dict[Path, Review], where: Path, found: Evaluation) ->
     reviews[where.resolve()] = review(found)
 
 
+def _results_of(tests: Sequence[Test]) -> dict[Path, RunResult]:
+    """Results of the tests that were run already, each the same test of the same engine."""
+    found = {}
+    for benchmark, settings, mode, where in tests:
+        if not where.exists():
+            continue
+        result = read_result(where / RESULT)
+        # what is None follows from the warm-up; a model may have another path
+        given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
+        engine = json.loads(json.dumps({**benchmark.manifest, "model": result.engine.get("model")}))
+        data = benchmark.dataset.name if benchmark.dataset else None
+        for name, was, asked in (
+            ("scenario", result.scenario, settings.scenario),
+            ("mode", result.mode, mode),
+            ("data set", result.dataset.get("name"), data),
+            ("list of samples", load_map(where / SAMPLES), tuple(benchmark.source.files)),
+            *((f"settings.{key}", result.settings.get(key), value) for key, value in given.items()),
+            *(
+                (f"engine.{key}", result.engine.get(key), engine.get(key))
+                for key in dict.fromkeys((*engine, *result.engine))
+            ),
+        ):
+            if was != asked:
+                values = "" if isinstance(was, tuple) else f": {was}, not {asked}"
+                raise HarnessError(f"--resume: {where} is of another {name}{values}")
+        found[where] = result
+    return found
+
+
+def _time_layers(benchmark: Benchmark, batch: int, where: Path) -> None:
+    try:
+        measure_layers(benchmark.engines[0], batch).write(where)
+    except (EngineError, HarnessError, OSError) as error:  # the run is done
+        typer.echo(f"warning: {error}", err=True)
+
+
 def _report(results: Runs, reviews: Mapping[Path, Review], build_dir: Path) -> None:
     print_table(results)
     root = root_of(*results[0])
     page, logs = root / PAGE, build_dir / "logs"
+    homes = list(dict.fromkeys(where.resolve().parents[1] for where, _ in results))
     try:
-        html = render_page(find_results([root]), build_dir, reviews)
+        if page.exists() and not is_page(page):
+            raise HarnessError(f"{os.path.relpath(page)} is none of ours")
+        html = render_page(find_results(homes), build_dir, reviews)
         write_atomically(page, html.encode())
         if root.parent == logs.resolve():
             write_index(logs)
@@ -107,7 +185,7 @@ def _report(results: Runs, reviews: Mapping[Path, Review], build_dir: Path) -> N
         reason = " ".join(str(error).split())
         typer.echo(
             f"harness: no page was written: {type(error).__name__}: {reason}; for another try: "
-            f"harness report {root} -o report.html",
+            f"harness report {root} -o FILE.html",
             err=True,
         )
     else:

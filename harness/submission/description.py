@@ -67,7 +67,7 @@ MAY_BE_EMPTY = ("hw_notes", "sw_notes")
 STATUSES = ("available", "preview", "rdi")
 SYSTEM_TYPES = ("datacenter", "edge", "datacenter,edge", "edge,datacenter")
 
-_GIVEN_ELSEWHERE = ("division", "submitter")
+GIVEN_ELSEWHERE = ("division", "submitter")
 _NO_ACCELERATOR = "N/A"
 
 
@@ -102,7 +102,7 @@ def load_description(path: Path | None) -> Description:
     measurements = content.pop("measurements", {})
     if not isinstance(measurements, dict):
         raise HarnessError(f"{path}: measurements is no table; write [measurements]")
-    known_system = [name for name in SYSTEM_FIELDS if name not in _GIVEN_ELSEWHERE]
+    known_system = [name for name in SYSTEM_FIELDS if name not in GIVEN_ELSEWHERE]
     known_measurements = (*MEASUREMENT_FIELDS, CALIBRATION)
     for values, known, where in (
         (content, known_system, "the top level"),

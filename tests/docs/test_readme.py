@@ -138,7 +138,6 @@ def place(tmp_path_factory):
     weights = place / "build" / "models" / "ssd-resnet34" / "resnet34-ssd1200.pytorch"
     weights.parent.mkdir(parents=True)
     shutil.copy(ROOT / "demo" / "ssd-resnet34-demo.safetensors", weights)
-    (place / weights.name).symlink_to(weights)
     programs = place / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, target in SCRIPTS.items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -250,6 +252,7 @@ def test_sensitivity_prints_and_writes_the_ranking(demo, tmp_path, monkeypatch):
         (
             LayerSensitivity("loc.0", Noise(21.5, float("inf")), Noise(25.0, 30.0), 5.0),
             LayerSensitivity("conf.0", Noise(float("inf"), 31.5), Noise(20.0, 40.0), 0.0),
+            LayerSensitivity("a [1]*", Noise(40.0, 40.0), Noise(27.5, 40.0), 7.5),
         ),
     )
     asked = {}
@@ -269,7 +272,12 @@ def test_sensitivity_prints_and_writes_the_ranking(demo, tmp_path, monkeypatch):
     assert out.index("loc.0") < out.index("conf.0")
     assert (asked["limit"], asked["files"]) == (3, 64)
     layers = json.loads(document.read_text(), parse_constant=pytest.fail)["layers"]
-    assert [layer["layer"] for layer in layers] == ["loc.0", "conf.0"]
+    assert [layer["layer"] for layer in layers] == ["loc.0", "conf.0", "a [1]*"]
+    last = shlex.split(out.splitlines()[-1])
+    patterns = last[last.index("--keep-float") + 1 :: 2]
+    names = [layer.layer for layer in found.layers]
+    assert [fnmatch.filter(names, one) for one in patterns] == [["a [1]*"], ["loc.0"]]
+    assert "gain: the dB" in out
     assert layers[0]["only_quantized"] == {"loc_db": 21.5, "conf_db": None}
 
 

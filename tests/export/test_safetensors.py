@@ -1,10 +1,13 @@
 """Safetensors files: small floats, and configurations in their metadata that are none."""
 
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from export.checkpoint import infer_config, load_model, read_checkpoint
+from export.cli import export_onnx
 from export.errors import ExportError
 
 
@@ -36,3 +39,12 @@ def test_a_configuration_that_is_none(small_checkpoint, tmp_path, text):
     with pytest.raises(ExportError, match=r"w\.safetensors: ssd_config in its metadata") as caught:
         read_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["onnxscript", "safetensors"])
+def test_without_a_package_that_exporting_needs(small_checkpoint, tmp_path, monkeypatch, package):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ExportError, match=rf"^{package} is missing; .* pip install '.*\[export\]'"):
+        export_onnx(small_checkpoint, tmp_path / "model.onnx")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+import cv2
+import numpy as np
 import onnx
 import onnx.parser
 
@@ -43,6 +47,35 @@ def grey_detector(path):
             num_detections = ConstantOfShape <value = int32[1] {{1}}> (batch)
         }}""")
     onnx.save(model, path)
+
+
+def grey_dataset(images, annotations):
+    """Write an image of each grey, and their annotations; returns the images' names."""
+    images.mkdir(parents=True)
+    entries, objects = [], []
+    for number, grey in enumerate(GREYS):
+        height, width = 20 + number, 40 - number
+        name = f"{number:012d}.png"
+        cv2.imwrite(str(images / name), np.full((height, width, 3), grey, np.uint8))
+        entries.append({"id": 1000 - number, "file_name": name, "height": height, "width": width})
+        top, left, bottom, right = BOX
+        box = [left * width, top * height, (right - left) * width, (bottom - top) * height]
+        objects.append(
+            {
+                "id": number + 1,
+                "image_id": 1000 - number,
+                "category_id": CATEGORY_IDS[grey // 10 - 1],
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+        )
+    categories = [{"id": number, "name": f"grey {number}"} for number in CATEGORY_IDS]
+    annotations.parent.mkdir(parents=True, exist_ok=True)
+    annotations.write_text(
+        json.dumps({"images": entries, "annotations": objects, "categories": categories})
+    )
+    return [entry["file_name"] for entry in entries]
 
 
 def harness(place, *arguments, **more):

@@ -118,16 +118,18 @@ def import_cudnn() -> Any:
     Raises
     ------
     EngineError
-        When it or cuDNN itself is not installed.
+        When it or cuDNN itself is not installed; says which.
     """
+    missing = "its frontend (nvidia-cudnn-frontend)"
     try:
         import cudnn
 
+        missing = "cuDNN itself (nvidia-cudnn-cu13)"
         cudnn.backend_version()
     except (ImportError, OSError, RuntimeError) as error:
         raise EngineError(
-            "the engine 'cudnn' needs an NVIDIA GPU, cuDNN and its frontend: "
-            "pip install 'ssd-resnet34-trt[cudnn]'"
+            "the engine 'cudnn' needs an NVIDIA GPU, cuDNN and its frontend; what fails here is "
+            f"{missing}: {one_line(error)}; pip install 'ssd-resnet34-trt[cudnn]'"
         ) from error
     return cudnn
 

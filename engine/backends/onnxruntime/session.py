@@ -19,6 +19,7 @@ from engine.errors import EngineError, one_line
 from engine.protocol import InputSpec, check_batch, input_scale, output_shapes
 from engine.support.external import model_sha256
 from engine.support.processor import int8_instructions
+from graph_surgery.kinds import other_kind
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -75,6 +76,7 @@ def open_session(
     threads: int | None,
     *,
     entries: Mapping[str, str] = MappingProxyType({}),
+    profile: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a model in ONNX Runtime.
 
@@ -90,6 +92,8 @@ def open_session(
         As `engine.backends.onnxruntime.engine.load`.
     entries
         Session options that content needs, see `graph_surgery.protobuf.serialized`.
+    profile
+        How the name of a file begins into which the times of nodes are written; None: none is.
 
     Raises
     ------
@@ -101,6 +105,9 @@ def open_session(
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = thread_count(threads)
     settings.log_severity_level = 3
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
     for key, value in {**exact_int8(), **entries}.items():
         settings.add_session_config_entry(key, value)
     content = source if isinstance(source, bytes) else str(source)
@@ -112,6 +119,8 @@ def open_session(
             enable_fallback=0,  # to the CPU, when the provider fails
         )
     except Exception as error:  # ORT's exceptions share no base class but Exception
+        if what := other_kind(model):
+            raise EngineError(f"{model}: not an ONNX model{what}") from error
         raise EngineError(f"{model}: {refusal(error)}") from error
     if session.get_providers()[0] != provider:  # its library could not be loaded
         raise EngineError(f"ONNX Runtime could not start {provider}; see its messages above")

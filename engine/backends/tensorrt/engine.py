@@ -123,6 +123,12 @@ class Engine:
             ),
         )
 
+    def layer_times(self, batch: int) -> Mapping[str, float]:
+        """See `engine.protocol.TellsLayers`."""
+        from engine.backends.tensorrt.layers import describe_plan  # which imports this module
+
+        return {layer.name: layer.ms for layer in describe_plan(self, batch).layers}
+
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Allocate page-locked memory."""
         use_gpu(self.device)

@@ -10,12 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 
 from tests.support import ROOT, attempt
-from tests.support.grey import BOX, CATEGORY_IDS, GREYS, grey_detector, harness
+from tests.support.grey import GREYS, grey_dataset, grey_detector, harness
 
 pytestmark = pytest.mark.slow  # commands in processes of their own
 
@@ -24,36 +22,11 @@ pytestmark = pytest.mark.slow  # commands in processes of their own
 def place(tmp_path_factory):
     """A working directory with a data set as `harness download` would leave it, and a model."""
     place = tmp_path_factory.mktemp("place")
-    images = place / "build" / "data" / "coco" / "val2017"
-    images.mkdir(parents=True)
-    entries, annotations = [], []
-    for number, grey in enumerate(GREYS):
-        height, width = 20 + number, 40 - number
-        name = f"{number:012d}.png"
-        cv2.imwrite(str(images / name), np.full((height, width, 3), grey, np.uint8))
-        entries.append({"id": 1000 - number, "file_name": name, "height": height, "width": width})
-        top, left, bottom, right = BOX
-        box = [left * width, top * height, (right - left) * width, (bottom - top) * height]
-        annotations.append(
-            {
-                "id": number + 1,
-                "image_id": 1000 - number,
-                "category_id": CATEGORY_IDS[grey // 10 - 1],
-                "bbox": box,
-                "area": box[2] * box[3],
-                "iscrowd": 0,
-            }
-        )
-    categories = [{"id": number, "name": f"grey {number}"} for number in CATEGORY_IDS]
-    folder = images.parent / "annotations"
-    folder.mkdir()
-    (folder / "instances_val2017.json").write_text(
-        json.dumps({"images": entries, "annotations": annotations, "categories": categories})
-    )
+    coco = place / "build" / "data" / "coco"
+    names = grey_dataset(coco / "val2017", coco / "annotations" / "instances_val2017.json")
     maps = place / "data_maps" / "coco"
     maps.mkdir(parents=True)
     # not the order of the annotations: the position in the map is what counts
-    names = [entry["file_name"] for entry in entries]
     (maps / "val_map.txt").write_text("\n".join(names[::-1]) + "\n")
     grey_detector(place / "grey.onnx")
     return place
@@ -157,6 +130,64 @@ def test_report_prints_it_again(logs, preprocessed):
     ]
 
 
+def test_a_configuration_of_tune_by_its_path(preprocessed):
+    """Of `harness tune -o`: engine, threads and settings are its own, options go before them."""
+    (preprocessed / "mine.toml").write_text("""
+        [system]
+        benchmark = "ssd-resnet34"
+        cpu = "any"
+        [default]
+        engine = "onnxruntime"
+        device = "cpu"
+        threads = 1
+        min_duration_ms = 200
+        min_query_count = 20
+        [default.Offline]
+        batch_size = 3
+        [default.Server]
+        target_qps = 100.0
+        batch_size = 2
+        """)
+    arguments = ["run", "grey.onnx", "--config", "mine.toml", "--system", "box"]
+    done = harness(
+        preprocessed,
+        *(*arguments, "--scenarios", "all", "--log-dir", "tuned", "--min_duration", "0.1"),
+    )
+    assert done.returncode == 0, done.stderr
+    folder = preprocessed / "tuned" / "box" / "ssd-resnet34"
+    found = {path.name: path for path in folder.iterdir()}
+    assert set(found) == {"Offline", "Server", "SingleStream", "MultiStream"}
+    for name, batch in (("Offline", 3), ("Server", 2)):
+        result = json.loads((found[name] / "PerformanceOnly" / "result.json").read_text())
+        assert result["engine"]["threads"] == 1
+        assert result["settings"]["batch_size"] == batch
+        assert result["settings"]["min_duration_ms"] == 100
+    (preprocessed / "wrong.toml").write_text((preprocessed / "mine.toml").read_text() + "x = 1")
+    done = harness(preprocessed, "run", "grey.onnx", "--config", "wrong.toml")
+    assert done.returncode == 2 and "wrong.toml [default]: Server.x: unknown" in done.stderr
+
+
+def test_resume_adds_what_is_missing(logs, preprocessed):
+    before = {path: path.read_bytes() for path in logs.rglob("result.json")}
+    arguments = [*RUN, "--batch", "4", "--log-dir", "logs", "--system", "box", "--resume"]
+    modes = ["--test_mode", "AccuracyOnly,PerformanceOnly"]
+    done = harness(preprocessed, *arguments, *modes, "--scenarios", "Offline,MultiStream")
+    assert done.returncode == 0, done.stderr
+    after = {path: path.read_bytes() for path in logs.rglob("result.json")}
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 2
+    done = harness(preprocessed, *arguments, *modes, "--min-queries", "30")
+    assert done.returncode == 2
+    assert "is of another settings.min_query_count: 20, not 30" in done.stderr
+
+
+def test_two_runs_are_compared(logs, preprocessed):
+    done = harness(preprocessed, "report", "--compare", "logs", "logs")
+    assert done.returncode == 0, done.stderr
+    assert "Offline AccuracyOnly" in done.stdout
+    assert "│ AP50" in done.stdout
+
+
 def test_accuracy_of_a_log(logs, preprocessed):
     log = logs / "box" / "ssd-resnet34" / "Offline" / "AccuracyOnly" / "mlperf_log_accuracy.json"
     done = harness(preprocessed, "accuracy", log, "--dataset", "coco")
@@ -237,12 +268,17 @@ def test_an_interrupted_run_says_so(preprocessed, number):
         (["run", "grey.onnx", "--streams", "0"], "Offline.streams: greater than 0 expected, not 0"),
         (["run", "grey.onnx", "--devices", "0,x"], "--devices '0,x': numbers of GPUs expected"),
         (["run", "grey.onnx", "--device", "cpu", "--devices", "0"], "but the device is cpu"),
+        (["run", "grey.onnx", "--pictures", "2"], "add --test_mode AccuracyOnly"),
+        (["run", "grey.onnx", "--resume"], "name it, --log-dir"),
+        (["run", "none.onnx", "--log-dir", "logs", "--system", "box"], "exists; choose another"),
+        (["report", "logs", "--compare"], "--compare takes two runs, these are 1"),
+        (["report", "logs", "--csv", "--json"], "give one of --json, --csv"),
         (["accuracy", "none.json"], "give either --dataset or --annotations"),
         (["report", "."], "no result.json"),
     ],
 )
-def test_user_errors_are_one_line(arguments, message, preprocessed, tmp_path):
-    if arguments[0] == "report":
+def test_user_errors_are_one_line(arguments, message, preprocessed, logs, tmp_path):
+    if arguments == ["report", "."]:
         arguments = ["report", tmp_path]
     done = harness(preprocessed, *arguments)
     assert done.returncode == 2

@@ -13,6 +13,7 @@ from engine.data.preprocessed import load_preprocessed, preprocessing_sha256
 from engine.manifest import save_engine
 from engine.protocol import InputSpec
 from engine.quantization.cache import Calibration
+from harness.errors import HarnessError
 from tests.support.grey import BOX, GREYS, grey_detector, harness
 from tests.support.manifests import PLAN, manifest
 from tests.support.photos import photo, reference
@@ -241,3 +242,24 @@ def test_a_built_engine_is_what_images_are_made_for(place: Path) -> None:
     assert list(made.files) == NAMES["val"]
     (place / "model.engine.json").unlink()
     assert "no manifest model.engine.json beside it" in error(place, "model.engine")
+
+
+def test_make_uses_again_what_it_left(place, monkeypatch):
+    """And makes anew what --skip-bad left out."""
+    from harness.make import route
+
+    preprocess(place, "--cal_only")
+    monkeypatch.chdir(place)
+    said = []
+    spec = InputSpec("image", (3, 1200, 1200), "float32")
+    benchmark = route.route_of("ssd-resnet34", None, Path("build"), said.append)
+    route.preprocess(benchmark, "cal", spec)
+    assert said == [
+        "preprocess coco-cal: reused build/preprocessed_data/coco-cal/float32_1200x1200"
+    ]
+    bad = place / "build" / "data" / "coco" / "train2017" / "d.png"
+    content = bad.read_bytes()
+    bad.write_bytes(content[:40])
+    preprocess(place, "--cal_only", "--skip-bad")
+    with pytest.raises(HarnessError, match=r"d\.png"):
+        route.preprocess(benchmark, "cal", spec)

@@ -345,9 +345,20 @@ def test_next_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "find_spec", lambda _: True)
     monkeypatch.setattr(doctor, "_gpus", lambda _: doctor.Gpus("580.1", "13.0", (), "test"))
     assert doctor.examine(tmp_path).next_step == "Run the demo: make demo"
+    monkeypatch.chdir(tmp_path)
+    assert doctor.examine(tmp_path).next_step == f"Run the demo: make demo, in {ROOT}"
+    monkeypatch.setattr(doctor, "_ROOT", tmp_path)
+    assert doctor.examine(tmp_path).next_step.startswith("Fetch COCO")
+    monkeypatch.chdir(ROOT)
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "ssd-resnet34-demo.nms.onnx").touch()
     step = doctor.examine(tmp_path).next_step
+    # room for all but the float validation set, which the benchmark does not need
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage._replace(free=50 * 10**9))
+    assert doctor.examine(tmp_path).next_step == step
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage._replace(free=10 * 10**9))
+    assert "no room for COCO" in doctor.examine(tmp_path).next_step
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage)
     for words in step.partition(": ")[2].split(" && "):
         command(*words.split(), "--help")
     (tmp_path / "data" / "coco" / "val2017").mkdir(parents=True)

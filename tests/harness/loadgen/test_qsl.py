@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.errors import HarnessError
 from harness.loadgen.qsl import SampleLibrary
 from tests.support.harness_fakes import FakeEngine, Memory
 
@@ -92,3 +93,11 @@ def test_memory_is_the_engines_and_kept():
         assert np.shares_memory(library.runs([0])[0], allocated[-1]())
         library.unload(range(count))
     assert len(allocated) == 2
+
+
+def test_more_samples_than_memory():
+    """LoadGen's 64 and a batch are what is in memory."""
+    engine = FakeEngine()
+    engine.host_array = lambda shape, dtype: np.empty((10**9, *shape), dtype)
+    with pytest.raises(HarnessError, match=r"10 samples of .* GB do not fit in memory; .* --batch"):
+        SampleLibrary(Memory(10), engine).load(range(10))

@@ -17,6 +17,7 @@ import onnx
 import pytest
 
 import harness.data.preprocess
+import harness.data.record
 import harness.make.route
 from engine.support.files import file_sha256
 from harness.make.route import _QUANTIZATION_CODE, build_int8, build_onnx, route_of
@@ -287,8 +288,8 @@ def test_changed_preprocessing_code(place, monkeypatch):
     def other(*patterns: str) -> str:
         return "other" if patterns == ("harness/data/transform.py",) else genuine(*patterns)
 
-    monkeypatch.setattr(harness.make.route, "code_sha256", other)
-    monkeypatch.setattr(harness.data.preprocess, "code_sha256", other)
+    for module in (harness.make.route, harness.data.record, harness.data.preprocess):
+        monkeypatch.setattr(module, "code_sha256", other)
     links = [p for p in (place / "build" / "preprocessed_data").glob("*/*") if p.is_symlink()]
     files = sorted(path for link in links for path in link.glob("*.npy"))
     before = [path.stat().st_mtime_ns for path in files]

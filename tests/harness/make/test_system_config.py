@@ -14,7 +14,14 @@ from engine.support.environment import gpu_name
 from harness.errors import HarnessError
 from harness.loadgen.settings import SCENARIOS, settings_from
 from harness.make import system_config as module
-from harness.make.system_config import CONFIGS, VERSIONS, SystemConfig, system_config
+from harness.make.arguments import choices
+from harness.make.system_config import (
+    CONFIGS,
+    VERSIONS,
+    SystemConfig,
+    config_of,
+    system_config,
+)
 from tests.support.fake_gpus import FakeRuntime
 from tests.support.formats import Sample, damages
 
@@ -226,6 +233,35 @@ def test_an_unknown_system_lists_those_of_the_benchmark(write):
     write("two", 'cpu = ""', benchmark="ssd-resnet34-demo")
     with pytest.raises(HarnessError, match=r"no configuration 'three' .*there are: one$"):
         system_config(MODEL, "default", "three")
+
+
+def test_a_file_by_its_path(write, tmp_path):
+    """Wherever it lies and whatever machine it is for, as `harness tune -o` may write it."""
+    made = write(
+        "one", 'gpu = "Another"', "[default]\nthreads = 3\n[default.Offline]\nbatch_size = 5"
+    )
+    path = made.rename(tmp_path / "mine.toml")
+    config = system_config(MODEL, "default", str(path))
+    assert config == config_of(path)
+    assert (config.name, config.source, config.threads) == ("mine", path, 3)
+    assert settings_from(config.tables, ["Offline"], {})[0].batch == 5
+    with pytest.raises(
+        HarnessError, match=r"mine\.toml is for ssd-resnet34, not for ssd-resnet34-demo"
+    ):
+        system_config("ssd-resnet34-demo", "default", str(path))
+    with pytest.raises(HarnessError, match=r"mine\.toml has no \[maxq\]; it has: default"):
+        system_config(MODEL, "maxq", str(path))
+    with pytest.raises(HarnessError, match=r"none\.toml"):
+        system_config(MODEL, "default", "none.toml")
+    settings = tmp_path / "settings.toml"
+    settings.write_text("min_duration_ms = 5")
+    assert config_of(settings) is None
+
+
+def test_all_stands_for_every_name():
+    assert choices(" ALL", ("a", "b"), "letter") == ("a", "b")
+    with pytest.raises(HarnessError, match="unknown letter 'all'"):
+        choices("a,all", ("a", "b"), "letter")
 
 
 def test_gpu_name_from_nvidia_smi(monkeypatch):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,38 @@ def test_two_makes_install_one_after_the_other(tmp_path):
     os.utime(tmp_path / "pyproject.toml")
     subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     assert len((tmp_path / "said").read_text().splitlines()) == 8
+
+
+def test_make_help_lists_every_target_that_is_for_people():
+    done = subprocess.run(
+        ["make", "-f", ROOT / "Makefile"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    listed = set(re.findall(r"^  ([a-z_ -]+?)  ", done.stdout, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    (phony,) = re.findall(r"\.PHONY: (.*)", makefile)
+    inner = {"lint_python", "lint_types", "lint_cuda"}
+    assert {word for words in listed for word in words.split()} == set(phony.split()) - inner
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_image_size_goes_from_make_to_the_route(monkeypatch):
+    show = "--eval=show: ; @echo $$IMAGE_SIZE $$WEIGHTS"
+    command = ["make", "-f", ROOT / "Makefile", show, "show", "IMAGE_SIZE=512", "WEIGHTS=my.pth"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    size, weights = done.stdout.split()
+    monkeypatch.setenv("IMAGE_SIZE", size)
+    monkeypatch.setenv("WEIGHTS", weights)
+    asked = {}
+
+    def route_of(benchmark, weights, *_, **given):
+        asked.update(given, weights=weights)
+        raise HarnessError("enough")
+
+    monkeypatch.setattr("harness.make.route.route_of", route_of)
+    monkeypatch.setattr(sys, "argv", ["harness", "make", "onnx", "--benchmarks", BENCHMARK])
+    with pytest.raises(SystemExit):
+        main()
+    assert asked == {"dataset": None, "image_size": 512, "weights": Path("my.pth")}
 
 
 def make(*arguments):

@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given
 
 from engine.data.coco import coco_evaluation
+from engine.errors import EngineError
 from harness.errors import HarnessError
 from harness.loadgen.log import ACCURACY
 from harness.results import run_all
+from harness.results.layers import Layers, read_layers
 from harness.results.page import PAGE, render_page, write_index
 from harness.results.report import INDEX, find_results
+from harness.results.result import read_result
 from harness.results.run import Benchmark
 from tests.harness.results.test_result import ANYTHING, FIGURES
 from tests.support.compliance_runs import TOTAL, data_set
@@ -80,6 +83,25 @@ def test_worst_images_come_first_with_what_is_wrong(page):
     text = " ".join(Page(page).text.split())
     assert text.count("00000.jpg: 1 missed, 1 false, 1 right") == 1
     assert text.count(": 1 missed, 1 false, 1 right") == 4
+
+
+def test_layers_side_by_side(performance, tmp_path):
+    folder, result = performance
+    runs = []
+    for name, times in (("a", {HOSTILE: 2.0, "conv": 0.5}), ("b", {"conv": 3.0})):
+        where = tmp_path / name
+        shutil.copytree(folder, where)
+        Layers(8, times).write(where)
+        runs.append((where, result))
+    read = Page(render_page([*runs, performance], tmp_path))
+    assert ["conv", "0.5000", "3.0000"] in read.rows
+    assert [HOSTILE, "2.0000", "–"] in read.rows
+    assert ["all 2", "2.500", "3.000"] in read.rows
+    assert read.rows.index(["conv", "0.5000", "3.0000"]) < read.rows.index([HOSTILE, "2.0000", "–"])
+    assert "Layers" not in [row[0] for row in Page(render_page([performance], tmp_path)).rows]
+    (runs[0][0] / "layers.json").write_text("[]")
+    with pytest.raises(HarnessError, match=r"layers\.json"):
+        render_page(runs, tmp_path)
 
 
 def test_changes_are_against_the_first_of_its_kind(performance, tmp_path):
@@ -193,6 +215,106 @@ def test_a_run_and_its_page_evaluate_once(tmp_path, monkeypatch):
     assert "No accuracy run" not in page and "no classes" not in page
     assert render_page(find_results([logs]), tmp_path / "build") == page
     assert len(evaluations) == 2
+
+
+def test_the_page_has_this_run_alone_and_replaces_no_file_of_the_user(tests, tmp_path, capsys):
+    """As with ``--log-dir .``, where other runs and a report of somebody lie, too."""
+    home = tmp_path / "box" / "ssd-resnet34" / "Offline"
+    other = tmp_path / "older" / "box" / "ssd-resnet34" / "Offline" / "PerformanceOnly"
+    run_all.run_all([(*tests[0][:3], other)], tmp_path / "build")
+    run_all.run_all([(*tests[0][:3], home / "PerformanceOnly")], tmp_path / "build")
+    assert len(Page((tmp_path / PAGE).read_text()).results()) == 1
+    run_all.run_all([(*tests[0][:3], home / "Second")], tmp_path / "build")  # ours is replaced
+    assert len(Page((tmp_path / PAGE).read_text()).results()) == 2
+    (tmp_path / PAGE).write_text("mine")
+    capsys.readouterr()
+    run_all.run_all([(*tests[0][:3], home / "Third")], tmp_path / "build")
+    assert (tmp_path / PAGE).read_text() == "mine"
+    assert f"{PAGE} is none of ours" in capsys.readouterr().err
+
+
+class LayeredEngine(FakeEngine):
+    """One that tells its layers, or fails to."""
+
+    fails = False
+
+    def layer_times(self, batch):
+        if self.fails:
+            raise EngineError("no more memory")
+        return {"conv": 0.25 * batch}
+
+
+def test_layers_of_a_run(tests, tmp_path, capsys):
+    engine = LayeredEngine()
+    test = (benchmark(engine), short("Offline", batch_size=4), "PerformanceOnly", tests[0][3])
+    run_all.run_all([test], tmp_path / "build", layers=True)
+    assert read_layers(tests[0][3]) == Layers(4, {"conv": 1.0})
+    engine.fails = True
+    other = tests[0][3].with_name("Again")
+    run_all.run_all([(*test[:3], other)], tmp_path / "build", layers=True)
+    assert "warning: no more memory" in capsys.readouterr().err
+    assert (other / "result.json").exists() and read_layers(other) is None
+    silent = FakeEngine()
+    with pytest.raises(HarnessError, match="does not tell the times of its layers"):
+        run_all.run_all(
+            [(benchmark(silent), *test[1:3], other.with_name("Third"))],
+            tmp_path / "build",
+            layers=True,
+        )
+    assert not silent.batches
+
+
+def test_resume_runs_what_is_missing(tests, tmp_path, capsys):
+    engine = FakeEngine()
+    wanted = [
+        (benchmark(engine), short(name), "PerformanceOnly", tmp_path / "logs" / name / "mode")
+        for name in ("Offline", "SingleStream")
+    ]
+    run_all.run_all(wanted[:1], tmp_path)
+    before = (wanted[0][3] / "result.json").read_bytes()
+    with pytest.raises(HarnessError, match=r"Offline/mode exists; .* --resume"):
+        run_all.check_folders([where for *_, where in wanted])
+    wanted[1][3].with_name("mode.partial").mkdir(parents=True)  # of a run that failed
+    done = len(engine.batches)
+    run_all.run_all(wanted, tmp_path, resume=True)
+    assert (wanted[0][3] / "result.json").read_bytes() == before
+    assert len(engine.batches) > done
+    said = capsys.readouterr()
+    assert "Offline PerformanceOnly: was run, " in said.err
+    assert "SingleStream" in said.out and "Offline" in said.out.split("SingleStream")[0]
+    done = len(engine.batches)
+    run_all.run_all(wanted, tmp_path, resume=True)
+    assert len(engine.batches) == done
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"min_duration_ms": 70}, "settings.min_duration_ms: 50, not 70"),
+        ({"batch_size": 3}, "settings.batch_size: 8, not 3"),
+    ],
+)
+def test_resume_refuses_another_test(tests, tmp_path, change, message):
+    run_all.run_all(tests, tmp_path)
+    other = [(tests[0][0], short("Offline", **change), *tests[0][2:])]
+    with pytest.raises(HarnessError, match=f"Only is of another {message}"):
+        run_all.run_all(other, tmp_path, resume=True)
+
+
+def test_resume_refuses_another_engine_or_other_samples(tests, tmp_path):
+    run_all.run_all(tests, tmp_path)
+    where = tests[0][3]
+    result = read_result(where / "result.json")
+    for key, value in (("onnx_sha256", "0" * 64), ("threads", 77), ("devices", ["cuda:0"])):
+        replace(result, engine={**result.engine, key: value}).write(where)
+        with pytest.raises(HarnessError, match=rf"is of another engine\.{key}: .*, not "):
+            run_all.run_all(tests, tmp_path, resume=True)
+    replace(result, engine={**result.engine, "model": "elsewhere.onnx"}).write(where)
+    run_all.run_all(tests, tmp_path, resume=True)
+    names = (where / "samples.txt").read_text().splitlines()
+    (where / "samples.txt").write_text("\n".join(names[::-1]))
+    with pytest.raises(HarnessError, match="is of another list of samples"):
+        run_all.run_all(tests, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("package", ["plotly", "jinja2"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harness.results.report import print_table, to_csv
+from harness.errors import HarnessError
+from harness.results.compare import paired, print_comparison
+from harness.results.report import OURS, find_results, print_table, to_csv
 from harness.results.result import RunResult
 from tests.harness.results.test_result import SAMPLE
 
@@ -82,3 +85,70 @@ def test_csv(run):
     assert first["directory"] == str(FOLDER)
     assert (first["samples/s"], first["p99 ms"], first["mAP"]) == ("123456.789", "0.5", "")
     assert (second["mAP"], second["LoadGen"], second["samples/s"]) == ("0.25", "", "")
+
+
+def test_marked_pages_are_no_runs_but_any_other_file_is_refused(run, tmp_path):
+    folder, one = tmp_path / "run", run[1]
+    folder.mkdir()
+    one.write(folder)
+    (tmp_path / "index.html").write_text("<p>mine")
+    with pytest.raises(HarnessError, match=r"index\.html"):
+        find_results([folder, tmp_path / "index.html"])
+    (tmp_path / "index.html").write_text(f"<!doctype html>{OURS}")
+    assert [path for path, _ in find_results([folder, tmp_path / "index.html"])] == [folder]
+
+
+def compared(first, second, capsys, monkeypatch):
+    """What is printed, by the first cell of its rows; and all of it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    print_comparison(first, second)
+    text = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if row}, text
+
+
+def test_two_runs_side_by_side(run, capsys, monkeypatch):
+    folder, a = run
+    b = replace(
+        a,
+        samples_per_second=1.25 * a.samples_per_second,
+        latency_ms={"p50": 12345.678, "p99": 0.25},
+        valid=False,
+        errors=("too [short]",),
+        engine={**a.engine, "onnx_sha256": "f" * 64},
+    )
+    lonely = replace(a, scenario="Server")
+    rows, text = compared(
+        [(folder, a)], [(FOLDER.parent, b), (FOLDER, lonely)], capsys, monkeypatch
+    )
+    assert rows["samples/s"] == ["123456.79", "154320.99", "+30864.20", "+25.0 %"]
+    assert rows["query p99 ms"] == ["0.500", "0.250", "-0.250", "-50.0 %"]
+    assert rows["query p50 ms"][2:] == ["+0.000", "+0.0 %"]
+    assert rows["LoadGen"][:2] == ["VALID", "INVALID"]
+    assert rows["engine.onnx_sha256"] == ["–", "f" * 64]
+    assert "engine.model" not in rows and "versions.python" not in rows  # the same in both
+    assert "B: too [short]" in text
+    assert "B alone: Server PerformanceOnly, which A has not" in text
+
+
+def test_accuracies_side_by_side(run, capsys, monkeypatch):
+    def accuracy(ap):
+        figures = {"mAP": ap, "stats": {"AP": ap, "APs": -1.0}}
+        return [
+            (FOLDER, result(mode="AccuracyOnly", valid=None, value=ap, accuracy=figures)),
+        ]
+
+    rows, _ = compared(accuracy(0.25), accuracy(0.2), capsys, monkeypatch)
+    assert rows["AP"] == ["0.2500", "0.2000", "-0.0500", "-20.0 %"]
+    assert "LoadGen" not in rows
+    monkeypatch.setenv("COLUMNS", "80")
+    print_comparison(accuracy(0.25), accuracy(0.2))
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_what_cannot_be_compared_is_refused(run):
+    other = [(FOLDER, replace(run[1], scenario="Server"))]
+    with pytest.raises(HarnessError, match="MultiStream PerformanceOnly against Server Perf"):
+        paired([run], other)
+    with pytest.raises(HarnessError, match="twice"):
+        paired([run], [run, (FOLDER.parent, run[1])])

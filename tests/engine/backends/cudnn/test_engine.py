@@ -103,6 +103,7 @@ def test_the_command_says_what_to_install(tmp_path):
     done = attempt("-c", hide, *arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+    assert "what fails here is its frontend (nvidia-cudnn-frontend): import of" in done.stderr
     assert "pip install 'ssd-resnet34-trt[cudnn]'" in done.stderr
 
 
@@ -111,7 +112,7 @@ def test_a_frontend_without_cudnn_is_told(monkeypatch):
         raise RuntimeError("Unable to find symbol cudnnGetVersion")
 
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=fail))
-    with pytest.raises(EngineError, match=r"an NVIDIA GPU, cuDNN and .*: pip install .*cudnn"):
+    with pytest.raises(EngineError, match=r"is cuDNN itself .*: Unable .*; pip install .*cudnn"):
         cudnn.import_cudnn()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from engine.errors import EngineError
 from engine.load import load_engine
-from engine.protocol import InputSpec
+from engine.protocol import InputSpec, TellsLayers
 
 SIZE = 4
 KEEP = 3
@@ -171,3 +172,22 @@ def test_a_missing_cuda_provider_is_one_sentence(tmp_path):
         pytest.skip("this ONNX Runtime has the CUDA provider")
     with pytest.raises(EngineError, match="has no CUDAExecutionProvider; install"):
         load_engine("onnxruntime", tiny_model(tmp_path / "m.onnx"), device="cuda")
+
+
+@pytest.mark.parametrize("batch", ["batch", 2])
+def test_times_of_layers(tmp_path, batch):
+    """Of every node that runs, where its time is that of the work: on a CPU."""
+    path = tiny_model(tmp_path / "m.onnx", batch=batch)
+    engine = load_engine("onnxruntime", path)
+    assert isinstance(engine, TellsLayers)
+    times = engine.layer_times(2)
+    kinds = {name.rstrip("0123456789_") for name in times}
+    assert (
+        {"ReduceMean", "Unsqueeze", "Mul"}
+        <= kinds
+        <= {n.op_type for n in onnx.load(path).graph.node}
+    )
+    assert all(ms >= 0 for ms in times.values())
+    elsewhere = dataclasses.replace(engine, manifest={**engine.manifest, "device": "cuda:0"})
+    assert elsewhere.layer_times(2) is None
+    assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"]
