@@ -83,7 +83,7 @@ test-fast: .venv/test ## What needs no model, server or compiler
 # command that writes, killed so many times. The counts at the end of both.
 ATTACK_MINUTES ?= 10
 ATTACK_KILLS ?= 5
-attack: .venv/test ## Random damage and random cases [ATTACK_MINUTES, ATTACK_KILLS, ATTACK_SEED]
+attack: .venv/test ## Random damage, random cases, kills [ATTACK_MINUTES, ATTACK_KILLS]
 	$(BIN)/python -m tests.attack $(ATTACK_MINUTES) $(ATTACK_SEED)
 	$(BIN)/python -m tests.attack.kills $(ATTACK_KILLS) $(ATTACK_SEED)
 

@@ -100,4 +100,4 @@ def test_more_samples_than_memory():
     engine = FakeEngine()
     engine.host_array = lambda shape, dtype: np.empty((10**9, *shape), dtype)
     with pytest.raises(HarnessError, match=r"10 samples of .* GB do not fit in memory; .* --batch"):
-        SampleLibrary(Memory(10), engine).load(range(10))
+        SampleLibrary(Memory(10), [engine]).load(range(10))

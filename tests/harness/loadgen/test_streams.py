@@ -273,7 +273,7 @@ def test_work_and_memory_stay_next_to_the_gpu(tmp_path, monkeypatch):
     def cpus(device):
         return near if device == "fake:0" else None
 
-    monkeypatch.setattr("harness.loadgen.sut.gpu_cpus", cpus)
+    monkeypatch.setattr("harness.loadgen.lane.gpu_cpus", cpus)
     monkeypatch.setattr("harness.loadgen.test.gpu_cpus", cpus)
     engines = (Watched(), Watched(device="fake:1"))
     settings = short("Offline", performance_sample_count=30, min_query_count=500)
