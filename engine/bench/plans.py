@@ -22,6 +22,7 @@ import typer
 from numpy.typing import NDArray
 
 from engine.backends.cuda import Stream, pci_bus_id, pinned, use_gpu
+from engine.backends.cudnn.engine import CudnnEngine
 from engine.backends.cudnn.engine import load as load_cudnn
 from engine.backends.tensorrt.engine import Engine, make_context, set_addresses, start
 from engine.backends.tensorrt.engine import load as load_plan
@@ -68,8 +69,7 @@ def bench(
     for path, manifest in manifests.items():
         if manifest.onnx_sha256 != detector.sha256:
             raise EngineError(f"{path}: built from {manifest.model}, not from {model}")
-    chosen = {size: _plan_for(size, manifests) for size in sizes}
-    loaded = {path: load_plan("tensorrt", path, f"cuda:{device}") for path in chosen.values()}
+    loaded = {path: load_plan("tensorrt", path, f"cuda:{device}") for path in plans}
     cudnn = load_cudnn(model, device=f"cuda:{device}", max_batch=sizes[-1])
     images = image_pool(cudnn, data)
     work = operations(cudnn.graph, cudnn.graph.layers)
@@ -84,43 +84,60 @@ def bench(
         "operations_per_image": work,
         "peak": asdict(peak) if peak else None,
         "batches": {},
+        "refused": {},
     }
     meter = _energy_meter(device)
     for size in sizes:
-        plan = loaded[chosen[size]]
-        with ExitStack() as open_ones:
-            ways = {
-                "tensorrt": _session(open_ones, plan, images, size),
-                "cudnn": _session(open_ones, cudnn, images, size),
-                "plan": _plan_alone(open_ones, plan, size),
-                "plan_copies": _plan_with_copies(open_ones, plan, images, size),
-            }
-            turns: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-            for _ in range(_ROUNDS):
-                for name, way in ways.items():
-                    turns[name].append(_turn(way, seconds, meter))
-        entry: dict[str, Any] = {name: _medians(found) for name, found in turns.items()}
-        speed = {name: one["images_per_s"] for name, one in entry.items()}
-        entry["plan_file"] = chosen[size].name
-        entry["cudnn_over_tensorrt"] = speed["cudnn"] / speed["tensorrt"]
-        entry["tensorrt_over_plan"] = speed["tensorrt"] / speed["plan"]
-        entry["turns"] = turns
-        document["batches"][str(size)] = entry
+        try:
+            path = _plan_for(size, manifests)
+            entry = _both(loaded[path], cudnn, images, size, seconds, meter)
+        except EngineError as error:  # no plan takes it: not 94 images of 1200x1200
+            document["refused"][str(size)] = str(error)
+            typer.echo(f"batch {size}: {error}")
+            continue
+        document["batches"][str(size)] = {"plan_file": path.name, **entry}
+        tensorrt, copies, own = (entry[name] for name in ("tensorrt", "plan_copies", "cudnn"))
         typer.echo(
-            f"batch {size}: TensorRT {speed['tensorrt']:.0f} images/s (plan alone "
-            f"{speed['plan']:.0f}), p50 {entry['tensorrt']['p50_ms']:.3f} ms (plan and copies "
-            f"{entry['plan_copies']['p50_ms']:.3f}); cudnn {speed['cudnn']:.0f}, "
-            f"{entry['cudnn']['p50_ms']:.3f} ms"
+            f"batch {size}: TensorRT {tensorrt['images_per_s']:.0f} images/s (plan alone "
+            f"{entry['plan']['images_per_s']:.0f}), p50 {tensorrt['p50_ms']:.3f} ms (plan and "
+            f"copies {copies['p50_ms']:.3f}); cudnn {own['images_per_s']:.0f}, "
+            f"{own['p50_ms']:.3f} ms"
         )
         write_json(output, document | {"finished": now()})
-    for size in sizes:
-        entry = document["batches"][str(size)]
-        described = describe_plan(loaded[chosen[size]], size)
-        own = layer_times(cudnn, size)
-        entry["layers"] = [asdict(row) for row in side_by_side(own, described.layers)]
-        entry["tensorrt_layers"] = [asdict(layer) for layer in described.layers]
-        entry["cudnn_layers"] = [asdict(layer) for layer in own]
     write_json(output, document | {"finished": now()})
+
+
+def _both(  # noqa: PLR0917
+    plan: Engine,
+    cudnn: CudnnEngine,
+    images: NDArray[np.int8],
+    size: int,
+    seconds: float,
+    meter: Callable[[], float] | None,
+) -> dict[str, Any]:
+    """Measure one batch size in turns, then the layers."""
+    with ExitStack() as open_ones:
+        ways = {
+            "tensorrt": _session(open_ones, plan, images, size),
+            "cudnn": _session(open_ones, cudnn, images, size),
+            "plan": _plan_alone(open_ones, plan, size),
+            "plan_copies": _plan_with_copies(open_ones, plan, images, size),
+        }
+        turns: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+        for _ in range(_ROUNDS):
+            for name, way in ways.items():
+                turns[name].append(_turn(way, seconds, meter))
+    entry: dict[str, Any] = {name: _medians(found) for name, found in turns.items()}
+    speed = {name: one["images_per_s"] for name, one in entry.items()}
+    layers, own = describe_plan(plan, size).layers, layer_times(cudnn, size)
+    return entry | {
+        "cudnn_over_tensorrt": speed["cudnn"] / speed["tensorrt"],
+        "tensorrt_over_plan": speed["tensorrt"] / speed["plan"],
+        "layers": [asdict(row) for row in side_by_side(own, layers)],
+        "tensorrt_layers": [asdict(layer) for layer in layers],
+        "cudnn_layers": [asdict(layer) for layer in own],
+        "turns": turns,
+    }
 
 
 @dataclass(frozen=True)
@@ -174,7 +191,7 @@ def _plan_for(size: int, manifests: Mapping[Path, Manifest]) -> Path:
     """Choose the plan that takes a batch and was tuned for one as near as can be."""
     fits = [p for p, m in manifests.items() if m.min_batch <= size <= m.max_batch]
     if not fits:
-        raise EngineError(f"--batches: no plan takes {size} images")
+        raise EngineError(f"no plan takes {size} images")
     return min(fits, key=lambda path: abs(manifests[path].opt_batch - size))
 
 

@@ -30,7 +30,7 @@ def plot(
     figure, left, right = new_figure()
     _draw_speed(left, batches)
     _draw_layers(right, max(batches), batches[max(batches)]["layers"])
-    version = figures["versions"]["TensorRT"]
+    version = next(iter(figures["plans"].values()))["version"]
     figure.suptitle(
         f"INT8 on one {figures['manifest']['gpu']}: engine cudnn and TensorRT {version}"
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import onnx
 
 from engine.backends.tensorrt.module import (
     BACKENDS,
@@ -34,9 +37,13 @@ from graph_surgery.files import data_files
 from graph_surgery.graph import import_graph, output_names
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.pattern import find_nms_node
+from graph_surgery.protobuf import types
 
 if TYPE_CHECKING:
     from engine.backends.cuda import Gpu
+
+_MOST_VALUES = 2**31
+"""Values that a tensor of TensorRT has fewer than, by what 10.6 says when it runs such a batch."""
 
 
 def build(
@@ -84,6 +91,7 @@ def build(
     from engine.backends.tensorrt.engine import write_layer_info
 
     image, rows = detector.input, wanted_plugin(detector).keep_top_k
+    _check_volumes(detector, options.max_batch)
     trt, gpu = _builder_of(backend, options)
     manifest = Manifest(
         backend=backend,
@@ -241,6 +249,22 @@ def _require_plugin(trt: Any, detector: Detector, plugin: Plugin) -> None:
             f"{detector.path}: the plugin {OP_TYPE} (version {plugin.version}) is not registered; "
             "give the library that 'build-plugin' makes: --plugin libnmsoptplugin.so"
         )
+
+
+def _check_volumes(detector: Detector, max_batch: int) -> None:
+    """Refuse a batch that TensorRT 10.6 builds a plan for, and then does not run."""
+    sizes = {name: math.prod(_of_an_image(kind)) for name, kind in types(detector.model).items()}
+    name = max(sizes, key=lambda name: sizes[name])
+    limit = (_MOST_VALUES - 1) // sizes[name]
+    if max_batch > limit:
+        raise EngineError(
+            f"{detector.path}: tensor {name!r} has {sizes[name]:,} values an image, and TensorRT "
+            f"takes no tensor of 2^31: --max-batch {limit} at most"
+        )
+
+
+def _of_an_image(known: onnx.ValueInfoProto) -> list[int]:
+    return [size.dim_value or 1 for size in known.type.tensor_type.shape.dim[1:]]
 
 
 def _shapes(

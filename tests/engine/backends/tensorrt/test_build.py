@@ -52,6 +52,16 @@ def test_detector_of_a_quantised_file(surgered, tmp_path, float_type):
     assert detector.metadata["calibration_method"] == "entropy"
 
 
+def test_a_batch_with_2_to_the_31_values_in_a_tensor(demo_surgered, tmp_path):
+    """The stem makes 16 channels of 200x200: 3,355 images are below, 3,356 are not."""
+    detector = load_detector(demo_surgered)
+    with pytest.raises(EngineError, match=r"640,000 values an image, .*: --max-batch 3355 at most"):
+        build(detector, "tensorrt", tmp_path / "e", BuildOptions(max_batch=3356))
+    with pytest.raises(EngineError) as other:  # TensorRT is not here
+        build(detector, "tensorrt", tmp_path / "e", BuildOptions(max_batch=3355))
+    assert "values an image" not in str(other.value)
+
+
 @pytest.mark.parametrize(("name", "value"), [("plugin_version", 3), ("keepTopK", "many")])
 def test_attributes_of_another_type(surgered, tmp_path, name, value):
     def change(model):
