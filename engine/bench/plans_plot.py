@@ -66,5 +66,8 @@ def _draw_layers(axis: Any, batch: int, layers: list[dict[str, Any]]) -> None:
         if layer["floor_ms"] is not None:
             axis.hlines(layer["floor_ms"], position - 0.4, position + 0.4, color="black")
     axis.hlines([], 0, 0, color="black", label="floor: operations at peak, or bytes once")
-    axis.set(xlabel="step of engine cudnn", ylabel=f"milliseconds for {batch} images")
+    top = 1.15 * max(max(layer["cudnn_ms"], layer["tensorrt_ms"]) for layer in layers)
+    axis.set(
+        xlabel="step of engine cudnn", ylabel=f"milliseconds for {batch} images", ylim=(0, top)
+    )
     axis.legend(frameon=False, loc="upper center", ncols=3)
