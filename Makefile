@@ -38,7 +38,7 @@ help: ## This list
 # `make` at once, the second waits for the first, and installs only what that has not.
 define INSTALL
 	@mkdir -p .venv
-	@flock -n .venv/lock true || echo "another make installs into .venv; waiting for it"
+	@flock -n .venv/lock true || echo "waiting for the lock of .venv, where another make may install"
 	@flock .venv/lock sh -ec 'test -e $@ && test -z "$$(find $^ -newer $@)" && exit; \
 	  test -x $(BIN)/pip || $(PYTHON) -m venv .venv; \
 	  echo "installing into .venv; this takes a minute or two"; \

@@ -113,7 +113,8 @@ def _rows(model: type, schema: Mapping[str, Any], names: tuple[str, ...]) -> Ite
         shown = otherwise if default is None else f"{default}"
         if name in schema.get("required", ()):
             shown = "required"
-        yield f"| `{name}` | {_kind(found)} | {shown} | {what} |"
+        kind = f"{_kind(found)}; or `all`" if name == "devices" else _kind(found)
+        yield f"| `{name}` | {kind} | {shown} | {what} |"
 
 
 def _described(model: type, name: str) -> tuple[str, str]:

@@ -191,7 +191,8 @@ def _measure(way: Way, batch: int, threads: int | None) -> Measured:
         )
         if engine.max_batch is not None and engine.max_batch < batch:
             raise EngineError(f"takes {engine.max_batch} images at most")
-        size = 1 if way.device == "cpu" else batch  # seconds an image, and hardly more by itself
+        # on a CPU an image takes its time alone as well, and a batch of them minutes
+        size = (engine.max_batch or 1) if way.device == "cpu" else batch
         images = engine.host_array((size, *engine.input_spec.shape), engine.input_spec.dtype)
         random = np.random.default_rng(0)
         images[:] = random.integers(-60, 61, images.shape, np.int8)

@@ -13,6 +13,7 @@ from engine.plans import Force, build, refit, say
 from engine.protocol import InputSpec
 from engine.support.command import run_command
 from engine.support.progress import progress_bar
+from graph_surgery.command import printable
 
 if TYPE_CHECKING:
     from engine.model import Detector
@@ -329,7 +330,7 @@ def sensitivity(
     new_console().print(sensitivity_table(found))
     if output is not None:
         say(output, written=write_output(output, json_text(asdict(found)), overwrite=force))
-    typer.echo(sensitivity_advice(found))
+    typer.echo(printable(sensitivity_advice(found)))
 
 
 @app.command()

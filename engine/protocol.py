@@ -238,10 +238,20 @@ class Engine(Protocol):
 class TellsLayers(Protocol):
     """What an engine has besides that can tell how long its layers take."""
 
-    def layer_times(self, batch: int) -> Mapping[str, float] | None:
+    @property
+    def tells_layers(self) -> bool:
+        """Whether it can on this device."""
+        ...
+
+    def layer_times(self, batch: int) -> tuple[int, Mapping[str, float]]:
         """Median milliseconds of each layer for a batch of noise, in the order in which they run.
 
-        None where they cannot be told on this device. Layers run one after the other for it, so
-        that their sum may be more than a batch takes.
+        Before them, the images of the batch, which are more where a smaller one is filled up.
+        Layers run one after the other for it, so that their sum may be more than a batch takes.
+
+        Raises
+        ------
+        EngineError
+            When it fails.
         """
         ...

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graph_surgery.command import run_command
+from graph_surgery.command import printable, run_command
 from graph_surgery.errors import SurgeryError
 
 app = typer.Typer(
@@ -87,7 +87,7 @@ def inspect(
     known = survey(load(model))
     new_console().print(tables(known))
     for line in known.missing:
-        typer.echo(f"not understood: {line}")
+        typer.echo(f"not understood: {printable(line)}")
 
 
 def main() -> None:

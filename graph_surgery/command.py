@@ -31,7 +31,8 @@ def run_command(
 ) -> None:
     """Run a command; what is wrong with its options or files is one line and exit code 2.
 
-    Every command has --version and -h, and takes each option with dashes and with underscores.
+    Every program has --version, every command -h, and takes each option with dashes and with
+    underscores.
     Ctrl-C and SIGTERM end it alike, with exit code 130.
 
     Parameters
@@ -57,7 +58,7 @@ def run_command(
             complain(name, f"{said.rstrip('.')}; see '{error.ctx.command_path} --help'")
         sys.exit(2)
     except errors as error:
-        complain(name, f"{error}{_elsewhere(sys.argv[1:])}")
+        complain(name, f"{error}{_elsewhere(str(error), sys.argv[1:])}")
         sys.exit(2)
     sys.exit(code or 0)
 
@@ -119,14 +120,24 @@ def _flow(command: Any) -> None:
         _flow(one)
 
 
-def _elsewhere(words: list[str]) -> str:
-    """Say which of the paths that were given are not here but in the checkout."""
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name, or a folder that may not be read
+        return False
+
+
+def _elsewhere(said: str, words: list[str]) -> str:
+    """Say which of the paths that an error names are not here but in the checkout."""
+    if not (_ROOT / "pyproject.toml").is_file():
+        return ""
     found = [
         word
         for word in (word.partition("=")[2] or word for word in words)
         if "/" in word
         and not word.startswith(("/", "-"))
-        and not Path(word).exists()
-        and (_ROOT / word).exists()
+        and said.startswith(word)
+        and not _exists(Path(word))
+        and _exists(_ROOT / word)
     ]
     return f"; {found[0]} is not here, but in {_ROOT}: work there" if found else ""

@@ -117,7 +117,8 @@ def type_of(value: onnx.ValueInfoProto) -> str:
         str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?"
         for dim in tensor.shape.dim
     ]
-    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    kind = {"float": "float32", "double": "float64"}.get(name, name)
     return f"{kind} [{', '.join(sizes)}]"
 
 

@@ -83,9 +83,12 @@ class _Mark:
                 file.write(_holder())
         except FileExistsError:
             remedy = f"wait for it, or {otherwise}; where it is gone, remove {path}"
-            raise _in_use(folder, path.read_bytes(), remedy) from None
+            try:
+                holder = path.read_bytes()
+            except FileNotFoundError:  # it has just left
+                holder = b""
+            raise _in_use(folder, holder, remedy) from None
         except OSError as error:
-            path.unlink(missing_ok=True)
             raise _unwritable(path.parent, otherwise, error) from error
         typer.echo(
             f"warning: the file system of {path.parent} has no locks; {path.name} stands for one, "

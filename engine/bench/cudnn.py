@@ -30,6 +30,7 @@ from engine.protocol import DETECTION_FIELDS
 from engine.speed import latency, throughput
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
+from graph_surgery.terminal import new_console
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,6 @@ def _free_and_total_bytes() -> tuple[int, int]:
 
 
 def _print_layers(layers: Sequence[LayerTime]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("layer", "kernel", "ms", "TOPS", "floor", "ratio")
@@ -213,4 +213,4 @@ def _print_layers(layers: Sequence[LayerTime]) -> None:
         floor = ["", ""] if one.floor_ms is None else [f"{one.floor_ms:.4f}", f"{one.ratio:.1f}"]
         table.add_row(one.name, one.kernel, f"{one.ms:.4f}", f"{one.tops:.0f}", *floor)
     table.add_row("sum", "", f"{sum(one.ms for one in layers):.3f}", "", "", "")
-    Console(markup=False).print(table)
+    new_console(markup=False).print(table)

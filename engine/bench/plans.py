@@ -90,11 +90,11 @@ def bench(
     for size in sizes:
         try:
             path = _plan_for(size, manifests)
-            entry = _both(loaded[path], cudnn, images, size, seconds, meter)
-        except EngineError as error:  # no plan takes it: not 94 images of 1200x1200
+        except EngineError as error:  # as of 94 images of 1200x1200 and more
             document["refused"][str(size)] = str(error)
             typer.echo(f"batch {size}: {error}")
             continue
+        entry = _both(loaded[path], cudnn, images, size, seconds, meter)
         document["batches"][str(size)] = {"plan_file": path.name, **entry}
         tensorrt, copies, own = (entry[name] for name in ("tensorrt", "plan_copies", "cudnn"))
         typer.echo(

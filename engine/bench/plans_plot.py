@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.bench.cudnn_plot import new_figure, save_figure
+from engine.errors import EngineError
 from engine.support.documents import read_json
 
 _LINES = {
@@ -27,6 +28,8 @@ def plot(
     """Draw the figures of a run to a PNG file."""
     figures = read_json(document)
     batches = {int(size): found for size, found in figures["batches"].items()}
+    if not all("layers" in found for found in batches.values()) or not batches:
+        raise EngineError(f"{document}: no times of layers; the run was cut off")
     figure, left, right = new_figure()
     _draw_speed(left, batches)
     _draw_layers(right, max(batches), batches[max(batches)]["layers"])

@@ -244,7 +244,7 @@ def _hold(path: Path) -> _Held:
     descriptor = os.open(path, os.O_RDONLY)
     held = _Held()
     weakref.finalize(held, os.close, descriptor)
-    # where a file system has no locks, the times of the files must do
+    # where there is no lock to be had, the times of the files must do
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return held

@@ -22,10 +22,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from engine.backends.onnxruntime.network import GpuNetwork
 from engine.data.preprocessed import PreprocessedSet, hash_images, is_flat
 from engine.errors import EngineError
 from engine.model import Detector
-from engine.quantization.gpu import GpuNetwork
 from engine.quantization.histogram import Histogram, magnitude
 from engine.quantization.network import heads_model, open_session, run
 from engine.quantization.placement import Placement

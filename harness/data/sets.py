@@ -98,12 +98,15 @@ def remove_others(out_dir: Path, say: Say) -> None:
             continue
         if manifest.exists():
             try:
-                with manifest.open("rb") as file:
+                with manifest.open("r+b") as file:  # an exclusive lock of NFS wants it so
                     has_locks = lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if has_locks:  # first: without it the folder passes for no set
                         manifest.rename(other / _REMOVED)
             except BlockingIOError:
                 say(f"kept {other}, which is being read; the next preprocessing removes it")
+                continue
+            except OSError as error:  # the new set is there all the same
+                say(f"kept {other}: its {MANIFEST} cannot be locked ({error.strerror})")
                 continue
             if not has_locks:
                 say(f"kept {other}: its file system has no locks, which tell whether it is read")

@@ -29,7 +29,11 @@ _SMALL_SECONDS = 10.0  # for all smaller batches, which an engine on a CPU has n
 
 
 class Lane:
-    """A session: a thread that submits batches, and one that takes and completes their results."""
+    """A session: a thread that submits batches, and one that takes and completes their results.
+
+    Or LoadGen's thread does both, see `run`; then these two wait for batches of a session that is
+    lost.
+    """
 
     session: Session
 
@@ -96,8 +100,8 @@ class Lane:
                     session = self._engine.session()
                     self._started.popleft()
                 with contextlib.closing(session):
-                    self._warm_up(session, warm_up, sizes)
                     self.session = session
+                    self._warm_up(session, warm_up, sizes)
                     self._thread(self._take_results, session)
                     self._sut.warmed_up()
                     try:
@@ -106,7 +110,7 @@ class Lane:
                         self._sut.fail(error)
                     self._in_flight.put(None)
                     self._drained.wait()
-                    self._running.acquire()  # not to be closed under LoadGen's thread
+                    self._running.acquire()  # for good: not closed under LoadGen's thread
         except SessionLostError as error:  # in the warm-up: once the test runs, a batch is at hand
             self._lose(None, error)
         except BaseException as error:

@@ -96,9 +96,9 @@ class Sut:
 
     @property
     def warm_up_seconds(self) -> float:
-        """Seconds per full batch of the warm-up, all sessions together."""
-        times = [lane.warm_up_seconds for lane in self._lanes]
-        return 1 / sum(1 / seconds for seconds in times if seconds)
+        """Seconds per full batch of the warm-up, of all sessions that are to work together."""
+        times = [lane.warm_up_seconds for lane in self._lanes if lane.warm_up_seconds]
+        return times[0] if self.one_by_one else 1 / sum(1 / seconds for seconds in times)
 
     def loaded(self) -> None:
         """Take notice that samples have been loaded, for queries that come now."""

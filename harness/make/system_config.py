@@ -105,7 +105,7 @@ class SystemConfig:
         ``cpu``, ``cuda`` or ``cuda:N``. With the engine ``triton``, where the server that `make`
         writes a repository for runs the model.
     devices
-        Numbers of the GPUs to use together, as ``[0, 1]``; None: `device` alone.
+        Numbers of the GPUs to use together, as ``[0, 1]``, or ``"all"``; None: `device` alone.
     threads
         CPU threads; None: one for each CPU.
     url

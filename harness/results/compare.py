@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from graph_surgery.terminal import new_console
 from harness.errors import HarnessError
 from harness.results.report import Runs
 from harness.results.result import RunResult
 
-_FIGURES = ("latency_ms", "batch_latency_ms", "accuracy", "errors", "warnings")
-"""Fields of a result that are no circumstances of it."""
+_FIGURES = ("latency_ms", "batch_latency_ms", "accuracy", "errors", "warnings", "asked")
+"""Fields of a result that are no circumstances of it, or are told by others."""
 
 Key = tuple[str, str]
 """Scenario and mode."""
@@ -97,7 +97,7 @@ def print_comparison(first: Runs, second: Runs) -> None:
         See `paired`.
     """
     both = paired(first, second)
-    console = Console(markup=False, highlight=False)
+    console = new_console(markup=False, highlight=False)
     for key, (a, b) in both.items():
         console.print(_table(" ".join(key), a[1], b[1]))
         for side, (_, result) in zip("AB", (a, b), strict=True):

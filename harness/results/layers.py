@@ -45,17 +45,15 @@ def measure_layers(engine: Engine, batch: int) -> Layers:
     EngineError
         When it fails.
     """
-    check_layers(engine)
-    found = engine.layer_times(batch) if isinstance(engine, TellsLayers) else None
-    if found is None:
-        raise _silent(engine)
-    return Layers(batch, found)
+    return Layers(*check_layers(engine).layer_times(batch))
 
 
-def check_layers(engine: Engine) -> None:
-    """Refuse an engine that has no way to tell the times of its layers, before anything runs."""
-    if not isinstance(engine, TellsLayers):
-        raise _silent(engine)
+def check_layers(engine: Engine) -> TellsLayers:
+    """Refuse an engine that cannot tell the times of its layers, before anything runs."""
+    if isinstance(engine, TellsLayers) and engine.tells_layers:
+        return engine
+    what = f"{engine.manifest.get('backend')} on {engine.manifest.get('device')}"
+    raise HarnessError(f"--layers: {what} does not tell the times of its layers")
 
 
 def read_layers(directory: Path) -> Layers | None:
@@ -71,8 +69,3 @@ def read_layers(directory: Path) -> Layers | None:
         return None
     with as_harness_error():
         return read_as(Layers, path, "it is not a file of 'harness run'")
-
-
-def _silent(engine: Engine) -> HarnessError:
-    what = f"{engine.manifest.get('backend')} on {engine.manifest.get('device')}"
-    return HarnessError(f"--layers: {what} does not tell the times of its layers")

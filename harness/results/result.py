@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,8 @@ class RunResult:
         End of the run, ISO 8601, UTC.
     lost_devices
         Devices that the run ended without, GPUs with their UUID: its figure is of the others.
+    asked
+        The settings before a warm-up or an engine changed them; empty in results from before.
     """
 
     benchmark: str
@@ -106,6 +108,7 @@ class RunResult:
     commit: str | None
     finished: str
     lost_devices: tuple[str, ...] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write the file into the folder of a run."""
@@ -133,6 +136,27 @@ def read_result(path: Path) -> RunResult:
     if figure != result.value:
         raise HarnessError(f"{path}: value is {result.value}, but {name} {figure}; {_NOT_OURS}")
     return result
+
+
+_SINCE = ("keep_top_k", "outputs")
+"""What manifests did not say before 0.2."""
+
+_PREPARED = ("max_batch", "batch_sizes", "kernels")
+"""What cuDNN makes ready for the scenarios of a command; a plan of other sizes is another file."""
+
+_PLACES = ("gpus",)
+"""Which GPUs of their model they were; their number and model are compared."""
+
+
+def engine_difference(then: Mapping[str, Any], manifest: Mapping[str, Any]) -> str | None:
+    """What makes an engine another one than that of a result, as ``key was A and is B now``."""
+    now: dict[str, Any] = json.loads(json.dumps(manifest))
+    unsaid = {key for key in _SINCE if key not in then}
+    for key in {**then, **now}:
+        known = key in {*unsaid, *_PREPARED, *_PLACES}
+        if not known and then.get(key) != now.get(key):
+            return f"{key} was {then.get(key)!r} and is {now.get(key)!r} now"
+    return None
 
 
 def performance_figures(outcome: Outcome) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.audit import Audit
 from harness.loadgen.log import ACCURACY
 from harness.loadgen.qsl import SampleSource
-from harness.loadgen.settings import MODEL, Mode, Settings
+from harness.loadgen.settings import MODEL, Mode, MultiStream, Settings, SingleStream
 from harness.loadgen.test import Outcome, run_test
 from harness.lock import locked
 from harness.results.accuracy import Evaluation, accuracy_of, evaluation_of
@@ -206,7 +206,7 @@ def _run(
     )
     if mode == "PerformanceOnly":
         summarized(outcome.latencies).write(directory)
-    result = _result(benchmark, outcome, mode, directory, evaluated)
+    result = _result(benchmark, settings, outcome, mode, directory, evaluated)
     if audit is not None:
         result = dataclasses.replace(result, mode=audit.name)
     result.write(directory)
@@ -227,8 +227,9 @@ def _error_kept(partial: Path) -> Iterator[None]:
         raise
 
 
-def _result(
+def _result(  # noqa: PLR0917
     benchmark: Benchmark,
+    asked: Settings,
     outcome: Outcome,
     mode: Mode,
     directory: Path,
@@ -251,7 +252,11 @@ def _result(
             "latency_ms": {} if mode == "AccuracyOnly" else detail.latency_ms,
             "batch_latency_ms": latency_summary(outcome.batch_seconds),
             "errors": (*detail.complaints, *_fewer(benchmark, lost, mode)),
-            "warnings": (*_skipped(benchmark), *outcome.losses),
+            "warnings": (
+                *_skipped(benchmark),
+                *_standing_by(benchmark, asked, mode),
+                *outcome.losses,
+            ),
             "accuracy": None,
             "pictures": None,
             "dataset": {
@@ -269,8 +274,20 @@ def _result(
             "commit": commit(),
             "finished": now(),
             "lost_devices": lost,
+            "asked": dataclasses.asdict(asked),
             **figures,
         }
+    )
+
+
+def _standing_by(benchmark: Benchmark, settings: Settings, mode: Mode) -> tuple[str, ...]:
+    """Say of a figure with one query at a time that the devices did not share its work."""
+    alone = isinstance(settings, SingleStream | MultiStream)
+    if len(benchmark.engines) == 1 or not alone or mode == "AccuracyOnly":
+        return ()
+    return (
+        f"{settings.scenario} has one query at a time: the first device that was not lost answered "
+        f"all, {len(benchmark.engines) - 1} stood by",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,7 +25,7 @@ from harness.results.accuracy import Evaluation
 from harness.results.layers import check_layers, measure_layers
 from harness.results.page import PAGE, render_page, write_index
 from harness.results.report import Runs, find_results, is_page, print_table, root_of
-from harness.results.result import RESULT, RunResult, read_result
+from harness.results.result import RESULT, RunResult, engine_difference, read_result
 from harness.results.review import Review, review
 from harness.results.run import SAMPLES, Benchmark, run
 
@@ -130,7 +131,8 @@ def run_all(
 
 
 def _keep_review(reviews: dict[Path, Review], where: Path, found: Evaluation) -> None:
-    reviews[where.resolve()] = review(found)
+    with contextlib.suppress(Exception):  # the run counts; its page may find out for itself
+        reviews[where.resolve()] = review(found)
 
 
 def _results_of(tests: Sequence[Test]) -> dict[Path, RunResult]:
@@ -140,24 +142,22 @@ def _results_of(tests: Sequence[Test]) -> dict[Path, RunResult]:
         if not where.exists():
             continue
         result = read_result(where / RESULT)
-        # what is None follows from the warm-up; a model may have another path
-        given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
-        engine = json.loads(json.dumps({**benchmark.manifest, "model": result.engine.get("model")}))
         data = benchmark.dataset.name if benchmark.dataset else None
-        for name, was, asked in (
-            ("scenario", result.scenario, settings.scenario),
-            ("mode", result.mode, mode),
-            ("data set", result.dataset.get("name"), data),
-            ("list of samples", load_map(where / SAMPLES), tuple(benchmark.source.files)),
-            *((f"settings.{key}", result.settings.get(key), value) for key, value in given.items()),
-            *(
-                (f"engine.{key}", result.engine.get(key), engine.get(key))
-                for key in dict.fromkeys((*engine, *result.engine))
-            ),
-        ):
-            if was != asked:
-                values = "" if isinstance(was, tuple) else f": {was}, not {asked}"
-                raise HarnessError(f"--resume: {where} is of another {name}{values}")
+        asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+        model = {"model": result.engine.get("model")}  # which may have another path
+        if (different := engine_difference(result.engine, {**benchmark.manifest, **model})) is None:
+            for name, was, now in (
+                ("scenario", result.scenario, settings.scenario),
+                ("mode", result.mode, mode),
+                ("data set", result.dataset.get("name"), data),
+                *((key, result.asked.get(key), asked[key]) for key in asked),
+            ):
+                if was != now:
+                    different = f"{name} was {was!r} and is {now!r} now"
+            if load_map(where / SAMPLES) != tuple(benchmark.source.files):
+                different = f"its samples, see {SAMPLES}, are others now"
+        if different is not None:
+            raise HarnessError(f"--resume: {where} is of another test: {different}")
         found[where] = result
     return found
 

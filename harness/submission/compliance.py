@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from engine.support.documents import checked
 from engine.support.files import write_atomically
@@ -18,7 +17,7 @@ from harness.loadgen.audit import COMPLIANCE_TESTS, SAMPLING_TARGET
 from harness.loadgen.log import ACCURACY, DETAIL, DetailLog, read_detail
 from harness.loadgen.settings import MODES, SCENARIOS, Settings
 from harness.results.report import find_results
-from harness.results.result import RESULT, RunResult
+from harness.results.result import RESULT, RunResult, engine_difference
 from harness.results.run import SAMPLES, Benchmark, run
 from harness.submission.rules import (
     Check,
@@ -201,29 +200,10 @@ def check_compliance(
     return _written(test, base.scenario, checks, remarks, directories[0])
 
 
-_SINCE = ("keep_top_k", "outputs")
-"""What manifests did not say before 0.2."""
-
-_PREPARED = ("max_batch", "batch_sizes", "kernels")
-"""What cuDNN makes ready for the scenarios of a command; a plan of other sizes is another file."""
-
-_PLACES = ("gpus",)
-"""Which GPUs of their model they were; their number and model are compared."""
-
-
 def _check_same(benchmark: Benchmark, directory: Path, result: RunResult) -> None:
     """A compliance test says something only about the engine and the samples that were run."""
-    now: dict[str, Any] = json.loads(json.dumps(benchmark.manifest))
-    then: Mapping[str, Any] = result.engine
-    unsaid = {key for key in _SINCE if key not in then}
-    compared = [key for key in {**then, **now} if key not in {*unsaid, *_PREPARED, *_PLACES}]
-    different = [key for key in compared if then.get(key) != now.get(key)]
-    if different:
-        key = different[0]
-        raise HarnessError(
-            f"{directory} was run on another engine: {key} was {then.get(key)!r} and is "
-            f"{now.get(key)!r} now"
-        )
+    if (different := engine_difference(result.engine, benchmark.manifest)) is not None:
+        raise HarnessError(f"{directory} was run on another engine: {different}")
     if load_map(directory / SAMPLES) != tuple(benchmark.source.files):
         raise HarnessError(
             f"{directory} was run on other samples than the preprocessed set holds; see {SAMPLES}"

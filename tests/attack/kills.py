@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,13 +125,20 @@ def _start(place: Path, words: tuple[str, ...]) -> subprocess.Popen[str]:
     )
 
 
-def half_files(folder: Path, before: set[str]) -> dict[str, str]:
-    """Files, by their path in a folder, that are not whole, and why; not those that were there."""
+def half_files(folder: Path, before: Mapping[str, bytes]) -> dict[str, str]:
+    """Files, by their path in a folder, that are not whole, and why; not those as they were."""
     return {
         name: reason
-        for name in names_below(folder) - before
-        if not _is_temporary(name) and (reason := _fault(folder / name)) is not None
+        for name in names_below(folder)
+        if not _is_temporary(name)
+        and before.get(name) != (folder / name).read_bytes()
+        and (reason := _fault(folder / name)) is not None
     }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, by their path in it."""
+    return {name: (folder / name).read_bytes() for name in names_below(folder)}
 
 
 def names_below(folder: Path) -> set[str]:
@@ -163,7 +170,7 @@ def kill(
     place: Path, name: str, count: int, rng: np.random.Generator, say: Callable[[str], None]
 ) -> Counter[str]:
     """Kill a command in copies of a prepared place; counts of ``killed``, ``done``, ``WRONG``."""
-    command, before = COMMANDS[name], names_below(place)
+    command, before = COMMANDS[name], contents(place)
     with _copy(place) as copy:
         begin = time.monotonic()
         process = _start(copy, command.words)

@@ -173,11 +173,12 @@ class Turn:
 
 
 def _lock(file: TextIO) -> None:
+    """Wait for the turn; where a file system has no locks, two may search at once."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         _LOG.warning("cuDNN: another engine looks for the fastest kernels; waiting for it")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, fcntl.LOCK_EX)
 
 
 def load_cache(path: Path, machine: Machine, shapes: Iterable[ConvShape]) -> dict[ConvShape, Tuned]:

@@ -137,10 +137,13 @@ class OnnxRuntimeEngine:
 
         return BlockingSession(batch_check(spec, fixed), detect)
 
-    def layer_times(self, batch: int) -> Mapping[str, float] | None:
-        """See `engine.protocol.TellsLayers`; on a GPU, ONNX Runtime tells when kernels start."""
-        if self.manifest.get("device") != "cpu":
-            return None
+    @property
+    def tells_layers(self) -> bool:
+        """Whether it runs on a CPU: of a GPU, ONNX Runtime tells when kernels start."""
+        return self.manifest.get("device") == "cpu"
+
+    def layer_times(self, batch: int) -> tuple[int, Mapping[str, float]]:
+        """See `engine.protocol.TellsLayers`."""
         random = np.random.default_rng(0)
         shape = (self.max_batch or batch, *self.input_spec.shape)
         images = random.standard_normal(shape, np.float32)
@@ -148,14 +151,18 @@ class OnnxRuntimeEngine:
             images = (40 * images).clip(-128, 127).astype(np.int8)
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(profile=Path(folder) / "nodes")
-            for _ in range(1 + _TURNS):
-                session.run([DETECTIONS], {self.input_spec.name: images})
-            events = json.loads(Path(session.end_profiling()).read_bytes())
+            try:
+                for _ in range(1 + _TURNS):
+                    session.run([DETECTIONS], {self.input_spec.name: images})
+                events = json.loads(Path(session.end_profiling()).read_bytes())
+            except Exception as error:  # ORT's exceptions share no base class but Exception
+                raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
         times: dict[str, list[float]] = {}
         for event in events:
             if event["cat"] == "Node" and event["name"].endswith(_NODE):
                 times.setdefault(event["name"].removesuffix(_NODE), []).append(event["dur"] / 1e3)
-        return {name: float(np.median(ms[1:])) for name, ms in times.items() if len(ms) > 1}
+        found = {name: float(np.median(ms[1:])) for name, ms in times.items() if len(ms) > 1}
+        return len(images), found
 
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Allocate ordinary memory."""

@@ -91,7 +91,7 @@ def build(
     from engine.backends.tensorrt.engine import write_layer_info
 
     image, rows = detector.input, wanted_plugin(detector).keep_top_k
-    _check_volumes(detector, options.max_batch)
+    check_volumes(detector, options.max_batch)
     trt, gpu = _builder_of(backend, options)
     manifest = Manifest(
         backend=backend,
@@ -251,15 +251,21 @@ def _require_plugin(trt: Any, detector: Detector, plugin: Plugin) -> None:
         )
 
 
-def _check_volumes(detector: Detector, max_batch: int) -> None:
-    """Refuse a batch that TensorRT 10.6 builds a plan for, and then does not run."""
+def check_volumes(detector: Detector, max_batch: int) -> None:
+    """Refuse a batch that TensorRT 10.6 builds a plan for, and then does not run.
+
+    Raises
+    ------
+    EngineError
+        When a tensor of so many images has 2^31 values or more.
+    """
     sizes = {name: math.prod(_of_an_image(kind)) for name, kind in types(detector.model).items()}
     name = max(sizes, key=lambda name: sizes[name])
     limit = (_MOST_VALUES - 1) // sizes[name]
     if max_batch > limit:
         raise EngineError(
             f"{detector.path}: tensor {name!r} has {sizes[name]:,} values an image, and TensorRT "
-            f"takes no tensor of 2^31: --max-batch {limit} at most"
+            f"10.6 runs no tensor of 2^31: --max-batch {limit} at most"
         )
 
 

@@ -123,11 +123,14 @@ class Engine:
             ),
         )
 
-    def layer_times(self, batch: int) -> Mapping[str, float]:
+    tells_layers = True
+
+    def layer_times(self, batch: int) -> tuple[int, Mapping[str, float]]:
         """See `engine.protocol.TellsLayers`."""
         from engine.backends.tensorrt.layers import describe_plan  # which imports this module
 
-        return {layer.name: layer.ms for layer in describe_plan(self, batch).layers}
+        batch = max(batch, int(str(self.manifest["min_batch"])))
+        return batch, {layer.name: layer.ms for layer in describe_plan(self, batch).layers}
 
     def host_array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Allocate page-locked memory."""
@@ -251,12 +254,13 @@ def set_addresses(context: tensorrt.IExecutionContext, addresses: Mapping[str, i
 
 
 def start(context: tensorrt.IExecutionContext, stream: Stream) -> None:
-    """Start a batch.
+    """Start a batch, or record how.
 
     Raises
     ------
     EngineError
-        When TensorRT cannot; SessionLostError where that is the GPU's fault.
+        When TensorRT cannot; SessionLostError where that is the GPU's fault, which CUDA does not
+        tell while a graph is recorded.
     """
     if not context.execute_async_v3(stream.handle):
         try:

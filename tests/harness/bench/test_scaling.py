@@ -99,7 +99,8 @@ def test_ways_turns_and_ratios(monkeypatch, tmp_path, capsys):
     assert [row["devices"] for row in found["runs"] if row["way"] == "apart"] == [
         ["cuda:0", "cuda:1"]
     ] * 2
-    assert "Server: " in capsys.readouterr().out.partition("INVALID: together")[0]
+    out = capsys.readouterr().out
+    assert "Server: " in out and "INVALID: together" in out.partition("Server: ")[2]
 
 
 @pytest.mark.parametrize(

@@ -238,10 +238,12 @@ class LayeredEngine(FakeEngine):
 
     fails = False
 
+    tells_layers = True
+
     def layer_times(self, batch):
         if self.fails:
             raise EngineError("no more memory")
-        return {"conv": 0.25 * batch}
+        return batch, {"conv": 0.25 * batch}
 
 
 def test_layers_of_a_run(tests, tmp_path, capsys):
@@ -290,15 +292,45 @@ def test_resume_runs_what_is_missing(tests, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"min_duration_ms": 70}, "settings.min_duration_ms: 50, not 70"),
-        ({"batch_size": 3}, "settings.batch_size: 8, not 3"),
+        ({"min_duration_ms": 70}, "min_duration_ms was 50 and is 70 now"),
+        ({"batch_size": 3}, "batch_size was None and is 3 now"),
+        ({"target_qps": 9.0}, "target_qps was None and is 9.0 now"),
     ],
 )
 def test_resume_refuses_another_test(tests, tmp_path, change, message):
     run_all.run_all(tests, tmp_path)
     other = [(tests[0][0], short("Offline", **change), *tests[0][2:])]
-    with pytest.raises(HarnessError, match=f"Only is of another {message}"):
+    with pytest.raises(HarnessError, match=f"Only is of another test: {message}"):
         run_all.run_all(other, tmp_path, resume=True)
+
+
+def test_resume_refuses_what_was_asked_for_otherwise(tests, tmp_path):
+    """What was told is another test than what followed from a warm-up."""
+    test = tests[0]
+    run_all.run_all([(test[0], short("Offline", batch_size=8), *test[2:])], tmp_path)
+    with pytest.raises(HarnessError, match="batch_size was 8 and is None now"):
+        run_all.run_all([(test[0], short("Offline"), *test[2:])], tmp_path, resume=True)
+
+
+def test_resume_takes_what_cudnn_made_ready_for_other_scenarios(tests, tmp_path):
+    run_all.run_all(tests, tmp_path)
+    result = read_result(tests[0][3] / "result.json")
+    replace(result, engine={**result.engine, "max_batch": 1, "batch_sizes": [1]}).write(tests[0][3])
+    run_all.run_all(tests, tmp_path, resume=True)
+
+
+def test_a_fault_of_the_review_does_not_lose_the_run(tmp_path, monkeypatch):
+    def fail(_):
+        raise KeyError("x")
+
+    monkeypatch.setattr("harness.results.run_all.review", fail)
+    data = data_set(tmp_path / "data")
+    monkeypatch.setattr("harness.results.page.known_dataset", lambda *_: data)
+    where = tmp_path / "logs" / "box" / "ssd-resnet34" / "Offline" / "AccuracyOnly"
+    test = Benchmark((FakeEngine(),), Memory(TOTAL), data, 30), short("Offline"), "AccuracyOnly"
+    run_all.run_all([(*test, where)], tmp_path / "build")
+    assert read_result(where / "result.json").value is not None
+    assert "No accuracy run" not in (tmp_path / "logs" / PAGE).read_text()
 
 
 def test_resume_refuses_another_engine_or_other_samples(tests, tmp_path):
@@ -307,13 +339,13 @@ def test_resume_refuses_another_engine_or_other_samples(tests, tmp_path):
     result = read_result(where / "result.json")
     for key, value in (("onnx_sha256", "0" * 64), ("threads", 77), ("devices", ["cuda:0"])):
         replace(result, engine={**result.engine, key: value}).write(where)
-        with pytest.raises(HarnessError, match=rf"is of another engine\.{key}: .*, not "):
+        with pytest.raises(HarnessError, match=f"is of another test: {key} was .* and is "):
             run_all.run_all(tests, tmp_path, resume=True)
     replace(result, engine={**result.engine, "model": "elsewhere.onnx"}).write(where)
     run_all.run_all(tests, tmp_path, resume=True)
     names = (where / "samples.txt").read_text().splitlines()
     (where / "samples.txt").write_text("\n".join(names[::-1]))
-    with pytest.raises(HarnessError, match="is of another list of samples"):
+    with pytest.raises(HarnessError, match="is of another test: its samples"):
         run_all.run_all(tests, tmp_path, resume=True)
 
 

@@ -76,7 +76,9 @@ def test_two_engines_that_load_together_search_once(kind, kernels):
         assert not one.is_alive()  # nobody waits for a circle
     once = taken(kernels)
     assert len(once) == len(set(once)) > len(BATCHES)
-    known = load(0, threading.Event())
+    at_once = threading.Event()
+    at_once.set()
+    known = load(0, at_once)
     assert {str(shape) for shape in known} == set(once)
     assert not taken(kernels)
 

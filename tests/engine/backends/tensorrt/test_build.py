@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from engine.backends.tensorrt.build import Plugin, build, wanted_plugin
+from engine.backends.tensorrt.build import Plugin, build, check_volumes, wanted_plugin
 from engine.backends.tensorrt.options import BuildOptions, options_of, set_options
 from engine.errors import EngineError
 from engine.load import load_engine
@@ -57,9 +57,7 @@ def test_a_batch_with_2_to_the_31_values_in_a_tensor(demo_surgered, tmp_path):
     detector = load_detector(demo_surgered)
     with pytest.raises(EngineError, match=r"640,000 values an image, .*: --max-batch 3355 at most"):
         build(detector, "tensorrt", tmp_path / "e", BuildOptions(max_batch=3356))
-    with pytest.raises(EngineError) as other:  # TensorRT is not here
-        build(detector, "tensorrt", tmp_path / "e", BuildOptions(max_batch=3355))
-    assert "values an image" not in str(other.value)
+    check_volumes(detector, 3355)
 
 
 @pytest.mark.parametrize(("name", "value"), [("plugin_version", 3), ("keepTopK", "many")])

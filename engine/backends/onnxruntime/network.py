@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,7 @@ class GpuNetwork:
         with serialized(model) as (content, entries):
             self._session = open_session(content, path, provider, options, None, entries=entries)
         self._stream, self._running = Stream(), Lock()
+        weakref.finalize(self, self._stream.close)
         self._free: SimpleQueue[_Memory] = SimpleQueue()
         for _ in range(at_once):
             self._free.put({})
