@@ -227,7 +227,7 @@ def run(
 
     numbers = None if devices is None else parse_devices(devices)
     urls = None if url is None else parse_urls(url)
-    if engine is None and machine is not None:
+    if machine is not None and engine in {None, machine.engine}:
         engine, threads = machine.engine, threads or machine.threads
         urls = urls or (parse_urls(machine.url) if machine.url else None)
         if device is None and numbers is None and engine != "triton":

@@ -98,7 +98,8 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
         warnings = oddities(data, images, model) if "AccuracyOnly" in arguments.modes else ()
         engines = {}
         for file in dict.fromkeys(files.values()):
-            urls, devices = arguments.urls, config.devices
+            urls = arguments.urls
+            devices = config.devices if urls is None else None
             if config.engine == "triton" and urls is None:
                 urls = servers_of(route, file, config, settings, servers)
                 # where a server is started for them, they are its repository's

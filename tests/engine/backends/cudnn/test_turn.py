@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import threading
 import time
@@ -81,6 +82,17 @@ def test_two_engines_that_load_together_search_once(kind, kernels):
     known = load(0, at_once)
     assert {str(shape) for shape in known} == set(once)
     assert not taken(kernels)
+
+
+def test_where_a_file_system_has_no_locks_nobody_waits(kernels, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    at_once = threading.Event()
+    at_once.set()
+    assert load(0, at_once)
+    assert taken(kernels)
 
 
 def test_the_next_goes_on_where_one_was_killed(kernels):
