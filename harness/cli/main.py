@@ -220,7 +220,7 @@ def run(
         settings = load_settings(chosen, config, overrides)
     else:
         settings = settings_from(machine.tables, chosen, overrides)
-    from harness.data.oddities import oddities
+    from harness.data.oddities import check_classes, oddities
     from harness.data.preprocess import open_current
     from harness.results.run import Benchmark
     from harness.results.run_all import check_folders, new_folder, run_all
@@ -259,6 +259,7 @@ def run(
     data = known_dataset(dataset, split, build_dir)
     directory = preprocessed or preprocessed_dir(build_dir, data, spec)
     source = open_current(data, spec, directory)
+    check_classes(data, model)
     warnings = oddities(data, source, model) if "AccuracyOnly" in modes else ()
     benchmark = Benchmark(engines, source, data, timeout, pictures, warnings)
     home = place if log_dir else new_folder(build_dir / "logs") / place

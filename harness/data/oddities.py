@@ -10,6 +10,7 @@ from engine.data.coco import load_annotations
 from engine.data.preprocessed import PreprocessedSet
 from engine.manifest import load_manifest
 from harness.data.dataset import Dataset
+from harness.errors import HarnessError
 
 _SLACK = 1.0  # pixels that boxes reach beyond their image where tools round
 
@@ -51,6 +52,27 @@ def oddities(
         count, names = _classes(model)
         found += class_oddities([entry["name"] for entry in content["categories"]], count, names)
     return tuple(found)
+
+
+def check_classes(dataset: Dataset, model: Path) -> None:
+    """Refuse a model with more classes than a data set has categories: some labels have none.
+
+    Raises
+    ------
+    HarnessError
+        Says both numbers, and what to do.
+    EngineError
+        Damaged annotations, model or manifest.
+    """
+    if dataset.annotations is None or not dataset.annotations.exists():
+        return
+    categories, (count, _) = load_annotations(dataset.annotations)["categories"], _classes(model)
+    if count is not None and count > len(categories):
+        raise HarnessError(
+            f"the model has {count} classes besides background, {dataset.annotations} "
+            f"{len(categories)} categories: label L is the L-th of them, and some have none; "
+            "list all categories of the model there, also those without an object"
+        )
 
 
 def annotation_oddities(content: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.data.preprocessed import PreprocessedSet
 from engine.load import ONNX_BACKENDS
 from harness.data.dataset import known_dataset
-from harness.data.oddities import oddities
+from harness.data.oddities import check_classes, oddities
 from harness.errors import RunFailedError
 from harness.loadgen.settings import Settings, largest_batch, settings_from
 from harness.make.arguments import FAST, RunArgs
@@ -95,6 +95,7 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
         files = _engines(route, model, config, settings)
         images = val_images(route, model)
         data = known_dataset(route.dataset, "val", route.build_dir)
+        check_classes(data, model)
         warnings = oddities(data, images, model) if "AccuracyOnly" in arguments.modes else ()
         engines = {}
         for file in dict.fromkeys(files.values()):

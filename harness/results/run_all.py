@@ -144,13 +144,15 @@ def _results_of(tests: Sequence[Test]) -> dict[Path, RunResult]:
         result = read_result(where / RESULT)
         data = benchmark.dataset.name if benchmark.dataset else None
         asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+        # an accuracy run takes every sample once, however long a performance run is to be
+        of_mode = asked if mode == "PerformanceOnly" else {"batch_size", "streams"}
         model = {"model": result.engine.get("model")}  # which may have another path
         if (different := engine_difference(result.engine, {**benchmark.manifest, **model})) is None:
             for name, was, now in (
                 ("scenario", result.scenario, settings.scenario),
                 ("mode", result.mode, mode),
                 ("data set", result.dataset.get("name"), data),
-                *((key, result.asked.get(key), asked[key]) for key in asked),
+                *((key, result.asked.get(key), asked[key]) for key in asked if key in of_mode),
             ):
                 if was != now:
                     different = f"{name} was {was!r} and is {now!r} now"

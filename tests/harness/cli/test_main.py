@@ -178,7 +178,7 @@ def test_resume_adds_what_is_missing(logs, preprocessed):
     assert len(after) == len(before) + 2
     done = harness(preprocessed, *arguments, *modes, "--min-queries", "30")
     assert done.returncode == 2
-    assert "is of another settings.min_query_count: 20, not 30" in done.stderr
+    assert "is of another test: min_query_count was 20 and is 30 now" in done.stderr
 
 
 def test_two_runs_are_compared(logs, preprocessed):

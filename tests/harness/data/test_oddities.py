@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,16 @@ from PIL import Image
 
 from engine.data.coco import load_annotations
 from engine.protocol import InputSpec
-from harness.data.oddities import annotation_oddities, class_oddities, size_oddities
+from harness.data.dataset import known_dataset
+from harness.data.oddities import (
+    annotation_oddities,
+    check_classes,
+    class_oddities,
+    size_oddities,
+)
 from harness.data.transform import preprocess_image
+from harness.errors import HarnessError
+from tests.support import ROOT
 
 
 def box(number, bbox, **more):
@@ -37,6 +46,17 @@ GOOD = (
     box(2, [3.5, 2, 4, 4], area=9),  # of a segment
     box(3, [36, 26, 4.6, 4.2]),  # rounded
 )
+
+
+def test_a_model_with_more_classes_than_categories_is_refused(demo_surgered, tmp_path) -> None:
+    """Before it runs; one with as many is not."""
+    data = known_dataset("demo", "val", tmp_path)
+    check_classes(data, demo_surgered)
+    known = json.loads((ROOT / "demo/data/annotations/instances_val.json").read_text())
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(known | {"categories": known["categories"][:79], "annotations": []}))
+    with pytest.raises(HarnessError, match=r"80 classes .* 79 categories: .* list all categories"):
+        check_classes(replace(data, annotations=few), demo_surgered)
 
 
 def test_usual_annotations_are_not_odd():
