@@ -14,6 +14,7 @@ BINS = 2048
 NO_NUMBER = "a value is NaN or infinite"
 
 _CHUNK = 1 << 17  # values worked on at a time: their copies stay in the CPU's cache
+_BITS = 8
 _LEAST_LIMIT = 2.0**-100  # so that float32 holds bins per unit
 
 
@@ -32,9 +33,9 @@ class Histogram:
     largest
         Largest magnitude.
     shares
-        float64 [BINS]: the counts of every image that `add_image` was given, each over the power of
-        two nearest to the sum of its squares. Of powers of two, sums are exact, and the same in
-        any order, unless images differ by more than 2^20 or so.
+        float64 [BINS]: the counts of every image that `add_image` was given, over the sum of its
+        squares, to `_BITS` bits, so that sums are exact and the same in any order, unless the
+        squares of images differ by more than 2^20 or so.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,8 @@ class Histogram:
         self.counts += counts
         power = float(image.counts[1:] @ np.square(image.centres()[1:]))
         if shows and image.limit and power:
-            self.shares += np.ldexp(counts.astype(np.float64), -round(math.log2(power)))
+            part, exponent = math.frexp(1 / power)
+            self.shares += counts * math.ldexp(round(part * 2**_BITS), exponent - _BITS)
 
     def centres(self) -> NDArray[np.float64]:
         """Middle of every bin, float64 [BINS]."""

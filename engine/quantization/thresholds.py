@@ -1,8 +1,9 @@
 """Thresholds of symmetric INT8 from a histogram, and what each of them costs.
 
 A threshold is the magnitude that the largest step stands for; larger values are clipped to it. Its
-squared error is that of the clipped values and that of rounding the others, which is uniform within
-a step: step² / 12 a value (B. Widrow, "A study of rough amplitude quantization", 1956).
+squared error is that of the clipped values, that of values below half a step, which become 0, and
+that of rounding the others, which is uniform within a step: step² / 12 a value (B. Widrow, "A study
+of rough amplitude quantization", 1956).
 """
 
 from __future__ import annotations
@@ -103,7 +104,13 @@ def _squared_errors(histogram: Histogram, counts: NDArray[np.float64]) -> NDArra
     # sum over the bins above of n (x - t)² = sum n x² - 2 t sum n x + t² sum n
     above = [_sum_above(counts * power) for power in (centres**2, centres, np.ones(BINS))]
     clipped = np.maximum(above[0] - 2 * limits * above[1] + limits**2 * above[2], 0)
-    rounded = np.square(limits / STEPS) / 12 * counts[1:].sum()
+    # bins of which a step makes 0, the first left out
+    zeroed = (np.arange(BINS) + 1) // (2 * STEPS)
+    lost, many = (
+        np.append(0, np.cumsum(np.append(0, (counts * power)[1:])))[zeroed]
+        for power in (centres**2, np.ones(BINS))
+    )
+    rounded = lost + np.square(limits / STEPS) / 12 * (counts[1:].sum() - many)
     error: NDArray[np.float64] = clipped + rounded
     return error
 
