@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import EngineError
+
 SAMPLES = 1000
 """Draws of an interval."""
 
@@ -115,11 +117,17 @@ def paired(reference: Any, other: Any, *, seed: int = 0, samples: int = SAMPLES)
     Parameters
     ----------
     reference, other
-        `engine.data.coco.coco_evaluation` of the same images in the same order; the reference's
-        mAP is above 0.
+        `engine.data.coco.coco_evaluation` of the same images in the same order.
     seed
         Of the draws.
+
+    Raises
+    ------
+    EngineError
+        When the reference's mAP is not above 0.
     """
+    if not reference.stats[0] > 0:
+        raise EngineError("the first model finds none of the objects: there is nothing to compare")
     recalls = reference.params.recThrs
     sides = [matches(evaluation) for evaluation in (reference, other)]
     count = len(reference.params.imgIds)
@@ -127,7 +135,7 @@ def paired(reference: Any, other: Any, *, seed: int = 0, samples: int = SAMPLES)
 
     def ratio(weights: NDArray[np.int64]) -> float:
         first, second = (average_precision(side, weights, recalls) for side in sides)
-        return second / first
+        return second / first if first else float("nan")
 
     drawn = [
         ratio(np.bincount(random.integers(count, size=count), minlength=count))

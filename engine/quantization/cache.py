@@ -24,7 +24,7 @@ from engine.support.files import write_atomically
 
 _FORMAT = 3
 _TRT_NAMES = {
-    "auto": "LegacyCalibration",  # the one whose threshold is chosen by the data and no entropy
+    "auto": "MinMaxCalibration",  # TensorRT has no name for it
     "entropy": "EntropyCalibration2",
     "minmax": "MinMaxCalibration",
 }

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.data.bootstrap import average_precision, matches, paired
 from engine.data.coco import coco_evaluation
+from engine.errors import EngineError
 
 CATEGORIES = [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}]
 
@@ -80,3 +81,10 @@ def test_an_interval_is_that_of_the_ratio() -> None:
     assert one.ratio == pytest.approx(half.stats[0] / found.stats[0], abs=1e-9)
     assert one.low < one.ratio < one.high < 1
     assert one == paired(found, half, samples=200) != paired(found, half, samples=200, seed=1)
+
+
+def test_nothing_found_is_nothing_to_compare() -> None:
+    content, rows = made(2)
+    found = coco_evaluation(content, content["images"], np.float32(rows[-1:]))
+    with pytest.raises(EngineError, match="finds none of the objects"):
+        paired(found, found)
