@@ -16,7 +16,7 @@ import typer
 from numpy.typing import NDArray
 
 from engine.comparison.compare import load_truth
-from engine.data.bootstrap import SAMPLES, paired
+from engine.data.bootstrap import SAMPLES, draws, interval
 from engine.data.coco import coco_evaluation
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed, quantize_images
 from engine.load import load_engine
@@ -66,11 +66,12 @@ def bench(
     reference = None
     for model in models:
         found = coco_evaluation(truth.content, truth.images, detect(model, judged))
-        reference = reference or found
+        drawn = draws(found)
+        reference = drawn if reference is None else reference
         document["models"][model.name] = {
             "calibration_method": load_detector(model).metadata.get("calibration_method"),
             "AP": round(float(found.stats[0]), 4),
-            **{key: round(value, 4) for key, value in asdict(paired(reference, found)).items()},
+            **{key: round(value, 4) for key, value in asdict(interval(reference, drawn)).items()},
         }
         typer.echo(f"{model.name}: {document['models'][model.name]}")
         write_json(output, document | {"finished": now()})

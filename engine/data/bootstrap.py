@@ -111,35 +111,35 @@ def average_precision(
     return float(np.mean(values)) if values else float("nan")
 
 
-def paired(reference: Any, other: Any, *, seed: int = 0, samples: int = SAMPLES) -> Interval:
-    """Interval of the ratio of two mAPs on the same images.
+def draws(evaluation: Any, *, seed: int = 0, samples: int = SAMPLES) -> NDArray[np.float64]:
+    """The mAP of all images, then that of every draw, float64 [1 + samples].
 
     Parameters
     ----------
-    reference, other
-        `engine.data.coco.coco_evaluation` of the same images in the same order.
-    seed
-        Of the draws.
+    evaluation
+        Of `engine.data.coco.coco_evaluation`. As many images and the same seed: the same draws.
 
     Raises
     ------
     EngineError
-        When the reference's mAP is not above 0.
+        When the mAP is not above 0.
     """
-    if not reference.stats[0] > 0:
-        raise EngineError("the first model finds none of the objects: there is nothing to compare")
-    recalls = reference.params.recThrs
-    sides = [matches(evaluation) for evaluation in (reference, other)]
-    count = len(reference.params.imgIds)
+    if not evaluation.stats[0] > 0:
+        raise EngineError("a model finds none of the objects: there is nothing to compare")
+    recalls, found = evaluation.params.recThrs, matches(evaluation)
+    count = len(evaluation.params.imgIds)
     random = np.random.default_rng(seed)
+    weights = (
+        np.bincount(random.integers(count, size=count), minlength=count) for _ in range(samples)
+    )
+    every = np.ones(count, np.int64)
+    return np.array([average_precision(found, one, recalls) for one in (every, *weights)])
 
-    def ratio(weights: NDArray[np.int64]) -> float:
-        first, second = (average_precision(side, weights, recalls) for side in sides)
-        return second / first if first else float("nan")
 
-    drawn = [
-        ratio(np.bincount(random.integers(count, size=count), minlength=count))
-        for _ in range(samples)
-    ]
-    low, high = np.nanquantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return Interval(ratio(np.ones(count, np.int64)), float(low), float(high))
+def interval(reference: NDArray[np.float64], other: NDArray[np.float64]) -> Interval:
+    """Interval of the ratio of two mAPs, from the `draws` of both, of the same images in order."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = other / reference
+    drawn = ratios[1:][np.isfinite(ratios[1:])]
+    low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return Interval(float(ratios[0]), float(low), float(high))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.bootstrap import average_precision, matches, paired
+from engine.data.bootstrap import average_precision, draws, interval, matches
 from engine.data.coco import coco_evaluation
 from engine.errors import EngineError
 
@@ -74,17 +74,18 @@ def test_weights_are_images_that_are_there_so_often(seed, weights) -> None:
 def test_an_interval_is_that_of_the_ratio() -> None:
     content, rows = made(1, count=60)
     found = coco_evaluation(content, content["images"], np.float32(rows))
-    assert vars(paired(found, found, samples=20)) == {"ratio": 1, "low": 1, "high": 1}
-    fewer = np.float32(rows[::2])
-    half = coco_evaluation(content, content["images"], fewer)
-    one = paired(found, half, samples=200)
+    whole = draws(found, samples=200)
+    assert vars(interval(whole, whole)) == {"ratio": 1, "low": 1, "high": 1}
+    half = coco_evaluation(content, content["images"], np.float32(rows[::2]))
+    one = interval(whole, draws(half, samples=200))
     assert one.ratio == pytest.approx(half.stats[0] / found.stats[0], abs=1e-9)
     assert one.low < one.ratio < one.high < 1
-    assert one == paired(found, half, samples=200) != paired(found, half, samples=200, seed=1)
+    assert np.array_equal(whole, draws(found, samples=200))
+    assert not np.array_equal(whole, draws(found, samples=200, seed=1))
 
 
 def test_nothing_found_is_nothing_to_compare() -> None:
     content, rows = made(2)
     found = coco_evaluation(content, content["images"], np.float32(rows[-1:]))
     with pytest.raises(EngineError, match="finds none of the objects"):
-        paired(found, found)
+        draws(found)
