@@ -40,9 +40,9 @@ def threshold(histogram: Histogram, method: str) -> float:
         One of `METHODS`: ``auto``, the least sum over the images of an image's squared error over
         the power of its values: one image of huge values has one vote, where the squared error
         over all values would be its own, and images that show nothing have none; of thresholds
-        whose sum is within `ENOUGH` of the least, the largest; ``entropy``, the least Kullback-Leibler
-        divergence between the distribution and its INT8 version (S. Migacz, "8-bit inference with
-        TensorRT", GTC 2017); ``minmax``, the largest magnitude.
+        whose sum is within `ENOUGH` of the least, the largest; ``entropy``, the least
+        Kullback-Leibler divergence between the distribution and its INT8 version (S. Migacz,
+        "8-bit inference with TensorRT", GTC 2017); ``minmax``, the largest magnitude.
 
     Returns
     -------
