@@ -1,6 +1,7 @@
 """Writes the demo data set: JPEG pictures, COCO annotations and map files.
 
-``python -m demo.make_dataset`` rewrites what the repository ships.
+``python -m demo.make_dataset`` rewrites what the repository ships; with ``--yardstick FOLDER`` it
+makes the larger set by which INT8 is judged, which the repository does not hold.
 """
 
 import json
@@ -21,8 +22,10 @@ from demo.scenes import Scene, scenes, stream
 
 IMAGES = {"val": 120, "cal": 64}
 """Pictures per split."""
+YARDSTICK = {"choose": 1000, "judge": 1000}
+"""Pictures per half of the yardstick: what methods are chosen by, and what they are judged by."""
 MIN_PER_CATEGORY = 5
-_FIRST_ID = {"val": 1007, "cal": 500009}
+_FIRST_ID = {"val": 1007, "cal": 500009, "choose": 1000003, "judge": 2000003}
 _ID_STEP = 13  # COCO's image ids have gaps; so have these
 
 
@@ -92,7 +95,7 @@ def make_split(split: str, atlas: Atlas, count: int) -> tuple[dict[str, bytes], 
     Parameters
     ----------
     split
-        "val" or "cal".
+        "val", "cal", "choose" or "judge".
     atlas
         Pictures of the categories.
     count
@@ -152,17 +155,24 @@ def make_dataset(
     atlas: Annotated[Path, typer.Option(help="pictures, from python -m demo.glyphs")] = ATLAS,
     out: Annotated[Path, typer.Option("-o", "--out", help="data folder")] = Path("demo/data"),
     maps: Annotated[Path, typer.Option(help="folder of the map files")] = Path("data_maps/demo"),
+    yardstick: Annotated[
+        Path | None,
+        typer.Option(help="folder for the two halves of the yardstick, made instead"),
+    ] = None,
 ) -> None:
     """Write the validation and the calibration pictures, annotations and map files."""
     pictures = Atlas.load(atlas)
-    for split, count in IMAGES.items():
+    if yardstick is not None:
+        out, maps = yardstick, yardstick
+    for split, count in (IMAGES if yardstick is None else YARDSTICK).items():
         files, annotations = make_split(split, pictures, count)
         objects = annotations["annotations"]
-        if split == "val":
+        if split == "val":  # shipped, so that it must do for every category
             seen = Counter(o["category_id"] for o in objects if not o["iscrowd"])
             rare = [c.name for c in CATEGORIES if seen[c.id] < MIN_PER_CATEGORY]
             if rare:
                 raise DemoError(f"fewer than {MIN_PER_CATEGORY} objects of: {', '.join(rare)}")
+        if split != "cal":
             text = json.dumps(annotations, separators=(",", ":"))
             _write(out / "annotations" / f"instances_{split}.json", text.encode())
         for name, content in files.items():

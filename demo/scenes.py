@@ -72,11 +72,11 @@ def stream(split: str, *key: int) -> np.random.Generator:
     Parameters
     ----------
     split
-        "val", "cal" or "train".
+        "val", "cal", "train", or a half of the yardstick, "choose" or "judge".
     key
         Further numbers that tell streams of the split apart, such as seed and worker.
     """
-    spawn_key = (("val", "cal", "train").index(split), *key)
+    spawn_key = (("val", "cal", "train", "choose", "judge").index(split), *key)
     return np.random.default_rng(np.random.SeedSequence(SEED, spawn_key=spawn_key))
 
 

@@ -49,8 +49,8 @@ def calibrate(
     method: Annotated[
         str,
         typer.Option(
-            help="auto (the largest value, or less where that would take four times the least "
-            "squared error), entropy, percentile or minmax."
+            help="auto (the least squared error, as a share of each image's power), entropy or "
+            "minmax (the largest value)."
         ),
     ] = "auto",
     images: Annotated[

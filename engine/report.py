@@ -126,14 +126,11 @@ def plan_table(plans: Mapping[str, PlanDescription], batch: int) -> Table:
 
 def calibration_report(cache: Calibration) -> Group:
     """What a calibration took, and its worst tensors, those of the lowest SNR."""
-    parts = [
+    line = (
         f"{len(cache.scales)} scales from {cache.images} images by {cache.method}; that of the "
         "image, where it is quantised, from its pixels"
-    ]
-    if cache.method == METHODS[0]:
-        narrowed = escape(", ".join(cache.narrowed)) or "none"
-        parts.append(f"narrowed, for the sake of the squared error over all values: {narrowed}")
-    return Group(*parts, worst_tensors(cache))
+    )
+    return Group(line, worst_tensors(cache))
 
 
 def worst_tensors(cache: Calibration) -> Table:

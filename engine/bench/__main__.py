@@ -3,6 +3,7 @@
 import typer
 
 from engine.bench import (
+    accuracy,
     calibration,
     calibrators,
     cudnn,
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("int8")(int8.bench)
+app.command("accuracy")(accuracy.bench)
 app.command("calibration")(calibration.bench)
 app.command("calibrators")(calibrators.bench)
 app.command("onnxruntime")(onnxruntime.bench)

@@ -16,6 +16,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from engine.bench.accuracy import detect
 from engine.comparison.agreement import find_agreement
 from engine.comparison.compare import Truth, load_truth
 from engine.data.coco import coco_stats
@@ -24,9 +25,7 @@ from engine.data.preprocessed import (
     STD,
     PreprocessedSet,
     load_preprocessed,
-    quantize_images,
 )
-from engine.load import load_engine
 from engine.model import Detector, load_detector
 from engine.protocol import InputSpec
 from engine.quantization.calibration import calibrate_all
@@ -136,15 +135,8 @@ def write_set(images: Images, folder: Path) -> PreprocessedSet:
 
 def mean_precision(model: Path, images: PreprocessedSet, truth: Truth) -> float:
     """COCO mAP of a detector in ONNX Runtime on all images of a float32 set."""
-    engine = load_engine("onnxruntime", model)
-    session = engine.session()
-    found = []
-    for index in range(len(images.files)):
-        image = images.load([index]).astype(np.float32, copy=False)
-        rows, counts = session.infer(quantize_images(image, engine.input_spec))
-        found.append(rows[0, : counts[0]])
-        found[-1][:, 0] = index
-    return coco_stats(truth.content, truth.images, np.concatenate(found))["AP"]
+    rows = detect(model, images)
+    return coco_stats(truth.content, truth.images, rows)["AP"]
 
 
 def bench(
@@ -203,6 +195,5 @@ def measure(
     default = calibrations[METHODS[0]]
     save(quantize(detector.model, default), path)
     agreement = find_agreement(detector.path, path, images)
-    yield "narrowed", list(default.narrowed)
     yield "empty_images", f"{default.empty_images} of {default.images}"
     yield "matched", f"{agreement.matched} of {agreement.detections}"

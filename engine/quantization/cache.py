@@ -22,11 +22,10 @@ from engine.quantization.thresholds import METHODS
 from engine.support.documents import checked, one_of, read_json
 from engine.support.files import write_atomically
 
-_FORMAT = 2
+_FORMAT = 3
 _TRT_NAMES = {
-    "auto": "MinMaxCalibration",  # which it is but for outliers
+    "auto": "MinMaxCalibration",  # TensorRT has no name for it
     "entropy": "EntropyCalibration2",
-    "percentile": "LegacyCalibration",
     "minmax": "MinMaxCalibration",
 }
 _TRT_HEADER = re.compile(r"TRT-\d+-\w+")
@@ -85,8 +84,6 @@ class Calibration:
         Package to version.
     empty_images
         Images that are one colour, or in which the detector finds nothing.
-    narrowed
-        Tensors whose largest values ``auto`` clips, see `engine.quantization.thresholds.threshold`.
     largest
         Largest magnitude of every tensor of `Placement.floats`.
     statistics
@@ -105,7 +102,6 @@ class Calibration:
     preprocessing_sha256: str
     versions: Mapping[str, str]
     empty_images: Count
-    narrowed: tuple[str, ...]
     largest: Mapping[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     statistics: Mapping[str, Statistics]
     model: str = ""

@@ -148,14 +148,7 @@ def _calibration(
         for name, known in scales.items()
         if name in taken
     }
-    narrowed = [
-        name
-        for name, known in scales.items()
-        if method == "auto" and name in taken and known[method] < known["minmax"]
-    ]
-    return Calibration(
-        taken, method, **common, narrowed=tuple(narrowed), statistics=statistics, sums=sums
-    )
+    return Calibration(taken, method, **common, statistics=statistics, sums=sums)
 
 
 def is_current(

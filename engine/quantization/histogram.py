@@ -1,8 +1,9 @@
-"""Histograms of magnitudes that grow with what they see."""
+"""Histograms of magnitudes that grow with what they see, of an image or of many."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ BINS = 2048
 NO_NUMBER = "a value is NaN or infinite"
 
 _CHUNK = 1 << 17  # values worked on at a time: their copies stay in the CPU's cache
+_BITS = 8
 _LEAST_LIMIT = 2.0**-100  # so that float32 holds bins per unit
 
 
@@ -30,12 +32,45 @@ class Histogram:
         Upper end of the last bin; 0 as long as all values were 0.
     largest
         Largest magnitude.
+    shares
+        float64 [BINS]: the counts of every image that `add_image` was given, over the sum of its
+        squares, to `_BITS` bits, so that sums are exact and the same in any order, unless the
+        squares of images differ by more than 2^20 or so.
     """
 
     def __init__(self) -> None:
         self.counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
         self.limit = 0.0
         self.largest = 0.0
+        self.shares: NDArray[np.float64] = np.zeros(BINS)
+
+    def add_image(self, image: Histogram, *, shows: bool = True) -> None:
+        """Count all values of an image.
+
+        Parameters
+        ----------
+        image
+            What `add` made of its values alone.
+        shows
+            Whether it takes part in `shares`.
+        """
+        self._widen(image.largest)
+        self.largest = max(self.largest, image.largest)
+        counts = image.counts
+        for _ in range(_doublings(image.limit, self.limit)):
+            counts = _halved(counts)
+        self.counts += counts
+        power = float(image.counts[1:] @ np.square(image.centres()[1:]))
+        if shows and image.limit and power:
+            part, exponent = math.frexp(1 / power)
+            self.shares += counts * math.ldexp(round(part * 2**_BITS), exponent - _BITS)
+
+    def centres(self) -> NDArray[np.float64]:
+        """Middle of every bin, float64 [BINS]."""
+        centres: NDArray[np.float64] = (np.arange(BINS, dtype=np.float64) + 0.5) * (
+            self.limit / BINS
+        )
+        return centres
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Count values, float32 of any shape.
@@ -70,14 +105,23 @@ class Histogram:
             self.counts += counts.ravel().astype(np.int64)
 
     def _widen(self, largest: float) -> None:
-        if largest == 0:
+        if largest == 0 or largest < self.limit:
             return
         limit = max(2.0 ** math.frexp(largest)[1], _LEAST_LIMIT)  # the power of two above
-        while 0 < self.limit < limit and self.counts[1:].any():
-            merged = self.counts.reshape(-1, 2).sum(axis=1)
-            self.counts = np.concatenate([merged, np.zeros(BINS // 2, np.int64)])
-            self.limit *= 2
+        if self.counts[1:].any():
+            for _ in range(_doublings(self.limit, limit)):
+                self.counts, self.shares = _halved(self.counts), _halved(self.shares)
         self.limit = limit
+
+
+def _doublings(limit: float, wider: float) -> int:
+    """How often two bins become one between two limits, powers of two; 0 is that of zeros alone."""
+    return math.frexp(wider)[1] - math.frexp(limit)[1] if limit else 0
+
+
+def _halved(counts: NDArray[Any]) -> NDArray[Any]:
+    """Two bins as one, empty ones behind them."""
+    return np.append(counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, counts.dtype))
 
 
 def magnitude(values: NDArray[np.float32]) -> float:

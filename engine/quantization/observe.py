@@ -1,5 +1,8 @@
 """The one pass over the calibration images: all that calibration learns from them.
 
+Pictures that are dark are looked at a second time as bright as they can be, so that scales from
+pictures of the night serve by day, too.
+
 Images stream through ONNX Runtime a batch at a time; of the activations only histograms and largest
 values stay, so that what is kept does not grow with the number of images. A further method of
 calibration takes what it needs here, not by a pass of its own.
@@ -23,7 +26,7 @@ import onnx
 from numpy.typing import NDArray
 
 from engine.backends.onnxruntime.network import GpuNetwork
-from engine.data.preprocessed import PreprocessedSet, hash_images, is_flat
+from engine.data.preprocessed import MEAN, STD, PreprocessedSet, hash_images, is_flat
 from engine.errors import EngineError
 from engine.model import Detector
 from engine.quantization.histogram import Histogram, magnitude
@@ -36,6 +39,9 @@ Progress = Callable[[int, int], None]
 
 _SMALL = 640 * 640
 """Up to so many pixels two batches are looked at side by side; memory holds what both activate."""
+
+_DARK, _BLACK = 0.75, 8 / 255
+"""Levels, of 0 to 1: an image without any above the first is dark, one within the second black."""
 
 _BESIDE_A_GPU = 3
 """Batches that are looked at side by side where a GPU runs the network: the CPUs count longer."""
@@ -131,7 +137,7 @@ class _Pass:
         self.brightest = 0.0
         self.counting = ThreadPoolExecutor(cpus)
         self._names = list(dict.fromkeys([*tensors, *placement.floats, *placement.heads]))
-        self._locks = {name: Lock() for name in (placement.image, *self._names)}
+        self._adding = Lock()
         model = heads_model(network, placement, self._names)
         self._gpu: GpuNetwork | None = None
         if device == "cpu":
@@ -144,21 +150,43 @@ class _Pass:
 
     def look(self, files: Sequence[str], pixels: NDArray[np.float32]) -> int:
         """Count the values of a batch; how many of its images show nothing."""
+        empty = self._look(files, pixels)
+        bright = brightened(pixels)
+        if bright is not None:
+            self._look(files, bright)
+        return empty
+
+    def _look(self, files: Sequence[str], pixels: NDArray[np.float32]) -> int:
         with self._run(pixels, files[0]) as found:
             values = {self._image: pixels, **dict(zip(self._names, found, strict=True))}
-            tasks = {name: self.counting.submit(self._add, name, v) for name, v in values.items()}
+            tasks = {
+                name: self.counting.submit(_count, v, len(files), name in self.histograms)
+                for name, v in values.items()
+            }
             wait(tasks.values())  # all of them, for the values are only lent
+            counted = {}
             for name, task in tasks.items():
                 try:
-                    task.result()
+                    counted[name] = task.result()
                 except ValueError as error:
                     images = ", ".join(files)
                     raise EngineError(f"tensor {name!r}: {error}, for {images}") from error
-            return sum(
-                is_flat(image)
-                or not _finds([values[head][index] for head in self._heads], self._nms)
+            shows = [
+                not is_flat(image)
+                and _finds([values[head][index] for head in self._heads], self._nms)
                 for index, image in enumerate(pixels)
-            )
+            ]
+        with self._adding:
+            for name, (parts, top) in counted.items():
+                for part, one in zip(
+                    parts, shows if len(parts) > 1 else [any(shows)], strict=False
+                ):
+                    self.histograms[name].add_image(part, shows=one)
+                if name == self._image:
+                    self.brightest = max(self.brightest, top)
+                if name in self.largest:
+                    self.largest[name] = max(self.largest[name], top)
+        return shows.count(False)
 
     def _run(
         self, pixels: NDArray[np.float32], where: str
@@ -167,16 +195,51 @@ class _Pass:
             return self._gpu.run(self._image, pixels, where)
         return nullcontext(run(self._session, self._names, self._image, pixels, where))
 
-    def _add(self, name: str, values: NDArray[np.float32]) -> None:
-        with self._locks[name]:
-            histogram = self.histograms.get(name)
-            if histogram is not None:
-                histogram.add(values)
-            top = magnitude(values) if histogram is None else histogram.largest
-            if name == self._image:
-                self.brightest = max(self.brightest, top)
-            if name in self.largest:
-                self.largest[name] = max(self.largest[name], top)
+
+def brightened(images: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """Every image multiplied so that its largest level is that of white.
+
+    Parameters
+    ----------
+    images
+        float32 [N, 3, H, W], normalised by `MEAN` and `STD`; those by others stay as they are, and
+        so do those that are black.
+
+    Returns
+    -------
+    float32 [N, 3, H, W] or None
+        None where none is darker than `_DARK`.
+    """
+    if images.shape[1] != len(MEAN):
+        return None
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (MEAN, STD))
+    levels = images * std + mean
+    least, largest = levels.min(axis=(1, 2, 3)), levels.max(axis=(1, 2, 3))
+    dark = (largest > _BLACK) & (largest < _DARK) & (least > -_BLACK)
+    if not dark.any():
+        return None
+    gain = np.where(dark, 1 / np.where(dark, largest, 1), 1).astype(np.float32)
+    bright: NDArray[np.float32] = (levels * gain[:, None, None, None] - mean) / std
+    return bright
+
+
+def _count(values: NDArray[np.float32], images: int, every: bool) -> tuple[list[Histogram], float]:
+    """Histogram of every image of a batch, if `every` value is wanted, and the largest magnitude.
+
+    Of a tensor whose first axis is not the batch there is one histogram.
+
+    Raises
+    ------
+    ValueError
+        When a value is NaN or infinite.
+    """
+    if not every:
+        return [], magnitude(values)
+    found = []
+    for part in values if len(values) == images else [values]:
+        found.append(Histogram())
+        found[-1].add(part)
+    return found, max(one.largest for one in found)
 
 
 def _finds(heads: Sequence[NDArray[np.float32]], nms: Mapping[str, Any]) -> bool:

@@ -110,7 +110,6 @@ def quantize(
         "float_type": float_type,
         "float_layers": " ".join(placement.layers[i].name for i in sorted(kept)),
         "calibration_method": calibration.method,
-        "calibration_narrowed": " ".join(calibration.narrowed),
         "calibration_images": str(calibration.images),
         "calibration_empty_images": str(calibration.empty_images),
         "calibration_images_sha256": calibration.images_sha256,

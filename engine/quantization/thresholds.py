@@ -1,13 +1,15 @@
 """Thresholds of symmetric INT8 from a histogram, and what each of them costs.
 
 A threshold is the magnitude that the largest step stands for; larger values are clipped to it. Its
-squared error is that of the clipped values and that of rounding the others, which is uniform within
-a step: step² / 12 a value (B. Widrow, "A study of rough amplitude quantization", 1956).
+squared error is that of the clipped values, that of values below half a step, which become 0, and
+that of rounding the others, which is uniform within a step: step² / 12 a value (B. Widrow, "A study
+of rough amplitude quantization", 1956).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +22,10 @@ STEPS = 127
 LEVELS = STEPS + 1
 """Magnitudes that symmetric INT8 tells apart, 0 to 127."""
 
-PERCENTILE = 99.99
-"""Share of the magnitudes, in per cent, that the method `percentile` leaves unclipped."""
+ENOUGH = 1.1
+"""Squared error over the least one that the method `auto` takes for less clipping."""
 
-ONE_BIT = 4.0
-"""Squared error by which a step of twice the size exceeds another: one of the eight bits."""
-
-METHODS = ("auto", "entropy", "percentile", "minmax")
+METHODS = ("auto", "entropy", "minmax")
 """Names that `threshold` knows; the first is the default."""
 
 
@@ -38,12 +37,12 @@ def threshold(histogram: Histogram, method: str) -> float:
     histogram
         All values of a tensor.
     method
-        One of `METHODS`: ``auto``, the largest threshold whose squared error over all values is
-        within `ONE_BIT` of the least, in most tensors the largest magnitude (calibration images
-        seldom show the largest values that a network will meet, so no more is clipped than must
-        be); ``entropy``, the least Kullback-Leibler divergence between
-        the distribution and its INT8 version (S. Migacz, "8-bit inference with TensorRT", GTC
-        2017); ``percentile``, `PERCENTILE`; ``minmax``, the largest magnitude.
+        One of `METHODS`: ``auto``, the least sum over the images of an image's squared error over
+        the power of its values: one image of huge values has one vote, where the squared error
+        over all values would be its own, and images that show nothing have none; of thresholds
+        whose sum is within `ENOUGH` of the least, the largest; ``entropy``, the least
+        Kullback-Leibler divergence between the distribution and its INT8 version (S. Migacz,
+        "8-bit inference with TensorRT", GTC 2017); ``minmax``, the largest magnitude.
 
     Returns
     -------
@@ -54,14 +53,12 @@ def threshold(histogram: Histogram, method: str) -> float:
         return 0.0
     if method == "minmax":
         return histogram.largest
-    if method == "percentile":
-        below = np.cumsum(histogram.counts)
-        bins = int(np.searchsorted(below, PERCENTILE / 100 * float(below[-1]))) + 1
-    elif method == "entropy":
+    if method == "entropy":
         bins = _entropy_bins(histogram.counts)
     else:
-        error = _squared_errors(histogram)[: _used(histogram.counts)]
-        bins = int(np.flatnonzero(error <= ONE_BIT * error.min())[-1]) + 1
+        counts = _voting(histogram)
+        errors = _squared_errors(histogram, counts)[: _used(counts)]
+        bins = int(np.flatnonzero(errors <= ENOUGH * errors.min())[-1]) + 1
     return min(bins * histogram.limit / BINS, histogram.largest)
 
 
@@ -73,11 +70,18 @@ def clipped_share(histogram: Histogram, limit: float) -> float:
 def snr_db(histogram: Histogram, limit: float) -> float:
     """Power of the values over that of their quantisation error at a threshold > 0, in dB.
 
-    It is infinite without an error, as for a tensor that is 0 everywhere.
+    Every image that shows something counts alike, whatever the size of its values. It is infinite
+    without an error, as for a tensor that is 0 everywhere.
     """
-    signal = float(histogram.counts @ np.square(_centres(histogram)))
-    error = float(_squared_errors(histogram)[_bins(histogram, limit) - 1])
+    counts = _voting(histogram)
+    signal = float(counts @ np.square(histogram.centres()))
+    error = float(_squared_errors(histogram, counts)[_bins(histogram, limit) - 1])
     return 10 * math.log10(signal / error) if error else math.inf
+
+
+def _voting(histogram: Histogram) -> NDArray[np.float64]:
+    """What the error is summed over, float64 [BINS]; all values where no image has a vote."""
+    return histogram.shares if histogram.shares.any() else histogram.counts.astype(np.float64)
 
 
 def _bins(histogram: Histogram, limit: float) -> int:
@@ -85,26 +89,28 @@ def _bins(histogram: Histogram, limit: float) -> int:
     return min(max(math.ceil(limit / histogram.limit * BINS), 1), BINS) if histogram.limit else BINS
 
 
-def _used(counts: NDArray[np.int64]) -> int:
+def _used(counts: NDArray[Any]) -> int:
     return int(np.flatnonzero(counts)[-1]) + 1
 
 
-def _centres(histogram: Histogram) -> NDArray[np.float64]:
-    return (np.arange(BINS, dtype=np.float64) + 0.5) * (histogram.limit / BINS)
-
-
-def _squared_errors(histogram: Histogram) -> NDArray[np.float64]:
+def _squared_errors(histogram: Histogram, counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sum of the squared errors with the threshold at the upper end of each bin, float64 [BINS].
 
     Values in the first bin are taken for zeros, which are exact at any scale: a ReLU makes most
     values 0.
     """
-    counts, centres = histogram.counts.astype(np.float64), _centres(histogram)
+    centres = histogram.centres()
     limits = (np.arange(BINS) + 1) * (histogram.limit / BINS)
     # sum over the bins above of n (x - t)² = sum n x² - 2 t sum n x + t² sum n
     above = [_sum_above(counts * power) for power in (centres**2, centres, np.ones(BINS))]
     clipped = np.maximum(above[0] - 2 * limits * above[1] + limits**2 * above[2], 0)
-    rounded = np.square(limits / STEPS) / 12 * counts[1:].sum()
+    # bins of which a step makes 0, the first left out
+    zeroed = (np.arange(BINS) + 1) // (2 * STEPS)
+    lost, many = (
+        np.append(0, np.cumsum(np.append(0, (counts * power)[1:])))[zeroed]
+        for power in (centres**2, np.ones(BINS))
+    )
+    rounded = lost + np.square(limits / STEPS) / 12 * (counts[1:].sum() - many)
     error: NDArray[np.float64] = clipped + rounded
     return error
 

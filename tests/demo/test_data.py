@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from demo import make_dataset
 from demo.categories import CATEGORIES
 from demo.evaluate import coco_map
 from demo.glyphs import ATLAS, FONT, Atlas, DemoError, render
@@ -182,12 +183,27 @@ def test_regeneration_gives_the_shipped_annotations(truth, atlas):
         assert np.abs(made.astype(int) - shipped).mean() < 2
 
 
+def test_the_yardstick_is_written_whole_and_reads_as_coco(tmp_path, monkeypatch):
+    from pycocotools.coco import COCO
+
+    monkeypatch.setattr(make_dataset, "YARDSTICK", {"choose": 3, "judge": 2})
+    make_dataset.make_dataset(ATLAS, DATA, ROOT / "data_maps" / "demo", tmp_path)
+    pictures = {}
+    for split, count in make_dataset.YARDSTICK.items():
+        truth = COCO(str(tmp_path / "annotations" / f"instances_{split}.json"))
+        names = (tmp_path / f"{split}_map.txt").read_text().splitlines()
+        assert [truth.imgs[i]["file_name"] for i in sorted(truth.imgs)] == names
+        pictures |= {(tmp_path / split / name).read_bytes(): split for name in names}
+        assert list(pictures.values()).count(split) == len(names) == count
+
+
 @pytest.mark.slow
 def test_splits_draw_different_scenes(atlas):
-    first = [next(scenes(stream(*key), atlas)) for key in (("val",), ("cal",), ("train", 0, 0))]
+    keys = (("val",), ("cal",), ("choose",), ("judge",), ("train", 0, 0))
+    first = [next(scenes(stream(*key), atlas)) for key in keys]
     again = next(scenes(stream("train", 0, 0), atlas))
-    assert len({s.image.tobytes() for s in first}) == 3
-    assert np.array_equal(first[2].image, again.image)
+    assert len({s.image.tobytes() for s in first}) == len(keys)
+    assert np.array_equal(first[-1].image, again.image)
 
 
 @pytest.mark.slow

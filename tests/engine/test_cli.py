@@ -100,15 +100,12 @@ def test_calibration_shows_the_worst_tensors(demo):
     shown = [line.split() for line in text.splitlines() if line.split()[:1] and "dB" not in line]
     rows = {row[0]: row[1:] for row in shown if row[0] in cache.statistics}
     assert list(rows) == worst
-    for name, (auto, entropy, percentile, minmax, clipped, snr) in rows.items():
+    for name, (auto, entropy, minmax, clipped, snr) in rows.items():
         one = cache.statistics[name]
         assert float(auto) == pytest.approx(cache.scales[name], rel=1e-2)
         assert float(minmax) == pytest.approx(one.scales["minmax"], rel=1e-2)
-        assert float(entropy) <= float(minmax) >= float(percentile)
+        assert float(entropy) <= float(minmax) >= float(auto)
         assert (clipped, snr) == (f"{one.clipped:.3%}", f"{one.snr_db:.1f}")
-    narrowed = dataclasses.replace(cache, narrowed=("relu_7",))
-    console.print(calibration_report(narrowed))
-    assert "squared error over all values: relu_7" in " ".join(console.file.getvalue().split())
 
 
 def test_int8_is_held_against_fp32(demo, tmp_path):

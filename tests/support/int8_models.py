@@ -25,7 +25,6 @@ def write_int8(surgered, path, float_type):
         preprocessing_sha256=preprocessing_sha256(placement.shape),
         versions={},
         empty_images=0,
-        narrowed=(),
         largest={},
         statistics={},
     )

@@ -19,7 +19,7 @@ NAMES = st.text(max_size=9)
 
 SAMPLE = Sample(
     {
-        "format": 2,
+        "format": 3,
         "scales": {"image": 0.02, "conv": 1.0},
         "method": "auto",
         "images": 500,
@@ -28,11 +28,10 @@ SAMPLE = Sample(
         "preprocessing_sha256": "3" * 64,
         "versions": {"numpy": "2.4.6"},
         "empty_images": 3,
-        "narrowed": ["conv"],
         "largest": {"float": 4.0},
         "statistics": {
             "conv": {
-                "scales": {"auto": 1.0, "entropy": 0.5, "percentile": 0.75, "minmax": 2.0},
+                "scales": {"auto": 1.0, "entropy": 0.5, "minmax": 2.0},
                 "clipped": 0.25,
                 "snr_db": 30.0,
             }
@@ -94,9 +93,9 @@ def test_damage_is_named_by_its_path(tmp_path_factory, damage):
         ({"largest": {"a": -1.0}}, r"largest\.a: greater than or equal to 0 expected"),
         (
             {"statistics": {"a": {"scales": {"auto": 1.0}, "clipped": 0.0, "snr_db": 1.0}}},
-            r"statistics\.a\.scales: a scale by each of auto, entropy, percentile, minmax expected",
+            r"statistics\.a\.scales: a scale by each of auto, entropy, minmax expected",
         ),
-        ({"format": 1}, "another format; make it anew: 'engine calibrate MODEL --data FOLDER -o"),
+        ({"format": 2}, "another format; make it anew: 'engine calibrate MODEL --data FOLDER -o"),
         ({"format": "2"}, "another format"),
     ],
 )

@@ -19,14 +19,31 @@ from engine.quantization.cache import Calibration, parse_trt
 from engine.quantization.calibration import _check_float32, calibrate, calibrate_all, is_current
 from engine.quantization.histogram import BINS
 from engine.quantization.placement import find_placement
-from engine.quantization.thresholds import PERCENTILE
 from tests.support.calibrated import activations, write_images
+
+
+def as_bright_as_can_be(image):
+    """An image whose pixels begin above 0 and end below three quarters, up to white."""
+    mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pixels = image * std + mean
+    assert 0 < pixels.min() < pixels.max() < 0.75
+    return np.float32((pixels / pixels.max() - mean) / std)
+
+
+@pytest.fixture(scope="module")
+def looked_at(images):
+    """What calibration runs: the images, and the dark ones again."""
+    three = images.load(range(3))
+    return np.concatenate([three, [as_bright_as_can_be(three[index]) for index in DARK]])
 
 
 @pytest.fixture(scope="module")
 def images(small_images, tmp_path_factory):
     spread = small_images * np.float32([0.2, 1, 0.4])[:, None, None, None]
     return write_images(tmp_path_factory.mktemp("images"), spread)
+
+
+DARK = (0, 2)  # of the images, those without a level above 0.75
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +71,9 @@ def test_images_of_another_normalisation_are_not_clipped(surgered, small_images,
     assert scale * 127 == pytest.approx(3 * np.abs(small_images).max(), rel=1e-6)
 
 
-def test_scales_are_those_of_all_activations_at_once(surgered, images, calibrations) -> None:
-    def scale_of(method, name):
-        return calibrations[method].scales[name]
-
+def test_scales_are_those_of_all_activations_at_once(surgered, looked_at, calibrations) -> None:
     model = onnx.load(surgered)
-    values = activations(model, images.load(range(3)))
+    values = activations(model, looked_at)
     names = set(calibrations["minmax"].scales)
     # every convolution's and pooling's input, and nothing behind the heads
     wanted = {n.input[0] for n in model.graph.node if n.op_type in ("Conv", "MaxPool")}
@@ -73,8 +87,6 @@ def test_scales_are_those_of_all_activations_at_once(surgered, images, calibrati
         scale = {method: c.scales[name] * 127 for method, c in calibrations.items()}
         # batches of one and of three round differently inside ONNX Runtime
         assert scale["minmax"] == pytest.approx(top, rel=1e-4)
-        at = np.quantile(magnitudes, PERCENTILE / 100, method="inverted_cdf")
-        assert at - 1e-4 * top <= scale["percentile"] <= at + bin_width + 1e-4 * top
         assert 128 * bin_width / 1.001 <= scale["entropy"] <= top * 1.0001
         for method, one in calibrations.items():
             assert one.statistics[name].scales == {
@@ -82,17 +94,14 @@ def test_scales_are_those_of_all_activations_at_once(surgered, images, calibrati
             }
             clipped = (magnitudes > scale[method] * 1.0001).mean()
             assert one.statistics[name].clipped <= clipped + 1e-3
-    assert calibrations["minmax"].narrowed == calibrations["entropy"].narrowed == ()
-    narrowed = {n for n in names if scale_of("auto", n) < scale_of("minmax", n)} - {"image"}
-    assert set(calibrations["auto"].narrowed) == narrowed
 
 
 def test_the_largest_values_are_those_that_float16_has_to_hold(
-    surgered, images, calibrations
+    surgered, looked_at, calibrations
 ) -> None:
     """What is left out is no larger, or is negative and a ReLU makes 0 of it."""
     model = onnx.load(surgered)
-    values = activations(model, images.load(range(3)))
+    values = activations(model, looked_at)
     found = calibrations["auto"].largest
     for name, value in found.items():
         assert value == pytest.approx(np.abs(values[name]).max(), rel=1e-4)
@@ -199,7 +208,7 @@ def test_the_cache_comes_back(calibrations, tmp_path) -> None:
         (lambda text: text[:-30], "damaged"),
         (lambda text: text[:0] + "[]", "damaged"),
         (
-            lambda text: text.replace('"format": 2', '"format": 1'),
+            lambda text: text.replace('"format": 3', '"format": 2'),
             "another format; make it anew: 'engine calibrate MODEL --data FOLDER -o .* --force'",
         ),
         (lambda text: text.replace('"snr_db"', '"snr"'), "damaged"),

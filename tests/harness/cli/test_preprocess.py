@@ -47,7 +47,6 @@ def write_cache(path: Path, size: int, name: str = "image") -> None:
         preprocessing_sha256=preprocessing_sha256((3, size, size)),
         versions={},
         empty_images=0,
-        narrowed=(),
         largest={},
         statistics={},
     ).save(path)
