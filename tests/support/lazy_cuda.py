@@ -85,6 +85,7 @@ class LazyStream:
 
     def __init__(self, cuda):
         self.cuda, self.handle = cuda, id(self)
+        self.device = cuda.used[-1]
         self.last, self.waits, self.memory = None, [], []
         self.recorded = None
         cuda.open += 1
@@ -132,6 +133,9 @@ class LazyStream:
                 self.enqueue(action)
 
         return replay
+
+    def use_gpu(self):
+        self.cuda.use_gpu(self.device)
 
     def synchronize(self):
         for work in (self.last, *self.waits):  # a stream that waits is not done before that
