@@ -85,7 +85,7 @@ class LazyStream:
 
     def __init__(self, cuda):
         self.cuda, self.handle = cuda, id(self)
-        self.device = cuda.used[-1]
+        self.gpu = cuda.used[-1]
         self.last, self.waits, self.memory = None, [], []
         self.recorded = None
         cuda.open += 1
@@ -135,7 +135,7 @@ class LazyStream:
         return replay
 
     def use_gpu(self):
-        self.cuda.use_gpu(self.device)
+        self.cuda.use_gpu(self.gpu)
 
     def synchronize(self):
         for work in (self.last, *self.waits):  # a stream that waits is not done before that

@@ -107,6 +107,7 @@ def test_make(engine, loaded, monkeypatch, tmp_path):
     monkeypatch.setattr(targets, "build_engine", plan)
     monkeypatch.setattr(targets, "val_images", lambda *_: None)
     monkeypatch.setattr(targets, "known_dataset", lambda *_: None)
+    monkeypatch.setattr(targets, "check_classes", lambda *_: None)
     monkeypatch.setattr(targets, "load_engines", load)
     arguments = run_args(
         benchmarks="ssd-resnet34-demo",
