@@ -100,7 +100,8 @@ def calibrate(
                 raise another(path)
         with progress_bar("calibrate") as progress:
             cache = calibrate_model(
-                *(detector, source),
+                detector,
+                source,
                 method=method,
                 limit=images,
                 batch=batch,

@@ -67,7 +67,8 @@ def calibrate(
         infinite, or when ONNX Runtime or the device fails.
     """
     return calibrate_all(
-        *(detector, images),
+        detector,
+        images,
         methods=(method,),
         limit=limit,
         batch=batch,

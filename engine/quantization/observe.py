@@ -37,6 +37,11 @@ from graph_surgery.nms_function import DOMAIN
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
 
+_Run = Callable[
+    [str, NDArray[np.float32], str], AbstractContextManager[Sequence[NDArray[np.float32]]]
+]
+"""Runs a network: the name of its input, a batch and its first image; the values are lent."""
+
 _SMALL = 640 * 640
 """Up to so many pixels two batches are looked at side by side; memory holds what both activate."""
 
@@ -139,11 +144,12 @@ class _Pass:
         self._names = list(dict.fromkeys([*tensors, *placement.floats, *placement.heads]))
         self._adding = Lock()
         model = heads_model(network, placement, self._names)
-        self._gpu: GpuNetwork | None = None
+        self._run: _Run
         if device == "cpu":
-            self._session = open_session(model, max(1, cpus // at_once))
+            session = open_session(model, max(1, cpus // at_once))
+            self._run = lambda *batch: nullcontext(run(session, self._names, *batch))
         else:
-            self._gpu = GpuNetwork(model, self._names, detector.path, device, at_once)
+            self._run = GpuNetwork(model, self._names, detector.path, device, at_once).run
         (node,) = (node for node in network.graph.node if node.domain == DOMAIN)
         self._nms = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         self._image, self._heads = placement.image, placement.heads
@@ -157,7 +163,7 @@ class _Pass:
         return empty
 
     def _look(self, files: Sequence[str], pixels: NDArray[np.float32]) -> int:
-        with self._run(pixels, files[0]) as found:
+        with self._run(self._image, pixels, files[0]) as found:
             values = {self._image: pixels, **dict(zip(self._names, found, strict=True))}
             tasks = {
                 name: self.counting.submit(_count, v, len(files), name in self.histograms)
@@ -187,13 +193,6 @@ class _Pass:
                 if name in self.largest:
                     self.largest[name] = max(self.largest[name], top)
         return shows.count(False)
-
-    def _run(
-        self, pixels: NDArray[np.float32], where: str
-    ) -> AbstractContextManager[Sequence[NDArray[np.float32]]]:
-        if self._gpu is not None:
-            return self._gpu.run(self._image, pixels, where)
-        return nullcontext(run(self._session, self._names, self._image, pixels, where))
 
 
 def brightened(images: NDArray[np.float32]) -> NDArray[np.float32] | None:

@@ -100,7 +100,7 @@ class GpuNetwork:
         batch: NDArray[np.float32],
         where: str,
     ) -> list[NDArray[np.float32]]:
-        use_gpu(self._index)  # the current device is a matter of each thread
+        self._stream.use_gpu()  # the current device is a matter of each thread
         binding = self._session.io_binding()
         binding.bind_cpu_input(image, batch)
         for name in self._names:
