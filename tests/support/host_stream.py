@@ -31,6 +31,9 @@ class HostStream:
         assert array.flags.c_contiguous
         ctypes.memmove(array.ctypes.data, address, array.nbytes)
 
+    def use_gpu(self):
+        """There is none."""
+
     def synchronize(self):
         pass
 
