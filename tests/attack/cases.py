@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,8 +70,10 @@ def _cache(path: Path) -> None:
 
 
 def _cache_text() -> bytes:
-    known = Calibration({"image": 0.02}, "minmax", 8, "1", "2", "3", {}, 0, (), {"a": 1.0}, {})
-    return json.dumps({"format": 2, **vars(known)}).encode()
+    known = Calibration({"image": 0.02}, "minmax", 8, "1", "2", "3", {}, 0, {"a": 1.0}, {})
+    with tempfile.TemporaryDirectory() as folder:
+        known.save(path := Path(folder) / "cache.json")
+        return path.read_bytes()
 
 
 def _manifest(path: Path) -> None:

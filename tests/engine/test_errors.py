@@ -77,7 +77,7 @@ def test_the_files_of_a_refusal_are_named(surgered, exported, tmp_path):
     int8 = write_int8(surgered, tmp_path / "int8.onnx", "fp32")
     cache = tmp_path / "cache.json"
     calibration = Calibration(
-        {"a": 1.0}, "minmax", 1, "", "", preprocessing_sha256((3, 400, 400)), {}, 0, (), {}, {}
+        {"a": 1.0}, "minmax", 1, "", "", preprocessing_sha256((3, 400, 400)), {}, 0, {}, {}
     )
     calibration.save(cache)
     images = ("--data", tmp_path, "-o", tmp_path / "c.json")

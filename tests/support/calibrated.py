@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import numpy_helper
 
 from engine.data.preprocessed import PreprocessedSet
 from engine.protocol import InputSpec
+from engine.quantization.network import open_session
 from graph_surgery.files import load, save
 from graph_surgery.replace import insert_nms
 
@@ -49,14 +48,7 @@ def run(model: onnx.ModelProto, feed: np.ndarray, names: list[str], *, optimise:
     new.CopyFrom(model)
     known = {value.name for value in new.graph.output}
     new.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(
-        new.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = open_session(new, optimise=optimise)  # whose sums do not saturate on any processor
     return session.run(names, {model.graph.input[0].name: feed})
 
 
