@@ -41,9 +41,10 @@ def test_a_run_leaves_its_latencies(scenario, tmp_path):
     result = run(benchmark(FakeEngine(seconds=0.003)), settings, "PerformanceOnly", tmp_path / "a")
     found = read_latencies(tmp_path / "a")
     theirs = result.batch_latency_ms if scenario == "Offline" else result.latency_ms
-    assert found.edges_ms[0] == pytest.approx(theirs["min"], rel=0.1, abs=0.3)
     middle = np.searchsorted(np.cumsum(found.counts), sum(found.counts) / 2)
-    assert found.edges_ms[middle] == pytest.approx(theirs["p50"], rel=0.2, abs=0.5)
+    # an engine takes 3 ms at least; LoadGen's begin earlier: in Server when a query was due
+    assert 3 <= found.edges_ms[0] <= 1.1 * theirs["min"] + 0.3
+    assert 3 <= found.edges_ms[middle + 1] <= 1.2 * theirs["p50"] + 0.5
     assert max(found.max_ms) == pytest.approx(found.edges_ms[-1], rel=1e-3)
     assert 0.2 < found.seconds[-1] < 60
     run(benchmark(FakeEngine()), settings, "AccuracyOnly", tmp_path / "b")
