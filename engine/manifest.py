@@ -79,6 +79,8 @@ class Manifest:
         Rows of ``detections`` for each image.
     outputs
         Output to its shape for one image.
+    first_label
+        Label of the first class; 1, too, in manifests from before, which do not say it.
     structure_sha256
         Of the ONNX file, see `engine.model.Detector.structure_sha256`; empty in manifests from
         before.
@@ -104,6 +106,7 @@ class Manifest:
     outputs: Mapping[str, list[int | None]] = field(
         default_factory=lambda: output_shapes(KEEP_TOP_K)
     )
+    first_label: int = 1
     structure_sha256: str = ""
 
     def to_dict(self) -> dict[str, object]:
@@ -202,11 +205,12 @@ def load_manifest(engine: Path) -> Manifest:
         if (
             not 1 <= min(sizes) <= max(sizes) < _TOO_MANY
             or batches != sorted(batches)
+            or manifest.first_label not in (0, 1)
             or (manifest.input.dtype == "int8") is not (scale is not None and 0 < scale < math.inf)
         ):
             raise EngineError(
-                f"{path}: no engine has this input, these batches or this keep_top_k: "
-                f"{manifest.input.dtype} {sizes}, scale {scale}; {_REBUILD}"
+                f"{path}: no engine has this input, these batches, this keep_top_k or first_label: "
+                f"{manifest.input.dtype} {sizes}, scale {scale}, {manifest.first_label}; {_REBUILD}"
             )
         return manifest
     if not engine.is_file():

@@ -24,7 +24,7 @@ from engine.support.documents import parse_json
 from engine.support.external import model_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
-from graph_surgery.names import NAMES_KEY
+from graph_surgery.names import NAMES_KEY, first_label
 from graph_surgery.nms_function import OP_TYPE
 
 _DTYPES: dict[int, Literal["float32", "int8"]] = {
@@ -112,14 +112,21 @@ class Detector:
         return None
 
     @cached_property
+    def _nms(self) -> Mapping[str, int]:
+        """Whole numbers among the attributes of NMS_OPT_TRT; none without that node."""
+        nodes = (node for node in self.model.graph.node if node.op_type == OP_TYPE)
+        return {one.name: one.i for node in nodes for one in node.attribute}
+
+    @property
     def classes(self) -> int | None:
-        """Classes of NMS_OPT_TRT besides background; None without that node or a class 0 for it."""
-        for node in self.model.graph.node:
-            if node.op_type == OP_TYPE:
-                values = {attribute.name: attribute.i for attribute in node.attribute}
-                if values.get("backgroundLabelId") == 0 and values.get("numClasses"):
-                    return int(values["numClasses"]) - 1
-        return None
+        """Classes that NMS_OPT_TRT detects; None without that node."""
+        classes, background = self._nms.get("numClasses"), self._nms.get("backgroundLabelId")
+        return classes and classes - (background in (0, classes - 1))
+
+    @property
+    def first_label(self) -> int:
+        """Label of the first class, 0 or 1; see `graph_surgery.names.first_label`."""
+        return first_label(self.metadata, self._nms.get("backgroundLabelId"))
 
     @property
     def quantized(self) -> bool:

@@ -57,6 +57,11 @@ def output_shapes(keep_top_k: int | None) -> dict[str, list[int | None]]:
     return {DETECTIONS: [keep_top_k, DETECTION_FIELDS], NUM_DETECTIONS: []}
 
 
+def first_label(manifest: Mapping[str, object]) -> int:
+    """Label of an engine's first class: 0 of a model without background; 1 where it is not said."""
+    return int(str(manifest.get("first_label", 1)))
+
+
 def input_scale(metadata: Mapping[str, str], model: Path) -> float:
     """Read the scale of an INT8 image input from a model's metadata.
 

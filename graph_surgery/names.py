@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -11,8 +12,10 @@ from graph_surgery.errors import SurgeryError
 from graph_surgery.nms_function import OP_TYPE
 
 NAMES_KEY = "class_names"
-"""ONNX metadata key: a JSON list, of which the L-th name is that of label L; 0, the background, has
-none."""
+"""ONNX metadata key: a JSON list of the names of the labels, from the first label on."""
+
+FIRST_LABEL_KEY = "first_label"
+"""ONNX metadata key: ``0`` where no class is the background and labels count from 0."""
 
 _COCO = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
@@ -27,6 +30,21 @@ _COCO = (
 )
 COCO = tuple(_COCO.split(", "))
 """COCO's 80 categories, in the order of its annotation files: label L is the L-th."""
+
+
+def first_label(metadata: Mapping[str, str], background: int | None) -> int:
+    """Label of a detector's first class: 1 where class 0 is the background, else 0.
+
+    Parameters
+    ----------
+    metadata
+        Of its file.
+    background
+        backgroundLabelId of its NMS_OPT_TRT, which counts first; None: it has none.
+    """
+    if background is not None:
+        return int(background == 0)
+    return 0 if metadata.get(FIRST_LABEL_KEY) == "0" else 1
 
 
 def add_names(model: onnx.ModelProto, file: Path | None) -> str:
@@ -48,17 +66,14 @@ def add_names(model: onnx.ModelProto, file: Path | None) -> str:
     Raises
     ------
     SurgeryError
-        When the file is unusable, there are more or fewer names than classes, or one has control
-        characters.
+        When the file is unusable, there are more or fewer names than detected classes, or one has
+        control characters.
     """
     (node,) = (node for node in model.graph.node if node.op_type == OP_TYPE)
     values = {a.name: a.i for a in node.attribute}
-    labels = values["numClasses"] - 1
+    classes, background = values["numClasses"], values["backgroundLabelId"]
+    labels = classes - (background in (0, classes - 1))
     entries = {entry.key: entry.value for entry in model.metadata_props}
-    if values["backgroundLabelId"] != 0:
-        if file is not None:
-            raise SurgeryError("--names: only for models whose background is class 0")
-        return "class names: none written, for the background is not class 0"
     if file is not None:
         names, source = read_names(file), str(file)
     elif NAMES_KEY in entries:
@@ -71,8 +86,8 @@ def add_names(model: onnx.ModelProto, file: Path | None) -> str:
         del names[0]
     if len(names) != labels:
         raise SurgeryError(
-            f"{len(names)} class names ({source}), the model has {labels} classes besides "
-            f"background: give {labels} names, one a line, as --names FILE"
+            f"{len(names)} class names ({source}), the model detects {labels} classes: "
+            f"give {labels} names, one a line, as --names FILE"
         )
     if not all(name and name.isprintable() for name in names):
         raise SurgeryError(f"class names ({source}): one is empty or has control characters")

@@ -98,15 +98,16 @@ def class_names(model: Path, file: Path | None) -> dict[int, str]:
     EngineError, SurgeryError
         When the model, its manifest or the file cannot be read.
     """
+    read = load_detector if model.suffix == ".onnx" else load_manifest
+    known = read(model)
     if file is not None:
         names = read_names(file)
         if names and names[0].strip("_").lower() == "background":
             del names[0]
     else:
-        read = load_detector if model.suffix == ".onnx" else load_manifest
-        text = read(model).metadata.get(NAMES_KEY)
+        text = known.metadata.get(NAMES_KEY)
         names = [] if text is None else names_from_json(text)
-    return dict(enumerate(names, start=1))
+    return dict(enumerate(names, known.first_label))
 
 
 def predict(

@@ -34,6 +34,7 @@ def detect(model: Path, images: PreprocessedSet) -> NDArray[np.float32]:
         Rows as `engine.data.coco.coco_evaluation` takes them.
     """
     engine = load_engine("onnxruntime", model)
+    first_label = load_detector(model).first_label
     session = engine.session()
     found = []
     for index in range(len(images.files)):
@@ -41,6 +42,7 @@ def detect(model: Path, images: PreprocessedSet) -> NDArray[np.float32]:
         rows, counts = session.infer(quantize_images(image, engine.input_spec))
         found.append(rows[0, : counts[0]])
         found[-1][:, 0] = index
+        found[-1][:, 6] += 1 - first_label
     return np.concatenate(found)
 
 

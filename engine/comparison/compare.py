@@ -139,13 +139,16 @@ class Truth:
         Annotation file.
     images
         Its entry of every image, in the order of the comparison.
+    first_label
+        Label that detections of its first category have.
     """
 
     content: Mapping[str, Any]
     images: Sequence[Mapping[str, Any]]
+    first_label: int = 1
 
 
-def load_truth(annotations: Path, files: Sequence[str]) -> Truth:
+def load_truth(annotations: Path, files: Sequence[str], first_label: int = 1) -> Truth:
     """Look images up in a COCO annotation file.
 
     Parameters
@@ -154,6 +157,8 @@ def load_truth(annotations: Path, files: Sequence[str]) -> Truth:
         COCO instances JSON.
     files
         File names of the images.
+    first_label
+        See `Truth`.
 
     Raises
     ------
@@ -167,7 +172,8 @@ def load_truth(annotations: Path, files: Sequence[str]) -> Truth:
         raise EngineError(
             f"{annotations} lacks {len(missing)} of {len(files)} images, the first is {missing[0]}"
         )
-    return Truth(content, [content["images"][positions[name]] for name in files])
+    images = [content["images"][positions[name]] for name in files]
+    return Truth(content, images, first_label)
 
 
 def compare(
@@ -332,11 +338,12 @@ class _Detections:
         found = []
         for kept in self._rows:
             rows = np.concatenate(kept)
-            if len(rows) and rows[:, 6].max() > categories:
+            if len(rows) and rows[:, 6].max() >= categories + truth.first_label:
                 raise EngineError(
                     f"label {rows[:, 6].max():g} was detected, the annotations have "
                     f"{categories} categories"
                 )
+            rows[:, 6] += 1 - truth.first_label
             value = coco_stats(truth.content, truth.images, rows)["AP"]
             found.append(value if value >= 0 else math.nan)
         return found[0], found[1]

@@ -16,7 +16,7 @@ from engine.comparison.tensors import shown
 from engine.comparison.tolerance import FLOAT_TOLERANCE, INT8_TOLERANCE, SAME_INT8_TOLERANCE
 from engine.data.preprocessed import PreprocessedSet, load_preprocessed
 from engine.errors import EngineError
-from engine.protocol import InputSpec
+from engine.protocol import InputSpec, first_label
 from engine.support.documents import read_json
 from engine.support.environment import command_line, commit, now
 from engine.support.files import another, json_text, write_json
@@ -118,7 +118,7 @@ def compare_files(
         files = preprocessed.files[:limit]
         count = len(files)
         if annotations is not None:
-            truth = load_truth(annotations, files)
+            truth = load_truth(annotations, files, first_label(a.manifest))
 
     def held(reference: Opened, truth: Truth | None, what: str) -> Comparison:
         images = _noise(count, shape) if preprocessed is None else _read(preprocessed, count)

@@ -294,6 +294,7 @@ def open_side(side: Side, tensors: Mapping[str, str], *, literally: bool = False
         detector.input,
         max_batch=detector.batch,
         keep_top_k=detector.keep_top_k,
+        first_label=detector.first_label,
     )
     return Opened(OnnxRunner(name, detector, tensors, literally=literally), manifest)
 

@@ -24,14 +24,25 @@ def accuracy(
         Path | None,
         typer.Option(help="COCO annotations instead; the sample order is that of its images."),
     ] = None,
+    labels_from: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Label of the first category: 0 of models without background, as RetinaNet.",
+            show_default="what result.json beside the log says, else 1",
+        ),
+    ] = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
-    """Compute the COCO mAP of an accuracy log as MLPerf's accuracy-coco.py does.
+    """Compute the COCO mAP of an accuracy log as MLPerf's scripts do.
 
     In the folder of a run of this harness, samples.txt says which image each sample is; elsewhere
     the data set's map or the order of the annotations does.
     """
+    from engine.protocol import first_label
     from harness.results.accuracy import evaluate
+    from harness.results.result import RESULT, read_result
     from harness.results.run import SAMPLES
 
     if (dataset is None) == (annotations is None):
@@ -44,7 +55,9 @@ def accuracy(
         raise HarnessError(f"{dataset} has no annotations")
     if (log.parent / SAMPLES).exists():
         files = load_map(log.parent / SAMPLES)
-    result = evaluate(log, annotations, files)
+    if labels_from is None and (log.parent / RESULT).exists():
+        labels_from = first_label(read_result(log.parent / RESULT).engine)
+    result = evaluate(log, annotations, files, 1 if labels_from is None else labels_from)
     for name, value in result.stats.items():
         typer.echo(f"{name:>6} {value:.4f}")
     typer.echo(f"{result.images_seen} of {result.images_total} images, ", nl=False)

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from engine.errors import EngineError
 from engine.protocol import DETECTION_FIELDS
 
+ANY_LABEL = range(1, 2**24)
+"""Where nothing is known of labels but that they are float32 and 0 the background."""
+
 _ROW_BYTES = DETECTION_FIELDS * np.dtype(np.float32).itemsize
 
 
@@ -50,7 +53,7 @@ def pack(
     indices: Sequence[int],
     *,
     checked: bool = True,
-    labels: int | None = None,
+    labels: range = ANY_LABEL,
 ) -> tuple[NDArray[np.float32], list[int]]:
     """Valid detections of a batch as MLPerf's response payloads.
 
@@ -65,7 +68,7 @@ def pack(
     checked
         Whether to look at the order of rows, too, which takes longer than all else here.
     labels
-        Largest label; None: unknown.
+        Those that a detection may have.
 
     Returns
     -------
@@ -79,7 +82,7 @@ def pack(
     ------
     EngineError
         When a valid row holds a NaN or an infinity. Checked: when its image index is not the
-        position in the batch, its label none of 1 to `labels`, a box has its corners swapped, or
+        position in the batch, its label none of `labels`, a box has its corners swapped, or
         the scores of an image do not fall.
     """
     rows = detections[np.arange(detections.shape[1]) < counts[:, None]]
@@ -91,15 +94,18 @@ def pack(
     return rows, [count * _ROW_BYTES for count in counts.tolist()]
 
 
-def _check_rows(rows: NDArray[np.float32], images: NDArray[np.int64], labels: int | None) -> None:
+def _check_rows(rows: NDArray[np.float32], images: NDArray[np.int64], labels: range) -> None:
     """Check finite rows [R, 7], whose images are at these positions [R] of the batch."""
     image, ymin, xmin, ymax, xmax, score, label = rows.T
     rising = np.zeros(len(rows), bool)
     rising[1:] = (score[1:] > score[:-1]) & (images[1:] == images[:-1])
-    most = np.inf if labels is None else labels
+    first, last = labels.start, labels[-1]
     for bad, what in (
         (image != images, "an image index that is not its image's: are rows in another order?"),
-        ((label != np.rint(label)) | (label < 1) | (label > most), f"a label outside 1..{most:g}"),
+        (
+            (label != np.rint(label)) | (label < first) | (label > last),
+            f"a label outside {first}..{last}",
+        ),
         ((ymin > ymax) | (xmin > xmax), "a box whose corners are swapped"),
         (rising, "a higher score than the row before"),
     ):

@@ -17,6 +17,7 @@ from harness.loadgen.batcher import Batch, Batcher, Completion
 from harness.loadgen.clock import Times
 from harness.loadgen.lane import Lane
 from harness.loadgen.qsl import SampleLibrary
+from harness.loadgen.response import ANY_LABEL
 
 
 class Sut:
@@ -47,7 +48,7 @@ class Sut:
     check_all
         Whether every batch is checked, or as many as take no time that counts.
     labels
-        Largest label of a detection; None: unknown.
+        Those that a detection may have.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Sut:
         streams: int = 1,
         one_by_one: bool = False,
         check_all: bool = True,
-        labels: int | None = None,
+        labels: range = ANY_LABEL,
     ) -> None:
         self.library = library
         self.one_by_one = one_by_one

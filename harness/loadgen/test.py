@@ -23,6 +23,7 @@ from harness.loadgen.clock import CLOCK_WAS_SET, WallClock, check_times
 from harness.loadgen.log import DetailLog, read_complete
 from harness.loadgen.numa import gpu_cpus, running_on
 from harness.loadgen.qsl import SampleLibrary, SampleSource
+from harness.loadgen.response import ANY_LABEL
 from harness.loadgen.settings import (
     Mode,
     MultiStream,
@@ -82,7 +83,7 @@ def run_test(
     timeout_s: float,
     progress: Progress | None = None,
     audit: Audit | None = None,
-    labels: int | None = None,
+    labels: range = ANY_LABEL,
 ) -> Outcome:
     """Run one LoadGen test and read its logs back.
 
@@ -105,8 +106,8 @@ def run_test(
     audit
         Compliance test that the run belongs to.
     labels
-        Largest label of a detection; None: unknown. An accuracy run checks the labels, the order of
-        images, scores and corners in every batch, a performance run in one of 50 ms.
+        Those that a detection may have. An accuracy run checks the labels, the order of images,
+        scores and corners in every batch, a performance run in one of 50 ms.
 
     Raises
     ------

@@ -85,7 +85,7 @@ class Evaluation:
     Attributes
     ----------
     log
-        The log.
+        The log; its labels count from 1 here, whatever the file says.
     content
         The annotation file.
     images
@@ -104,10 +104,13 @@ class Evaluation:
 
 
 def evaluate(
-    log_path: Path, annotations: Path, files: Sequence[str] | None = None
+    log_path: Path,
+    annotations: Path,
+    files: Sequence[str] | None = None,
+    first_label: int = 1,
 ) -> AccuracyResult:
     """Evaluate an accuracy log against COCO annotations; see `evaluation_of`."""
-    return accuracy_of(evaluation_of(log_path, annotations, files))
+    return accuracy_of(evaluation_of(log_path, annotations, files, first_label))
 
 
 def accuracy_of(found: Evaluation) -> AccuracyResult:
@@ -131,7 +134,10 @@ def accuracy_of(found: Evaluation) -> AccuracyResult:
 
 
 def evaluation_of(
-    log_path: Path, annotations: Path, files: Sequence[str] | None = None
+    log_path: Path,
+    annotations: Path,
+    files: Sequence[str] | None = None,
+    first_label: int = 1,
 ) -> Evaluation:
     """Hold an accuracy log against COCO annotations.
 
@@ -144,6 +150,8 @@ def evaluation_of(
     files
         Image file name of each sample index. None: the sample index is the position in the
         annotation file's ``images``, as in MLPerf's own scripts.
+    first_label
+        Label of the first category in the log: 1, or 0 of a model without background.
 
     Raises
     ------
@@ -156,14 +164,16 @@ def evaluation_of(
     images = _images_of_samples(log, log_path, content, annotations, files)
     categories = len(content["categories"])
     labels = log.rows[:, 6]
-    wrong = (labels != np.trunc(labels)) | (labels < 0) | (labels > categories)
+    last = categories - 1 + first_label
+    wrong = (labels != np.trunc(labels)) | (labels < 0) | (labels > last)
     if wrong.any():
         first = int(wrong.argmax())
         raise HarnessError(
-            f"{log_path}: {wrong.sum()} detection rows have a label outside 1.."
-            f"{categories}, the first is {labels[first]:g} of qsl_idx "
+            f"{log_path}: {wrong.sum()} detection rows have a label outside "
+            f"{first_label}..{last}, the first is {labels[first]:g} of qsl_idx "
             f"{log.rows[first, 0]:.0f}; were padding rows logged, or other annotations used?"
         )
+    log.rows[:, 6] += 1 - first_label
     slot_of_sample = np.zeros(max(log.samples) + 1, np.int64)
     slot_of_sample[list(log.samples)] = np.arange(len(log.samples))
     rows = log.rows.copy()

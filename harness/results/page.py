@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.data.coco import STATS
 from engine.errors import EngineError
+from engine.protocol import first_label
 from engine.support.files import write_atomically
 from harness.data.dataset import Dataset, known_dataset, load_map
 from harness.data.transform import BadImageError, decode, read_image
@@ -244,7 +245,11 @@ def _review(run: _Run, data: Dataset) -> Review:
     if data.annotations is None:
         raise HarnessError(f"{data.name} has no annotations")
     files = load_map(run.directory / SAMPLES)
-    return review(evaluation_of(run.directory / ACCURACY, data.annotations, files))
+    return review(
+        evaluation_of(
+            run.directory / ACCURACY, data.annotations, files, first_label(run.result.engine)
+        )
+    )
 
 
 def _pictures(prefix: str, reviews: Sequence[ImageReview], image_dir: Path) -> Iterator[_Picture]:

@@ -138,8 +138,8 @@ def read_result(path: Path) -> RunResult:
     return result
 
 
-_SINCE = ("keep_top_k", "outputs")
-"""What manifests did not say before 0.2."""
+_SINCE = ("keep_top_k", "outputs", "first_label")
+"""What manifests did not always say."""
 
 _PREPARED = ("max_batch", "batch_sizes", "kernels")
 """What cuDNN makes ready for the scenarios of a command; a plan of other sizes is another file."""

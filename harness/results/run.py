@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.protocol import Engine
+from engine.protocol import Engine, first_label
 from engine.support.environment import command_line, commit, now
 from engine.support.files import write_atomically
 from engine.support.progress import Progress
@@ -21,6 +21,7 @@ from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.audit import Audit
 from harness.loadgen.log import ACCURACY
 from harness.loadgen.qsl import SampleSource
+from harness.loadgen.response import ANY_LABEL
 from harness.loadgen.settings import MODEL, Mode, MultiStream, Settings, SingleStream
 from harness.loadgen.test import Outcome, run_test
 from harness.lock import locked
@@ -83,12 +84,13 @@ class Benchmark:
                 )
 
     @functools.cached_property
-    def labels(self) -> int | None:
-        """Largest label of a detection: the categories of the annotations; None without them."""
+    def labels(self) -> range:
+        """Those that a detection may have: the categories of the annotations, where there are."""
         annotations = self.dataset.annotations if self.dataset else None
+        first = first_label(self.engines[0].manifest)
         if annotations is None or not annotations.exists():
-            return None
-        return len(category_names(annotations))
+            return range(first, ANY_LABEL.stop)
+        return range(first, first + len(category_names(annotations)))
 
     @property
     def manifest(self) -> dict[str, object]:
@@ -313,7 +315,12 @@ def _accuracy_figures(
     if dataset is None or dataset.annotations is None:
         return figures
     files = benchmark.source.files
-    found = evaluation_of(directory / ACCURACY, dataset.annotations, files)
+    found = evaluation_of(
+        directory / ACCURACY,
+        dataset.annotations,
+        files,
+        first_label(benchmark.engines[0].manifest),
+    )
     accuracy = accuracy_of(found)
     if evaluated is not None:
         evaluated(found)

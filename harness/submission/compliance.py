@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.protocol import first_label
 from engine.support.documents import checked
 from engine.support.files import write_atomically
 from engine.support.progress import Progress
@@ -194,6 +195,7 @@ def check_compliance(
                 directories[0] / ACCURACY,
                 dataset.annotations if dataset else None,
                 benchmark.source.files,
+                first_label(benchmark.manifest),
             )
         )
     remarks = _remarks(test, base, base_detail, details, checks)

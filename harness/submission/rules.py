@@ -121,7 +121,11 @@ def verify_same_sample(scenario: str, unique: DetailLog, same: DetailLog) -> Che
 
 
 def verify_accuracy(
-    base: Path, audited: Path, annotations: Path | None, files: Sequence[str]
+    base: Path,
+    audited: Path,
+    annotations: Path | None,
+    files: Sequence[str],
+    first_label: int = 1,
 ) -> Check:
     """Compare the answers logged in performance mode with those of the accuracy run.
 
@@ -135,8 +139,8 @@ def verify_accuracy(
         Accuracy logs of the accuracy run and of TEST01.
     annotations
         COCO annotations; None: different answers fail.
-    files
-        Image file name of each sample index.
+    files, first_label
+        See `harness.results.accuracy.evaluation_of`.
 
     Raises
     ------
@@ -165,8 +169,10 @@ def verify_accuracy(
     passed = same and not missing
     if different and not missing and annotations is not None:
         answers = dict(known) | dict(different)
-        wanted = _mean_average_precision({i: expected[i] for i in answers}, annotations, files)
-        found = _mean_average_precision(answers, annotations, files)
+        wanted, found = (
+            _mean_average_precision(some, annotations, files, first_label)
+            for some in ({i: expected[i] for i in answers}, answers)
+        )
         texts["baseline_accuracy.txt"] = map_line(wanted)
         texts["compliance_accuracy.txt"] = map_line(found)
         figures |= {"baseline mAP": wanted, "mAP": found}
@@ -180,13 +186,13 @@ def map_line(value: float) -> str:
 
 
 def _mean_average_precision(
-    answers: dict[int, str], annotations: Path, files: Sequence[str]
+    answers: dict[int, str], annotations: Path, files: Sequence[str], first_label: int
 ) -> float:
     with TemporaryDirectory() as folder:
         log = Path(folder) / ACCURACY
         records = [{"qsl_idx": sample, "data": data} for sample, data in sorted(answers.items())]
         write_atomically(log, json.dumps(records).encode())
-        return evaluate(log, annotations, files).mAP
+        return evaluate(log, annotations, files, first_label).mAP
 
 
 def _by_sample(log: Path) -> tuple[dict[int, str], int, int]:

@@ -127,6 +127,7 @@ def test_what_is_no_document(tmp_path, text, message):
         {"max_batch": 0},
         {"min_batch": 9},
         {"keep_top_k": 0},
+        {"first_label": 2},
     ],
     ids=str,
 )
@@ -144,7 +145,7 @@ def test_a_manifest_from_before_says_200_detections(tmp_path):
     document["plugins"] = [{"path": "../libnms.so", "sha256": "2" * 64}]
     engine = written(tmp_path, document)
     manifest = load_manifest(engine)
-    assert manifest.keep_top_k == 200
+    assert (manifest.keep_top_k, manifest.first_label) == (200, 1)
     assert manifest.outputs == {"detections": [200, 7], "num_detections": []}
     assert manifest.plugins[0].headers is None
     assert served_model(engine).keep_top_k == 200

@@ -18,8 +18,10 @@ from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 from graph_surgery.names import add_names
 from graph_surgery.replace import insert_nms
+from harness.predict import class_names
 from tests.support import ROOT, command
 from tests.support.calibrated import write_images
+from tests.support.graphs import CLASSES, UNCAPPED, detector, nms_node
 
 OWN = [f"thing {number}" for number in range(80)]
 
@@ -55,7 +57,7 @@ def test_surgery_keeps_adds_and_refuses(exported, tmp_path) -> None:
     assert add_names(model, None) == "class names: 80, the model's own"
     (entry,) = (entry for entry in model.metadata_props if entry.key == "class_names")
     entry.value = json.dumps(OWN[:79])
-    with pytest.raises(SurgeryError, match=r"79 class names .*80 classes besides background"):
+    with pytest.raises(SurgeryError, match=r"79 class names .*detects 80 classes"):
         add_names(model, None)
     for broken in ("{}", "[1]", "["):
         entry.value = broken
@@ -69,6 +71,19 @@ def test_surgery_keeps_adds_and_refuses(exported, tmp_path) -> None:
     (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(SurgeryError, match="no UTF-8 text"):
         add_names(model, tmp_path / "names.txt")
+
+
+@pytest.mark.parametrize(("background", "count"), [(-1, CLASSES), (CLASSES - 1, CLASSES - 1)])
+def test_labels_from_0_have_names_too(background, count, tmp_path) -> None:
+    model = insert_nms(detector(UNCAPPED)).model
+    (attribute,) = (a for a in nms_node(model).attribute if a.name == "backgroundLabelId")
+    attribute.i = background
+    file = tmp_path / "names.txt"
+    file.write_text("\n".join(OWN[:count]))
+    assert add_names(model, file) == f"class names: {count}, {file}"
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    assert class_names(path, None) == dict(enumerate(OWN[:count]))
 
 
 @pytest.mark.parametrize("names", [OWN, tuple(OWN), dict(enumerate(OWN))])

@@ -160,6 +160,7 @@ def load(
             "input": spec.to_dict(),
             "keep_top_k": parts.config.keep_top_k,
             "outputs": output_shapes(parts.config.keep_top_k),
+            "first_label": int(parts.config.background_class == 0),
             "max_batch": batches[-1],
             "batch_sizes": list(batches),
             "nms": library_path().name,

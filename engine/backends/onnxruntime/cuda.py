@@ -101,7 +101,15 @@ def load_split(
     spec, max_batch = input_spec(open_network(), model)
     rows = parts.config.keep_top_k
     manifest = {
-        **describe(model, device, threads, spec, max_batch=max_batch, keep_top_k=rows),
+        **describe(
+            model,
+            device,
+            threads,
+            spec,
+            max_batch=max_batch,
+            keep_top_k=rows,
+            first_label=int(parts.config.background_class == 0),
+        ),
         "provider_options": dict(options),
         "gpu": gpu.name,
         "compute_capability": gpu.compute_capability,

@@ -24,6 +24,7 @@ from engine.backends.onnxruntime.session import (
     open_session,
 )
 from engine.errors import EngineError, one_line
+from engine.model import load_detector
 from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, TARGET_KEY, InputSpec
 
 if TYPE_CHECKING:
@@ -97,7 +98,15 @@ def load_whole(
     session = open_session(model, model, provider, options, threads)
     spec, max_batch = input_spec(session, model)
     rows = _check_outputs(session, model)
-    manifest = describe(model, device, threads, spec, max_batch=max_batch, keep_top_k=rows)
+    manifest = describe(
+        model,
+        device,
+        threads,
+        spec,
+        max_batch=max_batch,
+        keep_top_k=rows,
+        first_label=load_detector(model).first_label,
+    )
     if index is not None:
         manifest["nms"] = "ONNX Runtime"
     elif target := session.get_modelmeta().custom_metadata_map.get(TARGET_KEY):

@@ -161,6 +161,7 @@ def describe(
     *,
     max_batch: int | None,
     keep_top_k: int | None,
+    first_label: int,
 ) -> dict[str, object]:
     """Write the manifest of a loaded model; `keep_top_k` None: it does not say."""
     import onnxruntime as ort
@@ -182,6 +183,7 @@ def describe(
         "input": spec.to_dict(),
         "keep_top_k": keep_top_k,
         "outputs": output_shapes(keep_top_k),
+        "first_label": first_label,
         "max_batch": max_batch,
     }
 

@@ -114,6 +114,7 @@ def build(
         seconds=0.0,
         keep_top_k=rows,
         outputs=output_shapes(rows),
+        first_label=detector.first_label,
         structure_sha256=detector.structure_sha256,
     )
     if not overwrite and options.layer_info is not None and options.layer_info.exists():

@@ -122,6 +122,7 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
         "input": served.input.to_dict(),
         "keep_top_k": served.keep_top_k,
         "outputs": output_shapes(served.keep_top_k),
+        "first_label": served.first_label,
         "max_batch": config.max_batch_size,
         "known_answers": len(known.seeds),
     }

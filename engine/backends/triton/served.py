@@ -28,6 +28,8 @@ class ServedModel:
         Image tensor that it takes.
     keep_top_k
         Rows of ``detections`` for each image.
+    first_label
+        Label of the first class.
     manifest
         Manifest beside an engine file; None for an ONNX file.
     """
@@ -37,6 +39,7 @@ class ServedModel:
     onnx_sha256: str
     input: InputSpec
     keep_top_k: int
+    first_label: int
     manifest: Manifest | None
 
     def identity(self) -> Mapping[str, str]:
@@ -61,6 +64,7 @@ def served_model(path: Path) -> ServedModel:
             manifest.onnx_sha256,
             manifest.input,
             manifest.keep_top_k,
+            manifest.first_label,
             manifest,
         )
     detector = load_detector(path)
@@ -71,4 +75,6 @@ def served_model(path: Path) -> ServedModel:
             f"{NUM_DETECTIONS} [N] with a fixed keepTopK; export the model with 'export-onnx'"
         )
     detector.require_dynamic_batch()
-    return ServedModel(path, "onnxruntime", detector.sha256, image, keep_top_k, None)
+    return ServedModel(
+        path, "onnxruntime", detector.sha256, image, keep_top_k, detector.first_label, None
+    )

@@ -58,18 +58,27 @@ IMAGES = np.full((3, *SHAPE), 3, np.float32) + np.arange(3)[:, None, None, None]
 )
 def test_rows_that_contradict_themselves_are_refused(wrong, message):
     detections, counts = detect(IMAGES)
-    pack(detections, counts, [7, 8, 9], labels=80)
+    pack(detections, counts, [7, 8, 9], labels=range(1, 81))
     detections, counts = WRONG[wrong](detections, counts)
     with pytest.raises(EngineError, match=message):
-        pack(detections, counts, [7, 8, 9], labels=80)
-    pack(detections, counts, [7, 8, 9], labels=80, checked=False)
+        pack(detections, counts, [7, 8, 9], labels=range(1, 81))
+    pack(detections, counts, [7, 8, 9], labels=range(1, 81), checked=False)
+
+
+def test_the_first_label_may_be_0():
+    detections, counts = detect(IMAGES)
+    detections[0, 0, 6] = 0
+    pack(detections, counts, [7, 8, 9], labels=range(80))
+    detections[0, 0, 6] = 80
+    with pytest.raises(EngineError, match=r"label outside 0\.\.79"):
+        pack(detections, counts, [7, 8, 9], labels=range(80))
 
 
 def test_what_belongs_to_no_row_may_be_anything():
     """Behind the valid rows, and from one image to the next."""
     detections, counts = detect(IMAGES)
     detections[0, 3:] = [9, 1, 1, 0, 0, 7, -3]
-    pack(detections, counts, [7, 8, 9], labels=80)
+    pack(detections, counts, [7, 8, 9], labels=range(1, 81))
     detections[1, :, 5] += 5  # higher than all of the first image
     detections[2, :, 6] = 10_000
     pack(detections, counts, [7, 8, 9])

@@ -243,6 +243,21 @@ def test_perfect_detections_are_mapped_over_the_gaps(scene: Scene, tmp_path: Pat
     assert evaluate(log, scene.annotations).mAP == pytest.approx(1.0)
 
 
+def test_labels_from_0_are_the_categories_in_order(scene: Scene, tmp_path: Path) -> None:
+    """As those of a model without background; the last category's label is then one less."""
+    log = write_log(tmp_path / "log.json", scene.records)
+    rows = [np.frombuffer(data, np.float32).reshape(-1, 7).copy() for _, data in scene.records]
+    for of_sample in rows:
+        of_sample[:, 6] -= 1
+    records = [(s, r.tobytes()) for (s, _), r in zip(scene.records, rows, strict=True)]
+    from_0 = write_log(tmp_path / "from-0.json", records)
+    wanted = evaluate(log, scene.annotations)
+    assert wanted.mAP > 0.1
+    assert evaluate(from_0, scene.annotations, first_label=0) == wanted
+    with pytest.raises(HarnessError, match=rf"label outside 0\.\.{len(CATEGORY_IDS) - 1}"):
+        evaluate(log, scene.annotations, first_label=0)
+
+
 def test_no_detection_at_all_is_zero(scene: Scene, tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.json", [(sample, b"") for sample, _ in scene.records])
     result = evaluate(log, scene.annotations)
