@@ -22,7 +22,10 @@ BETWEEN_PACKAGES = {
 }
 """Package to those that it may import."""
 
-GROUND = {"engine": {"errors", "protocol", "support"}, "harness": {"errors", "command", "disk"}}
+GROUND = {
+    "engine": {"errors", "protocol", "support"},
+    "harness": {"errors", "benchmarks", "command", "disk"},
+}
 """Rooms that every room of the package may import, but for one another."""
 
 ARROWS = {
@@ -61,6 +64,7 @@ ARROWS = {
         "command": "errors",
         "disk": "errors",
         "lock": "",
+        "benchmarks": "errors",
         "artefacts": "",
         "data": "artefacts lock",
         "download": "data lock",

@@ -29,6 +29,7 @@ from engine.load import load_engine
 from engine.protocol import DETECTION_FIELDS, Engine, InputSpec, Session
 from engine.support.environment import circumstances, now
 from engine.support.files import write_atomically, write_json
+from harness.benchmarks import DEFAULT
 from harness.data.dataset import Dataset, known_dataset, load_map
 from harness.data.preprocess import preprocess
 from harness.errors import HarnessError
@@ -302,7 +303,7 @@ def bare_run(settings: Settings, answer: Callable[[Sequence[Any]], None] = _answ
     import mlperf_loadgen as lg
 
     with tempfile.TemporaryDirectory() as folder:
-        test = apply(settings, "PerformanceOnly", Path(folder) / USER_CONF)
+        test = apply(settings, "PerformanceOnly", Path(folder) / USER_CONF, DEFAULT.detector)
         output = lg.LogOutputSettings()
         output.outdir = folder
         log = lg.LogSettings()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graph_surgery.command import printable
+from harness.benchmarks import BENCHMARKS, DEFAULT
 from harness.cli.options import BuildDir
 from harness.errors import HarnessError
 
@@ -18,6 +19,8 @@ download_app = typer.Typer(
     help="Fetch the benchmark's data and models; what is there and right is left alone.",
     no_args_is_help=True,
 )
+
+_FETCHED = tuple(name for name, one in BENCHMARKS.items() if one.models)
 
 _Mirror = Annotated[
     str | None,
@@ -51,11 +54,18 @@ def data(
 
 
 @download_app.command()
-def model(*, mirror: _Mirror = None, build_dir: BuildDir = Path("build")) -> None:
-    """Put resnet34-ssd1200.pytorch and the official resnet34-ssd1200.onnx in place."""
+def model(
+    *,
+    benchmark: Annotated[str, typer.Option(help=f"One of: {', '.join(_FETCHED)}.")] = DEFAULT.name,
+    mirror: _Mirror = None,
+    build_dir: BuildDir = Path("build"),
+) -> None:
+    """Put the benchmark's checkpoint and its official ONNX export in place."""
     from harness.download.download import download_models
+    from harness.make.arguments import choice
 
-    _print(download_models(build_dir, mirror, _notify))
+    known = BENCHMARKS[choice(benchmark, _FETCHED, "benchmark")]
+    _print(download_models(known, build_dir, mirror, _notify))
 
 
 def _notify(line: str) -> None:

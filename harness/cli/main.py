@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from engine.load import BACKENDS
+from harness.benchmarks import benchmark_of_file
 from harness.cli.dataset import dataset_app
 from harness.cli.doctor import doctor
 from harness.cli.download import download_app
@@ -38,7 +39,6 @@ from harness.command import run_command
 from harness.data.dataset import known_dataset, preprocessed_dir
 from harness.errors import HarnessError
 from harness.loadgen.settings import (
-    MODEL,
     MODES,
     SCENARIOS,
     largest_batch,
@@ -75,7 +75,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    dataset: DatasetName = "coco",
+    dataset: DatasetName = None,
     split: Annotated[
         str, typer.Option(help="val or cal (calibration).", rich_help_panel=DATA)
     ] = "val",
@@ -190,7 +190,7 @@ def run(
     """Run LoadGen on MODEL: every scenario in every test mode.
 
     Each test leaves LoadGen's logs, its user.conf and a result.json in
-    LOG_DIR/SYSTEM/ssd-resnet34/SCENARIO/MODE. An INVALID result is a result (exit code 0); a run
+    LOG_DIR/SYSTEM/DETECTOR/SCENARIO/MODE. An INVALID result is a result (exit code 0); a run
     that fails has exit code 1. Folders that exist are refused before anything is loaded; with
     --resume their results are kept, if they are of the same test, and the others are run.
 
@@ -206,6 +206,7 @@ def run(
         )
     if resume and log_dir is None:
         raise HarnessError("--resume goes on in the folder of an earlier run: name it, --log-dir")
+    described = benchmark_of_file(model)
     machine = None if config is None else config_of(config)
     overrides = {
         "batch_size": batch,
@@ -234,7 +235,7 @@ def run(
             numbers = machine.devices
             device = None if numbers else machine.device
     engine = engine or BACKENDS[0]
-    place = (log_dir or Path()) / (system or platform.node()) / MODEL
+    place = (log_dir or Path()) / (system or platform.node()) / described.detector
     if log_dir is not None and not resume:
         check_folders([place / one.scenario / mode for mode in modes for one in settings])
     if engine == AUTO:
@@ -256,12 +257,12 @@ def run(
         max_batch=largest_batch(settings),
     )
     spec = engines[0].input_spec
-    data = known_dataset(dataset, split, build_dir)
+    data = known_dataset(dataset or described.dataset, split, build_dir)
     directory = preprocessed or preprocessed_dir(build_dir, data, spec)
     source = open_current(data, spec, directory)
     check_classes(data, model)
     warnings = oddities(data, source, model) if "AccuracyOnly" in modes else ()
-    benchmark = Benchmark(engines, source, data, timeout, pictures, warnings)
+    benchmark = Benchmark(engines, source, data, timeout, pictures, warnings, described.detector)
     home = place if log_dir else new_folder(build_dir / "logs") / place
     run_all(
         [

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from engine.load import BACKENDS
+from harness.benchmarks import BENCHMARKS, DEFAULT
 from harness.cli.options import DATA, MACHINE, Backend, BuildDir, Scenarios, TestModes
 from harness.command import leave
 from harness.errors import HarnessError, RunFailedError
-from harness.loadgen.settings import MODEL
 from harness.make.system_config import VERSIONS
 
 _Weights = Annotated[
@@ -42,7 +42,7 @@ _Dataset = Annotated[
         "--dataset",
         help="Another data set; see harness dataset add.",
         rich_help_panel=DATA,
-        show_default="the benchmark's: coco, demo",
+        show_default="the benchmark's",
     ),
 ]
 
@@ -57,8 +57,8 @@ def make_command(
     ],
     *,
     benchmarks: Annotated[
-        str, typer.Option(help="Comma-separated, of: ssd-resnet34 (COCO), ssd-resnet34-demo.")
-    ] = MODEL,
+        str, typer.Option(help=f"Comma-separated, of: {', '.join(BENCHMARKS)}.")
+    ] = DEFAULT.name,
     scenarios: Scenarios = "Offline",
     test_mode: TestModes = "PerformanceOnly",
     config_ver: Annotated[
@@ -148,7 +148,9 @@ def make_command(
 
 def tune_command(
     *,
-    benchmark: Annotated[str, typer.Option(help="ssd-resnet34 or ssd-resnet34-demo.")] = MODEL,
+    benchmark: Annotated[
+        str, typer.Option(help=f"One of: {', '.join(BENCHMARKS)}.")
+    ] = DEFAULT.name,
     engine: Backend = BACKENDS[0],
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     devices: Annotated[
@@ -193,11 +195,11 @@ def tune_command(
     from engine.support.files import check_output, write_output
     from harness.lock import locked
     from harness.make.arguments import choice
-    from harness.make.route import DATASETS, route_of
+    from harness.make.route import route_of
     from harness.make.tune import Tuning, config_path, devices_of, put, read_config, tune
     from harness.results.devices import parse_devices
 
-    benchmark = choice(benchmark, tuple(DATASETS), "benchmark")
+    benchmark = choice(benchmark, tuple(BENCHMARKS), "benchmark")
     engine = choice(engine, BACKENDS, "engine")
     if engine == "triton":
         raise HarnessError("tune measures this machine; name the engine that the server runs")

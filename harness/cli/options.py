@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from engine.load import BACKENDS
+from harness.benchmarks import DEFAULT
+from harness.data.dataset import BENCHMARK_SETS
 from harness.loadgen.settings import MODES, SCENARIOS
 
 DATA, LOADGEN, MACHINE, RESULTS = "Data", "Settings of LoadGen", "Engine and machine", "Results"
@@ -24,9 +26,12 @@ BuildDir = Annotated[
     ),
 ]
 DatasetName = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--dataset", help="coco, demo or one of harness dataset add.", rich_help_panel=DATA
+        "--dataset",
+        help=f"{', '.join(BENCHMARK_SETS)} or one of harness dataset add.",
+        show_default=f"that of the model's benchmark, as {DEFAULT.dataset}",
+        rich_help_panel=DATA,
     ),
 ]
 Device = Annotated[

@@ -14,6 +14,7 @@ import typer
 from engine.load import BACKENDS
 from engine.manifest import load_manifest
 from engine.protocol import InputSpec
+from harness.benchmarks import DEFAULT, benchmark_of_file
 from harness.cli.options import BuildDir, DatasetName
 from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
 from harness.data.record import recorded_images
@@ -39,7 +40,7 @@ def preprocess(
     engine: Annotated[
         str, typer.Option(help="As of 'harness run'; the file says its input, whatever runs it.")
     ] = BACKENDS[0],
-    dataset: DatasetName = "coco",
+    dataset: DatasetName = None,
     val_only: Annotated[bool, typer.Option("--val_only", help="No calibration images.")] = False,
     cal_only: Annotated[bool, typer.Option("--cal_only", help="No validation images.")] = False,
     formats: Annotated[
@@ -89,6 +90,8 @@ def preprocess(
             "calibration images are always fp32, their scale is yet to be found: with --cal_only, "
             "leave out --calibration and --formats int8_linear"
         )
+    if dataset is None:
+        dataset = (benchmark_of_file(model) if model else DEFAULT).dataset
     val = known_dataset(dataset, "val", build_dir)
     taken = None if model is None else _input_of(model)
     specs = _specs(model, taken, val.image_size, calibration)

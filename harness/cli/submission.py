@@ -58,6 +58,7 @@ def compliance(
     name = test.upper()
     if name not in COMPLIANCE_TESTS:
         raise HarnessError(f"unknown test {test!r}; choose of: {', '.join(COMPLIANCE_TESTS)}")
+    from harness.benchmarks import benchmark_of
     from harness.data.preprocess import open_current
     from harness.results.run import Benchmark
     from harness.submission.compliance import check_compliance, find_bases
@@ -82,6 +83,12 @@ def compliance(
     try:
         for one in bases:
             _, result = one.run("PerformanceOnly")
+            described = benchmark_of(result.benchmark)
+            if name not in described.compliance:
+                raise HarnessError(
+                    f"{one.directory}: round {described.round} has no {name} for "
+                    f"{described.detector}, but {', '.join(described.compliance)}"
+                )
             with as_harness_error():
                 limit = checked(
                     int | None,  # type: ignore[arg-type]
@@ -97,7 +104,7 @@ def compliance(
             timeout = float(result.settings["timeout_s"])
             with progress_bar(f"{one.scenario} {name}") as progress:
                 verdict = check_compliance(
-                    Benchmark(engines, source, data, timeout),
+                    Benchmark(engines, source, data, timeout, detector=result.benchmark),
                     one,
                     name,
                     samples=samples,

@@ -16,9 +16,25 @@ MAPS = Path("data_maps")
 SHIPPED = Path(__file__).with_name("shipped")
 """What is looked for here where the folder of the commands does not have it."""
 
-_COCO_FOLDERS = {"val": "val2017", "cal": "train2017"}
-_BENCHMARK_SIZE = 1200
-_DEMO_SIZE = 400
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a data set's images and annotations lie, below its own folder, and their input."""
+
+    val: str = "val"
+    cal: str = "cal"
+    annotations: str = "instances_val.json"
+    image_size: int = 1200
+    root: Path | None = None  # None: its folder in data/ of the build folder
+
+
+_PLACES = {
+    "coco": _Place("val2017", "train2017", "instances_val2017.json"),
+    "demo": _Place(image_size=400, root=Path("demo") / "data"),
+}
+"""Those of the benchmarks; all others are as the fields' own values say."""
+
+BENCHMARK_SETS = tuple(_PLACES)
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class Dataset:
     image_dir: Path
     map_file: Path
     annotations: Path | None
-    image_size: int = _BENCHMARK_SIZE
+    image_size: int = _Place.image_size
 
 
 def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
@@ -70,28 +86,19 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
     """
     if split not in ("val", "cal"):
         raise HarnessError(f"unknown split {split!r}; the splits are val and cal")
-    size = _BENCHMARK_SIZE
-    data = build_dir / "data" / name
-    image_dir = data / split
-    annotations = data / "annotations" / "instances_val.json"
-    if name == "coco":
-        image_dir = data / _COCO_FOLDERS[split]
-        annotations = data / "annotations" / "instances_val2017.json"
-    elif name == "demo":
-        size = _DEMO_SIZE
-        image_dir = Path("demo") / "data" / split
-        annotations = Path("demo") / "data" / "annotations" / "instances_val.json"
-    elif name not in (there := known_names()):
+    if name not in _PLACES and name not in (there := known_names()):
         raise HarnessError(
             f"unknown data set {name!r}; `harness dataset add` makes one of your images; there "
             f"are: {', '.join(there)}"
         )
+    place = _PLACES.get(name, _Place())
+    root = place.root or build_dir / "data" / name
     return Dataset(
         name=f"{name}-{split}",
-        image_dir=image_dir,
+        image_dir=root / (place.val if split == "val" else place.cal),
         map_file=_map_file(name, split),
-        annotations=annotations if split == "val" else None,
-        image_size=size,
+        annotations=root / "annotations" / place.annotations if split == "val" else None,
+        image_size=place.image_size,
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.data.coco import load_annotations, positions_by_name
 from engine.support.files import write_atomically
 from engine.support.progress import Progress
-from harness.data.dataset import MAPS, check_image_name, known_dataset
+from harness.data.dataset import BENCHMARK_SETS, MAPS, check_image_name, known_dataset
 from harness.data.oddities import annotation_oddities, size_oddities
 from harness.data.transform import BadImageError, decode
 from harness.errors import HarnessError
@@ -64,7 +64,7 @@ def add_dataset(
     Parameters
     ----------
     name
-        Letters, digits, ``_`` and ``-``; neither ``coco`` nor ``demo``.
+        Letters, digits, ``_`` and ``-``; none of `BENCHMARK_SETS`.
     images, annotations, calibration_images
         Folder, COCO instances file, folder.
     build_dir
@@ -82,9 +82,10 @@ def add_dataset(
     EngineError
         Damaged annotations.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in ("coco", "demo"):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in BENCHMARK_SETS:
         raise HarnessError(
-            f"{name!a} cannot be the name of a data set: letters, digits, _ and -, not coco or demo"
+            f"{name!a} cannot be the name of a data set: letters, digits, _ and -, "
+            f"but not {', '.join(BENCHMARK_SETS)}"
         )
     if (MAPS / name).exists() and not force:
         raise HarnessError(f"{MAPS / name}: exists already: name another, or pass --force")

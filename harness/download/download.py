@@ -17,6 +17,7 @@ from urllib.parse import quote, urlsplit
 from engine.data.coco import load_annotations
 from engine.support.files import file_sha256
 from engine.support.progress import Progress, progress_bar
+from harness.benchmarks import Description, Remote
 from harness.data.dataset import Dataset, known_dataset, load_map
 from harness.disk import require_space
 from harness.download.record import RECORD, load_record, save_record, sole_download
@@ -29,33 +30,6 @@ COCO_SERVER = "http://images.cocodataset.org"
 _PARALLEL = 8
 _IMAGE_SIZE = 163_500
 """Bytes of a train2017 image on average: the archive's 19,336,861,798 over 118,287 images."""
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A file on a server.
-
-    Attributes
-    ----------
-    url
-        Where it is.
-    sha256
-        Known SHA-256 in hex; None: recorded on first use.
-    size
-        Known size in bytes.
-    unpacked
-        Bytes that the files wanted of an archive take.
-    """
-
-    url: str
-    sha256: str | None = None
-    size: int | None = None
-    unpacked: int = 0
-
-    @property
-    def name(self) -> str:
-        """The file's name: the end of the URL."""
-        return self.url.rpartition("/")[2]
 
 
 # Sizes and SHA-256 of the archives: TensorFlow Datasets, url_checksums/coco.txt; torchvision's
@@ -71,16 +45,6 @@ ANNOTATIONS = Remote(
     "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
     252_907_541,
     unpacked=20_000_000,
-)
-MODELS = (
-    # MLPerf Inference's PyTorch checkpoint; no checksum of it is published
-    Remote("https://zenodo.org/record/3236545/files/resnet34-ssd1200.pytorch"),
-    # its ONNX export; size and SHA-256: Open Model Zoo, ssd-resnet34-1200-onnx/model.yml
-    Remote(
-        "https://zenodo.org/record/3228411/files/resnet34-ssd1200.onnx",
-        "b417a8186967f1e78670b0075aa72a10e5c7d1a6d5c08af9d13dc97f3d29ef0d",
-        80_363_696,
-    ),
 )
 
 
@@ -167,16 +131,18 @@ def download_coco(build_dir: Path, mirror: str | None, notify: Notify) -> tuple[
     )
 
 
-def download_models(build_dir: Path, mirror: str | None, notify: Notify) -> tuple[Fetched, ...]:
-    """Put the benchmark's checkpoint and its official ONNX export in place.
+def download_models(
+    benchmark: Description, build_dir: Path, mirror: str | None, notify: Notify
+) -> tuple[Fetched, ...]:
+    """Put a benchmark's checkpoint and its official ONNX export in place.
 
     Parameters, result and errors are those of `download_coco`.
     """
-    folder = build_dir / "models" / "ssd-resnet34"
+    folder = build_dir / benchmark.weights.parent
     done = []
     with sole_download(folder):
         job = _Job(folder, load_record(folder), mirror, notify)
-        for model in MODELS:
+        for model in benchmark.models:
             absent = _absent(job, [model.name], model.sha256)
             if absent:
                 _fetch_file(job, model)

@@ -1,8 +1,9 @@
-"""LoadGen settings of each scenario for ssd-resnet34, and the user.conf that carries them.
+"""LoadGen settings of each scenario, and the user.conf that carries them.
 
-LoadGen 6 no longer knows the model, so every value that the benchmark fixed is set here: the MLPerf
-Inference v2.0 rules (64 samples in memory, Server within 100 ms, MultiStream of 8 samples, Offline
-of 24,576 samples, 600 s) on top of LoadGen's own defaults, which its embedded configuration holds.
+LoadGen 6 does not know every detector, so all that the benchmarks fixed is set here: 64 samples in
+memory, Server within 100 ms, MultiStream of 8 samples, Offline of 24,576 samples, 600 s, as MLPerf
+Inference has them in v2.0 for SSD-ResNet34 and in v5.1 for RetinaNet, on top of LoadGen's own
+defaults, which its embedded configuration holds.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ from pydantic import Field, PositiveInt
 from engine.support.documents import checked, read_toml
 from engine.support.files import write_atomically
 from harness.errors import HarnessError, as_harness_error
-
-MODEL = "ssd-resnet34"
-"""LoadGen's name of the benchmark."""
 
 Mode = Literal["PerformanceOnly", "AccuracyOnly"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -329,17 +327,17 @@ def fitted(settings: Settings, max_batch: int | None, best: int | None = None) -
     return settings
 
 
-def user_conf(settings: Settings) -> str:
+def user_conf(settings: Settings, detector: str) -> str:
     """LoadGen's user.conf: one ``model.scenario.key = number`` per line, spaces around ``=``."""
     return "".join(
         # fixed notation, because nothing says that LoadGen reads exponents
-        f"{MODEL}.{settings.scenario}.{entry['key']} = "
+        f"{detector}.{settings.scenario}.{entry['key']} = "
         f"{value if isinstance(value, int) else format(value, '.9f')}\n"
         for entry, value in _entries(settings)
     )
 
 
-def apply(settings: Settings, mode: Mode, conf: Path) -> Any:
+def apply(settings: Settings, mode: Mode, conf: Path, detector: str) -> Any:
     """Write `conf`, let LoadGen read it, and see that it took every value.
 
     Parameters
@@ -350,6 +348,8 @@ def apply(settings: Settings, mode: Mode, conf: Path) -> Any:
         The LoadGen test mode.
     conf
         user.conf to write.
+    detector
+        LoadGen's name of the model.
 
     Returns
     -------
@@ -363,12 +363,12 @@ def apply(settings: Settings, mode: Mode, conf: Path) -> Any:
     """
     import mlperf_loadgen as lg
 
-    write_atomically(conf, user_conf(settings).encode())
+    write_atomically(conf, user_conf(settings, detector).encode())
     test = lg.TestSettings()
     # Type 0 is LoadGen's embedded mlperf.conf, which brings the seeds; type 2 reads only the file.
     # Type 1 would do both, but only once in a process.
     for path, kind in (("", 0), (str(conf), 2)):
-        code = test.FromConfig(path, MODEL, settings.scenario, kind)
+        code = test.FromConfig(path, detector, settings.scenario, kind)
         if code != 0:
             raise HarnessError(f"LoadGen refused {path or 'its own mlperf.conf'} (code {code})")
     test.scenario = getattr(lg.TestScenario, settings.scenario)

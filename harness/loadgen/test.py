@@ -17,6 +17,7 @@ from engine.errors import EngineError
 from engine.protocol import Engine
 from engine.support.files import write_atomically
 from engine.support.progress import Progress
+from harness.benchmarks import DEFAULT
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.audit import Audit
 from harness.loadgen.clock import CLOCK_WAS_SET, WallClock, check_times
@@ -84,6 +85,7 @@ def run_test(
     progress: Progress | None = None,
     audit: Audit | None = None,
     labels: range = ANY_LABEL,
+    detector: str = DEFAULT.detector,
 ) -> Outcome:
     """Run one LoadGen test and read its logs back.
 
@@ -108,6 +110,8 @@ def run_test(
     labels
         Those that a detection may have. An accuracy run checks the labels, the order of images,
         scores and corners in every batch, a performance run in one of 50 ms.
+    detector
+        LoadGen's name of the model.
 
     Raises
     ------
@@ -145,7 +149,7 @@ def run_test(
         if sut.failure is None:
             settings = settings.estimated(sut.warm_up_seconds * settings.batch / batch)
             try:
-                test = apply(settings, mode, directory / USER_CONF)
+                test = apply(settings, mode, directory / USER_CONF, detector)
             except BaseException:
                 sut.stop(_GRACE_SECONDS)
                 library.close()

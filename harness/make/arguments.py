@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
+from harness.benchmarks import BENCHMARKS
 from harness.errors import HarnessError
 from harness.loadgen.settings import MODES, SCENARIOS, Mode
-from harness.make.route import DATASETS
 from harness.make.system_config import VERSIONS
 from harness.results.devices import parse_devices, parse_urls
 
@@ -68,7 +68,7 @@ def run_args(
         For an unknown name; lists the known ones.
     """
     return RunArgs(
-        choices(benchmarks, tuple(DATASETS), "benchmark"),
+        choices(benchmarks, tuple(BENCHMARKS), "benchmark"),
         choices(scenarios, tuple(SCENARIOS), "scenario"),
         choices(test_mode, MODES, "test mode"),
         choice(config_ver, VERSIONS, "config version"),

@@ -31,23 +31,15 @@ from harness.artefacts import (
     stale,
     version,
 )
+from harness.benchmarks import BENCHMARKS
 from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
 from harness.data.record import images_artefact
 from harness.errors import HarnessError
-from harness.loadgen.settings import MODEL
 
 if TYPE_CHECKING:
     from engine.model import Detector
     from engine.quantization.cache import Calibration
 
-DEMO = f"{MODEL}-demo"
-DATASETS = {MODEL: "coco", DEMO: "demo"}
-"""Benchmark to its data set."""
-
-WEIGHTS = Path("models") / MODEL / "resnet34-ssd1200.pytorch"
-"""The benchmark's weights in the build folder."""
-
-_DEMO_WEIGHTS = Path("demo") / f"{DEMO}.safetensors"
 Form = Literal["fp32", "fp16", "cpu"]
 """What lies between the INT8 islands of a graph, or the form for ONNX Runtime on a CPU."""
 
@@ -69,7 +61,7 @@ class Route:
     Attributes
     ----------
     benchmark
-        Key of `DATASETS`.
+        Key of `BENCHMARKS`.
     weights
         Checkpoint, or an ONNX detector that needs no export.
     build_dir
@@ -100,9 +92,9 @@ def route_of(
     image_size: int | None = None,
 ) -> Route:
     """Return the route of a benchmark; weights and data set are its own where none are given."""
-    own = _DEMO_WEIGHTS if benchmark == DEMO else build_dir / WEIGHTS
-    used = dataset or DATASETS[benchmark]
-    return Route(benchmark, weights or own, build_dir, say, used, image_size)
+    known = BENCHMARKS[benchmark]
+    own = build_dir / known.weights if known.models else known.weights
+    return Route(benchmark, weights or own, build_dir, say, dataset or known.dataset, image_size)
 
 
 def build_onnx(route: Route) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.data.preprocessed import PreprocessedSet
 from engine.load import ONNX_BACKENDS
+from harness.benchmarks import BENCHMARKS
 from harness.data.dataset import known_dataset
 from harness.data.oddities import check_classes, oddities
 from harness.errors import RunFailedError
@@ -116,10 +117,16 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
             )
         root = root or new_folder(route.build_dir / "logs")
         folder = root / config.name.replace("/", "-") / route.benchmark
+        detector = BENCHMARKS[route.benchmark].detector
         tests += [
             (
                 Benchmark(
-                    engines[files[setting.scenario]], images, data, TIMEOUT_S, warnings=warnings
+                    engines[files[setting.scenario]],
+                    images,
+                    data,
+                    TIMEOUT_S,
+                    warnings=warnings,
+                    detector=detector,
                 ),
                 setting,
                 mode,

@@ -18,8 +18,9 @@ from engine.load import ONNX_BACKENDS
 from engine.protocol import Engine
 from engine.support.environment import cpu_count, cpu_name, gpu_name, now
 from engine.support.progress import progress_bar
+from harness.benchmarks import DEFAULT
 from harness.errors import HarnessError, RunFailedError
-from harness.loadgen.settings import MODEL, Offline, Server, Settings
+from harness.loadgen.settings import Offline, Server, Settings
 from harness.loadgen.test import Outcome, run_test
 from harness.make.route import Route, build_engine, build_int8, int8_form
 from harness.make.system_config import (
@@ -286,7 +287,8 @@ def config_path(benchmark: str, device: str) -> Path:
     if named:
         return named[0]
     stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return CONFIGS / f"{stem}{benchmark.removeprefix(MODEL)}.toml"
+    which = benchmark.removeprefix(DEFAULT.name).strip("-")
+    return CONFIGS / f"{'-'.join(filter(None, (stem, which)))}.toml"
 
 
 def _machine(device: str) -> tuple[str, str]:

@@ -133,7 +133,8 @@ def root_of(directory: Path, result: RunResult) -> Path:
 def print_table(runs: Runs) -> None:
     """Print one table of all runs to stdout, and below it where their files are."""
     console = new_console(soft_wrap=True, markup=False)  # paths and LoadGen's words may hold [ ]
-    table = Table(title="ssd-resnet34", show_lines=True)
+    title = ", ".join(dict.fromkeys(result.benchmark for _, result in runs))
+    table = Table(title=Text(title), show_lines=True)
     for number, heads in enumerate(_COLUMNS):
         table.add_column(
             "\n".join(heads),

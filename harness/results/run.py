@@ -16,13 +16,14 @@ from engine.protocol import Engine, first_label
 from engine.support.environment import command_line, commit, now
 from engine.support.files import write_atomically
 from engine.support.progress import Progress
+from harness.benchmarks import DEFAULT
 from harness.data.dataset import Dataset, category_names, load_map
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.audit import Audit
 from harness.loadgen.log import ACCURACY
 from harness.loadgen.qsl import SampleSource
 from harness.loadgen.response import ANY_LABEL
-from harness.loadgen.settings import MODEL, Mode, MultiStream, Settings, SingleStream
+from harness.loadgen.settings import Mode, MultiStream, Settings, SingleStream
 from harness.loadgen.test import Outcome, run_test
 from harness.lock import locked
 from harness.results.accuracy import Evaluation, accuracy_of, evaluation_of
@@ -55,6 +56,8 @@ class Benchmark:
         Number of images on which an accuracy run draws its detections.
     warnings
         What speaks against the data before anything runs.
+    detector
+        Name of the network, see `harness.benchmarks.Description`.
 
     Raises
     ------
@@ -68,6 +71,7 @@ class Benchmark:
     timeout_s: float
     pictures: int = 0
     warnings: tuple[str, ...] = ()
+    detector: str = DEFAULT.detector
 
     def __post_init__(self) -> None:
         """Check that the engines may stand for each other."""
@@ -205,6 +209,7 @@ def _run(
         progress=progress,
         audit=audit,
         labels=benchmark.labels,
+        detector=benchmark.detector,
     )
     if mode == "PerformanceOnly":
         summarized(outcome.latencies).write(directory)
@@ -246,7 +251,7 @@ def _result(  # noqa: PLR0917
     dataset = benchmark.dataset
     return RunResult(
         **{
-            "benchmark": MODEL,
+            "benchmark": benchmark.detector,
             "scenario": outcome.settings.scenario,
             "mode": mode,
             "valid": detail.valid if detail.valid is None else detail.valid and not lost,

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from engine.support.documents import read_as
 from engine.support.files import file_sha256, whole_folder, write_atomically
+from harness.benchmarks import SUBMITTED
 from harness.data.dataset import load_map
 from harness.errors import HarnessError, as_harness_error
 from harness.loadgen.audit import COMPLIANCE_TESTS
 from harness.loadgen.log import ACCURACY, DETAIL, SUMMARY
-from harness.loadgen.settings import MODEL, MODES
+from harness.loadgen.settings import MODES
 from harness.loadgen.test import USER_CONF
 from harness.results.accuracy import evaluate
 from harness.results.result import RESULT, RunResult
@@ -36,6 +37,9 @@ from harness.submission.description import (
     system_json,
 )
 from harness.submission.rules import map_line
+
+MODEL = SUBMITTED.detector
+"""Name of the model in the tree."""
 
 DIVISIONS = ("open", "closed")
 ACCURACY_TEXT = "accuracy.txt"

@@ -24,7 +24,6 @@ from engine.backends.onnxruntime.session import (
     open_session,
 )
 from engine.errors import EngineError, one_line
-from engine.model import load_detector
 from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, TARGET_KEY, InputSpec
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def load_whole(
         spec,
         max_batch=max_batch,
         keep_top_k=rows,
-        first_label=load_detector(model).first_label,
+        first_label=_first_label(model),
     )
     if index is not None:
         manifest["nms"] = "ONNX Runtime"
@@ -113,6 +112,15 @@ def load_whole(
         manifest["target"] = target
     again = partial(open_session, model, model, provider, options, threads)
     return OnnxRuntimeEngine(spec, max_batch, manifest, session, again)
+
+
+def _first_label(model: Path) -> int:
+    """See `engine.model.Detector`; nobody asks Triton's process for it, which has no onnx."""
+    try:
+        from engine.model import load_detector
+    except ModuleNotFoundError:
+        return 1
+    return load_detector(model).first_label
 
 
 @dataclass(frozen=True)

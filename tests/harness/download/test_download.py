@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.benchmarks import DEFAULT
 from harness.download import download, transfer
 from harness.download.download import check_demo, download_coco, download_models
 from harness.download.record import RECORD, load_record, sole_download
@@ -70,8 +71,6 @@ def site(tmp_path, monkeypatch):
         monkeypatch.setattr(
             download, "ANNOTATIONS", described_as(download.ANNOTATIONS, annotations)
         )
-        models = (download.MODELS[0], described_as(download.MODELS[1], b"o"))
-        monkeypatch.setattr(download, "MODELS", models)
         yield site
 
 
@@ -272,7 +271,9 @@ def test_folder_that_cannot_be_made(site):
 
 def models(site):
     notes = []
-    done = download_models(Path("build"), site.url, notes.append)
+    first, second = DEFAULT.models
+    known = dataclasses.replace(DEFAULT, models=(first, described_as(second, b"o")))
+    done = download_models(known, Path("build"), site.url, notes.append)
     return [item.new for item in done], notes
 
 

@@ -27,7 +27,7 @@ from harness.loadgen.settings import (
 from tests.support import attempt
 from tests.support.formats import Sample, damages
 
-# MLPerf Inference v2.0 rules for ssd-resnet34, and the seeds of the installed LoadGen's own model
+# MLPerf Inference v2.0 rules for ssd-resnet34, and the seeds of the installed LoadGen
 BENCHMARK_RULES = {
     "Offline": {"min_query_count": 24576, "offline_expected_qps": 10.0},
     "Server": {"server_target_latency_ns": 100_000_000, "server_target_qps": 10.0},
@@ -47,12 +47,13 @@ def load(scenario, config=None, **overrides):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_loadgen_gets_the_benchmark_rules(scenario, mode, tmp_path):
+@pytest.mark.parametrize("detector", ["ssd-resnet34", "retinanet"])
+def test_loadgen_gets_the_benchmark_rules(scenario, mode, detector, tmp_path):
     names = {field.name for field in dataclasses.fields(SCENARIOS[scenario])}
     targets = {key: value for key, value in TARGETS.items() if key in names}
     if scenario == "Server":
         del targets["target_latency_ms"]
-    test = apply(load(scenario, **targets), mode, tmp_path / "user.conf")
+    test = apply(load(scenario, **targets), mode, tmp_path / "user.conf", detector)
     embedded = lg.TestSettings()
     assert embedded.FromConfig("", "retinanet", scenario, 0) == 0
     assert test.scenario == getattr(lg.TestScenario, scenario)
@@ -63,6 +64,24 @@ def test_loadgen_gets_the_benchmark_rules(scenario, mode, tmp_path):
         assert getattr(test, attribute) == value
     for seed in ("qsl_rng_seed", "sample_index_rng_seed", "schedule_rng_seed"):
         assert getattr(test, seed) == getattr(embedded, seed) != 0
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_defaults_are_what_loadgen_knows_of_retinanet(scenario, tmp_path):
+    """But for what is estimated from a warm-up."""
+    known = lg.TestSettings()
+    assert known.FromConfig("", "retinanet", scenario, 0) == 0
+    made = load(scenario)
+    test = apply(made.estimated(0.001), "PerformanceOnly", tmp_path / "user.conf", "retinanet")
+    for name in (
+        "performance_sample_count_override",
+        "min_duration_ms",
+        "min_query_count",
+        "server_target_latency_ns",
+        "multi_stream_samples_per_query",
+    ):
+        if scenario == "Server" or not name.startswith("server"):
+            assert getattr(test, name) == getattr(known, name), name
 
 
 @settings(max_examples=50)
@@ -81,7 +100,7 @@ def test_every_value_arrives(qps, latency, duration, count, tmp_path_factory):
         min_duration_ms=duration,
         min_query_count=count,
     )
-    test = apply(made, "PerformanceOnly", conf)
+    test = apply(made, "PerformanceOnly", conf, "retinanet")
     assert test.server_target_qps == pytest.approx(qps, rel=1e-5)
     assert test.server_target_latency_ns == latency * 10**6
     assert test.min_duration_ms == duration
@@ -92,10 +111,10 @@ def test_a_value_that_loadgen_does_not_take_is_an_error(tmp_path, monkeypatch):
     # LoadGen ignores a line without spaces around '=' and says nothing
     monkeypatch.setattr(
         "harness.loadgen.settings.user_conf",
-        lambda settings: user_conf(settings).replace(" = ", "="),
+        lambda *given: user_conf(*given).replace(" = ", "="),
     )
     with pytest.raises(HarnessError, match="LoadGen took"):
-        apply(load("Offline", target_qps=10.0), "PerformanceOnly", tmp_path / "user.conf")
+        apply(load("Offline", target_qps=10.0), "PerformanceOnly", tmp_path / "user.conf", "d")
 
 
 REFUSED = """
@@ -103,9 +122,9 @@ import sys
 from pathlib import Path
 from harness.loadgen import settings
 written = settings.user_conf
-settings.user_conf = lambda given: written(given)[:-1] + " # comment\\n"
+settings.user_conf = lambda *given: written(*given)[:-1] + " # comment\\n"
 (offline,) = settings.load_settings(["Offline"], None, {"target_qps": 10.0})
-settings.apply(offline, "PerformanceOnly", Path(sys.argv[1]))
+settings.apply(offline, "PerformanceOnly", Path(sys.argv[1]), "retinanet")
 """
 
 

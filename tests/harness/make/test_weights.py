@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 import harness.make.route
+from harness.benchmarks import BENCHMARKS
 from harness.errors import HarnessError
-from harness.make.route import DATASETS, build_onnx, route_of
+from harness.make.route import build_onnx, route_of
 
 
-@pytest.mark.parametrize("benchmark", DATASETS)
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_weights_and_data_set_that_are_given_are_used(benchmark):
     mine = route_of(benchmark, Path("my.pth"), Path("build"), print, dataset="traffic")
     assert (mine.weights, mine.dataset) == (Path("my.pth"), "traffic")
     own = route_of(benchmark, None, Path("build"), print)
-    assert own.dataset == DATASETS[benchmark]
+    assert own.dataset == BENCHMARKS[benchmark].dataset
     assert own.weights != mine.weights
 
 
