@@ -143,6 +143,12 @@ def _check_name(what: str, name: str) -> None:
 def _check_bases(bases: Sequence[Base], division: str) -> None:
     seen: dict[tuple[str, str], Path] = {}
     for base in bases:
+        others = [one.benchmark for one in base.results.values() if one.benchmark != MODEL]
+        if others:
+            raise HarnessError(
+                f"{base.directory}: runs of {others[0]}; submission trees are those of MLPerf "
+                f"Inference {SUBMITTED.round}, and of {MODEL} alone"
+            )
         benchmark = base.directory.parent.name
         if not benchmark.startswith(MODEL):  # the demo's name is longer
             raise HarnessError(f"{base.directory} is no SYSTEM/{MODEL}/SCENARIO folder")

@@ -206,6 +206,42 @@ def test_one_wrong_answer_among_right_ones_counts(place, tmp_path):
     assert f"num_perf_log_data_mismatch = {len(wrong)}\n" in check.files["verify_accuracy.txt"]
 
 
+class FromZero(CheatingEngine):
+    """The same detections, whose labels count from 0."""
+
+    def infer(self, images):
+        detections, counts = super().infer(images)
+        detections[..., 6] -= detections[..., 6] > 0
+        return detections, counts
+
+
+@pytest.mark.parametrize(("first", "least", "most"), [(0, 0.999, 1.001), (1, 0.0, 0.8)])
+def test_labels_from_0_are_compared_by_map(first, least, most, tmp_path):
+    """TEST01 takes them as the engine's manifest says; else each is the class before it."""
+    engine = FromZero(seconds=0.002)
+    engine.manifest = {"backend": "fake", "first_label": first}
+    bench = benchmark(tmp_path / "data", engine)
+    folder = base_runs(bench, tmp_path / "logs", "SingleStream", target_latency_ms=1.0)
+    (base,) = find_bases([folder])
+    engine.lie = "last bits"
+    verdict = check_compliance(bench, base, "TEST01")
+    assert verdict.figures["different"] > 20
+    assert least < verdict.figures["baseline mAP"] < most
+    assert least < verdict.figures["mAP"] < most
+
+
+def test_a_test_that_the_round_has_not_is_refused(place, tmp_path):
+    for name in ("PerformanceOnly", "AccuracyOnly"):
+        path = place["Offline"].directory / name / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "benchmark": "retinanet"}))
+    base = ("--base", place["Offline"].directory)
+    done = harness(tmp_path, "compliance", "TEST04", "none.onnx", *base)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("Offline: round v5.1 has no TEST04 for retinanet, but TEST01")
+    assert not list(place["Offline"].directory.glob("TEST04*"))
+
+
 @pytest.mark.parametrize("scenario", ["SingleStream", "MultiStream", "Offline"])
 def test_a_cache_of_images_fails_test04(scenario, place, tmp_path):
     bench = cheater(tmp_path, remembers=True)

@@ -95,6 +95,19 @@ def test_open_division_is_freer(runs, tmp_path):
     assert any("600000" in item.message for item in found if item.error)  # 0.2 s is no run
 
 
+def test_runs_of_another_detector_are_refused(runs, tmp_path):
+    """Also those that lie in a folder of the one that trees are for."""
+    shutil.copytree(runs, tmp_path / "runs")
+    for path in tmp_path.glob("runs/logs/*/*/*/*/result.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "benchmark": "retinanet"}))
+    for division in ("open", "closed"):
+        with pytest.raises(
+            HarnessError, match=r": runs of retinanet; .* v2\.0, and of ssd-resnet34 alone$"
+        ):
+            submit(tmp_path / "runs", tmp_path, division)
+    assert not (tmp_path / "open").exists()
+
+
 @given(st.binary(max_size=30_000))
 def test_truncation_keeps_both_ends(log):
     kept = truncated(log)
