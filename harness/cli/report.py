@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def accuracy(
     log: Annotated[Path, typer.Argument(help="mlperf_log_accuracy.json of any run.")],
     dataset: Annotated[
-        str | None, typer.Option(help="Its annotations and its map: coco, demo or another.")
+        str | None,
+        typer.Option(help="Its annotations and its map: coco, openimages, demo or another."),
     ] = None,
     annotations: Annotated[
         Path | None,
@@ -30,7 +31,7 @@ def accuracy(
             min=0,
             max=1,
             help="Label of the first category: 0 of models without background, as RetinaNet.",
-            show_default="what result.json beside the log says, else 1",
+            show_default="what result.json beside the log says, else the data set's, else 1",
         ),
     ] = None,
     build_dir: BuildDir = Path("build"),
@@ -47,17 +48,17 @@ def accuracy(
 
     if (dataset is None) == (annotations is None):
         raise HarnessError("give either --dataset or --annotations")
-    files = None
+    files, first = None, 1
     if dataset is not None:
         data = known_dataset(dataset, "val", build_dir)
-        annotations, files = data.annotations, load_map(data.map_file)
+        annotations, files, first = data.annotations, load_map(data.map_file), data.first_label
     if annotations is None:
         raise HarnessError(f"{dataset} has no annotations")
     if (log.parent / SAMPLES).exists():
         files = load_map(log.parent / SAMPLES)
-    if labels_from is None and (log.parent / RESULT).exists():
-        labels_from = first_label(read_result(log.parent / RESULT).engine)
-    result = evaluate(log, annotations, files, 1 if labels_from is None else labels_from)
+    if (log.parent / RESULT).exists():
+        first = first_label(read_result(log.parent / RESULT).engine)
+    result = evaluate(log, annotations, files, first if labels_from is None else labels_from)
     for name, value in result.stats.items():
         typer.echo(f"{name:>6} {value:.4f}")
     typer.echo(f"{result.images_seen} of {result.images_total} images, ", nl=False)

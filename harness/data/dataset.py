@@ -26,6 +26,7 @@ class _Place:
     annotations: str = "instances_val.json"
     image_size: int = 1200
     root: Path | None = None  # None: its folder in data/ of the build folder
+    first_label: int = 1
     made_map: str | None = None  # split whose map the download makes, in the data set's folder
 
 
@@ -36,6 +37,7 @@ _PLACES = {
     "openimages": _Place(
         *("validation/data", "calibration/data", "openimages-mlperf.json"),
         image_size=800,
+        first_label=0,
         made_map="val",
     ),
 }
@@ -60,6 +62,8 @@ class Dataset:
         COCO instances JSON; None for a split without ground truth.
     image_size
         Height and width of the network input that the data set is meant for.
+    first_label
+        Label of the first category in a log that does not say: 0, as that of RetinaNet, or 1.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Dataset:
     map_file: Path
     annotations: Path | None
     image_size: int = _Place.image_size
+    first_label: int = _Place.first_label
 
 
 def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
@@ -106,6 +111,7 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
         map_file=_map_file(root if split == place.made_map else MAPS / name, split),
         annotations=root / "annotations" / place.annotations if split == "val" else None,
         image_size=place.image_size,
+        first_label=place.first_label,
     )
 
 
