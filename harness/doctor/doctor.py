@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.support.environment import commit, cpu_count, cpu_name, distribution, output_of
+from harness.benchmarks import DEFAULT
 from harness.doctor.packages import PROJECT, Package, declared_packages
 from harness.doctor.probes import Gpu
 from harness.doctor.resources import Resources, find_resources
@@ -69,6 +70,10 @@ _MODULES = {
 
 _GPU_ALONE = ("onnxruntime-cuda", "cudnn", "tensorrt")
 """Probes of what does nothing without a GPU."""
+
+
+_FETCHED = {"coco": "data/coco/val2017", "openimages": "data/openimages/validation/data"}
+"""Data sets, and what of them lies in the build folder once they are fetched."""
 
 
 @dataclass(frozen=True)
@@ -249,15 +254,20 @@ def _steps(
 def _data_steps(resources: Resources) -> Iterator[str]:
     """Yield what is to be made in the build folder, or for which there is no room."""
     demo, *rest = (one for one in resources.balance if one.need.kind == "disk")
+    fetched = [name for name, folder in _FETCHED.items() if Path(resources.folder, folder).is_dir()]
     if not demo.enough:
         yield f"Free some disk, or set BUILD_DIR to a larger one: no room for {demo.need.what}"
     shipped = (_ROOT / "demo").is_dir()  # but for a wheel
     if shipped and not list(Path(resources.folder).glob("onnx/*demo.nms.onnx")):
         yield f"Run the demo: make demo{'' if Path.cwd() == _ROOT else f', in {_ROOT}'}"
     for need in (one.need for one in rest if not one.enough and not one.need.optional):
-        yield f"Before COCO, set BUILD_DIR to a larger disk: no room for {need.what}"
-    if not Path(resources.folder, "data", "coco", "val2017").is_dir():
-        yield "Fetch COCO and the weights: harness download data && harness download model"
+        if need.dataset in (fetched or [DEFAULT.dataset]):
+            yield f"Set BUILD_DIR to a larger disk: no room for {need.what}"
+    if not fetched:
+        yield (
+            "Fetch COCO and the weights, or Open Images with --benchmark retinanet: "
+            "harness download data && harness download model"
+        )
 
 
 def _gpu_steps(state: dict[str, Ability]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,8 @@ _MEGA, _GIBI = 10**6, 2**30
 _FP32_IMAGE = 3 * 1200 * 1200 * 4
 _INT8_IMAGE = 3 * 1200 * 1200
 _DEMO_IMAGE = 3 * 400 * 400 * 4
+_FP32_800 = 3 * 800 * 800 * 4
+_INT8_800 = 3 * 800 * 800
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Need:
         Folders below the build folder, as glob patterns, that it fills.
     optional
         The benchmark is run without it.
+    dataset
+        Of the benchmark that it is for; None: of all, or of the demo.
     """
 
     what: str
@@ -42,6 +47,7 @@ class Need:
     source: str
     folders: tuple[str, ...] = ()
     optional: bool = False
+    dataset: str | None = None
 
 
 NEEDS = (
@@ -59,13 +65,15 @@ NEEDS = (
         "815 MB, 20 MB, and 500 of the 118,287 images in train2017's 18 GB; while it is unpacked, "
         "1.1 GB of archives besides",
         ("data/coco",),
+        dataset="coco",
     ),
     Need(
-        "weights and models",
+        "weights and models of ssd-resnet34",
         "disk",
         400 * _MEGA,
         "80 MB of weights (zenodo 3236545), and as much for each of four .onnx files",
         ("models/ssd-resnet34", "onnx/ssd-resnet34.*"),
+        dataset="coco",
     ),
     Need(
         "COCO calibration set, FP32",
@@ -73,6 +81,7 @@ NEEDS = (
         500 * _FP32_IMAGE,
         "500 images of 17.28 MB (3·1200·1200·4 bytes)",
         ("preprocessed_data/coco-cal",),
+        dataset="coco",
     ),
     Need(
         "COCO validation set, INT8",
@@ -80,6 +89,7 @@ NEEDS = (
         5000 * _INT8_IMAGE,
         "5000 images of 4.32 MB (3·1200·1200 bytes)",
         ("preprocessed_data/coco-val/int8*",),
+        dataset="coco",
     ),
     Need(
         "COCO validation set, FP32 (only to run or compare the float model)",
@@ -88,6 +98,49 @@ NEEDS = (
         "5000 images of 17.28 MB (3·1200·1200·4 bytes)",
         ("preprocessed_data/coco-val/float32*",),
         optional=True,
+        dataset="coco",
+    ),
+    Need(
+        "Open Images: validation images of retinanet, its annotations, 500 calibration images",
+        "disk",
+        7_990 * _MEGA,
+        "24,781 and 500 images of 310 kB, as of the validation split's 41,620 in 12 GB; 150 MB of "
+        "CSV files and annotations, an estimate",
+        ("data/openimages",),
+        dataset="openimages",
+    ),
+    Need(
+        "weights and models of retinanet",
+        "disk",
+        750 * _MEGA,
+        "149 MB of weights (37,197,100 in float32), and as much for each of four .onnx files",
+        ("models/retinanet", "onnx/retinanet.*"),
+        dataset="openimages",
+    ),
+    Need(
+        "Open Images calibration set, FP32",
+        "disk",
+        500 * _FP32_800,
+        "500 images of 7.68 MB (3·800·800·4 bytes)",
+        ("preprocessed_data/openimages-cal",),
+        dataset="openimages",
+    ),
+    Need(
+        "Open Images validation set, INT8",
+        "disk",
+        24_781 * _INT8_800,
+        "24,781 images of 1.92 MB (3·800·800 bytes)",
+        ("preprocessed_data/openimages-val/int8*",),
+        dataset="openimages",
+    ),
+    Need(
+        "Open Images validation set, FP32 (only to run or compare the float model)",
+        "disk",
+        24_781 * _FP32_800,
+        "24,781 images of 7.68 MB (3·800·800·4 bytes)",
+        ("preprocessed_data/openimages-val/float32*",),
+        optional=True,
+        dataset="openimages",
     ),
     Need(
         "export-onnx at 1200x1200",
@@ -114,7 +167,7 @@ NEEDS = (
         "64 performance samples of 17.28 MB; the engine comes on top",
     ),
 )
-"""What the steps of the README take, in its order."""
+"""What the steps of the README take, in its order, for one benchmark after the other."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +182,7 @@ class Balance:
         Bytes of it that are on disk already.
     enough
         Memory: whether it is available. Disk: whether there is room for the rest of this need and
-        of those before it.
+        of those before it for the same data set, and for the demo.
     """
 
     need: Need
@@ -173,14 +226,15 @@ def find_resources(build_dir: Path) -> Resources:
     except OSError:
         free = None
     total, available = _memory()
-    balance, disk = [], 0
+    balance, disk = [], Counter[str | None]()
     for need in NEEDS:
         paths = {path for pattern in need.folders for path in folder.glob(pattern)}
         there = sum(_size(path) for path in paths if not path.is_symlink())  # to another of them
         takes, has = need.size, available
         if need.kind == "disk":
-            disk += max(0, need.size - there)
-            takes, has = disk, free
+            disk[need.dataset] += max(0, need.size - there)
+            takes = disk[need.dataset] + (disk[None] if need.dataset else 0)
+            has = free
         balance.append(Balance(need, there, has is None or takes <= has))
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     return Resources(str(folder), writable, free, total, available, tuple(balance))
