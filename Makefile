@@ -6,8 +6,8 @@ ifneq ($(words $(BUILD_DIR)),1)
 $(error BUILD_DIR='$(BUILD_DIR)': name a folder without spaces)
 endif
 
-# RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS) or ssd-resnet34-demo (what is shipped);
-# the others: .venv/bin/harness make --help
+# RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS), retinanet (Open Images, the same) or
+# ssd-resnet34-demo (what is shipped); the others: .venv/bin/harness make --help
 RUN_ARGS ?= --benchmarks=ssd-resnet34
 # Yours instead of the benchmark's, and the side of its image where the file does not tell it
 ifdef WEIGHTS
@@ -135,8 +135,9 @@ $(TRITON): .venv/installed
 demo_onnx: .venv/installed ## The demo checkpoint's ONNX file [WEIGHTS, IMAGE_SIZE]
 	$(HARNESS) make onnx --benchmarks=ssd-resnet34-demo
 
-# DOWNLOAD_ARGS="--mirror URL"; data also takes --demo, which checks what is shipped.
-download_data download_model: .venv/installed ## COCO; the official weights [DOWNLOAD_ARGS]
+# DOWNLOAD_ARGS="--benchmark retinanet --mirror URL"; data also takes --demo, which checks what is
+# shipped.
+download_data download_model: .venv/installed ## COCO or Open Images; official weights [DOWNLOAD_ARGS]
 	$(HARNESS) download $(@:download_%=%) $(DOWNLOAD_ARGS)
 
 # From the weights on; what is up to date by its hashes is used again, what is stale rebuilt.

@@ -33,7 +33,7 @@ _ImageSize = Annotated[
         min=1,
         help="Side of the checkpoint's input image.",
         rich_help_panel=DATA,
-        show_default="the checkpoint's own, else 1200",
+        show_default="the checkpoint's own, else MLPerf's",
     ),
 ]
 _Dataset = Annotated[

@@ -58,7 +58,7 @@ class Machine:
     Attributes
     ----------
     benchmark
-        ``ssd-resnet34`` or ``ssd-resnet34-demo``.
+        ``ssd-resnet34``, ``ssd-resnet34-demo`` or ``retinanet``.
     gpu, cpu
         How the GPU's, or the processor's, name begins; one of both.
     """
