@@ -106,10 +106,10 @@ def build_onnx(route: Route) -> Path:
         When the weights are missing, or a command fails (it has said why).
     """
     if not route.weights.is_file():
-        raise HarnessError(
-            f"{route.weights}: no such weights; put them there (make download_model) or name yours "
-            "with WEIGHTS"
-        )
+        how = "the demo's are in the repository"
+        if BENCHMARKS[route.benchmark].models:
+            how = f"put them there (harness download model --benchmark {route.benchmark})"
+        raise HarnessError(f"{route.weights}: no such weights; {how}, or name yours with WEIGHTS")
     folder = route.build_dir / "onnx"
     detector = route.weights
     if detector.suffix == ".onnx" and route.image_size is not None:

@@ -1,6 +1,7 @@
 """COCO mAP of an accuracy run, by the rules of MLPerf's ``accuracy-coco.py --use-inv-map``.
 
-Rules kept (MLPerf Inference v2.0, vision/classification_and_detection/tools/accuracy-coco.py):
+Rules kept (MLPerf Inference v2.0, vision/classification_and_detection/tools/accuracy-coco.py; in
+v5.1 ``accuracy-openimages.py`` has the same, but for labels that count from 0):
 the first record of a sample counts and repeated ones are skipped; a payload of fewer than seven
 floats is an image without detections; boxes are scaled in float32 by the image size that the
 annotation file gives; label L is the L-th category of the annotation file; only the images that
@@ -92,6 +93,8 @@ class Evaluation:
         Its image of each of the log's samples.
     rows
         float32 [R, 7], as `engine.data.coco.coco_evaluation` takes them.
+    first_label
+        Label of the first category in the file.
     coco
         pycocotools' COCOeval.
     """
@@ -100,6 +103,7 @@ class Evaluation:
     content: Mapping[str, Any]
     images: Sequence[dict[str, Any]]
     rows: NDArray[np.float32]
+    first_label: int
     coco: Any
 
 
@@ -128,7 +132,7 @@ def accuracy_of(found: Evaluation) -> AccuracyResult:
         empties=found.log.empties,
         warnings=(
             *_warnings(found.log, found.content, total, stats["AP"]),
-            *_better_reading(found.content, found.images, found.rows, stats["AP50"]),
+            *_better_reading(found, stats["AP50"]),
         ),
     )
 
@@ -178,7 +182,8 @@ def evaluation_of(
     slot_of_sample[list(log.samples)] = np.arange(len(log.samples))
     rows = log.rows.copy()
     rows[:, 0] = slot_of_sample[log.rows[:, 0].astype(np.int64)]
-    return Evaluation(log, content, images, rows, coco_evaluation(content, images, rows))
+    coco = coco_evaluation(content, images, rows)
+    return Evaluation(log, content, images, rows, first_label, coco)
 
 
 def _images_of_samples(
@@ -233,25 +238,16 @@ def _warnings(
     return (*(text for applies, text in cases if applies), *annotation_oddities(content))
 
 
-def _better_reading(
-    content: Mapping[str, Any],
-    images: Sequence[dict[str, Any]],
-    rows: NDArray[np.float32],
-    found: float,
-) -> list[str]:
+def _better_reading(evaluation: Evaluation, found: float) -> list[str]:
     """Say by which other order or unit of the rows much more is found, where little is.
 
-    Parameters
-    ----------
-    content, images, rows
-        See `engine.data.coco.coco_stats`.
-    found
-        AP50 of the rows as they are.
+    `found` is AP50 of the rows as they are.
     """
+    content, rows, first = evaluation.content, evaluation.rows, evaluation.first_label
     if not 0 <= found < _SUSPICIOUS or not len(rows):
         return []
     few = rows[rows[:, 0] < _TRIED]
-    tried = images[:_TRIED]
+    tried = evaluation.images[:_TRIED]
     sizes = np.array([(image["height"], image["width"]) for image in tried], np.float32)
     height, width = sizes[few[:, 0].astype(np.int64)].T
     a, b, c, d = few[:, 1:5].T
@@ -267,11 +263,10 @@ def _better_reading(
     }
     places = {entry["id"]: place for place, entry in enumerate(content["categories"], 1)}
     label = few[:, 6]
-    labels = {
-        "counted from 0": label + 1,
-        "counted from 2": label - 1,
-        "the categories' ids": np.array([places.get(int(one), 0) for one in label], np.float32),
-    }
+    said = label - 1 + first
+    labels = {f"counted from {number}": said + 1 - number for number in range(3)}
+    del labels[f"counted from {first}"]
+    labels["the categories' ids"] = np.array([places.get(int(one), 0) for one in said], np.float32)
 
     def ap50(corners: Sequence[NDArray[np.float32]], label: NDArray[np.float32]) -> float:
         scale = (height, width, height, width) if unit == "pixels" else (1, 1, 1, 1)
@@ -291,5 +286,5 @@ def _better_reading(
         return []
     return [
         f"AP50 of the first {len(tried)} images is {as_is:.3f}, and would be {readings[best]:.3f} "
-        f"if {best}; a row is ymin, xmin, ymax, xmax as fractions, score, label from 1"
+        f"if {best}; a row is ymin, xmin, ymax, xmax as fractions, score, label from {first}"
     ]

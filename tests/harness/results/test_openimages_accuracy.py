@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from harness.download.boxes import Box, coco_annotations
+from harness.results.accuracy import evaluate
 from tests.support import ROOT
 from tests.support.grey import harness
 
@@ -96,6 +97,21 @@ def test_labels_are_the_category_ids(tmp_path: Path) -> None:
     # what a log without a data set does not say
     done = harness(tmp_path, "accuracy", log, "--annotations", annotations, "--labels-from", "0")
     assert done.stdout.splitlines()[-1] == last
+
+
+def test_labels_that_count_from_1_are_noticed(tmp_path: Path) -> None:
+    annotations, log = make(tmp_path)
+    records = json.loads(log.read_text())
+    for record in records:
+        rows = np.frombuffer(bytes.fromhex(record["data"]), np.float32).reshape(-1, 7).copy()
+        rows[:, 6] += 1
+        record["data"] = rows[rows[:, 6] < 264].tobytes().hex()
+    log.write_text(json.dumps(records))
+    found = evaluate(log, annotations, first_label=0)
+    (said,) = (text for text in found.warnings if "would be" in text)
+    assert "if labels are counted from 1; a row" in said
+    assert said.endswith("label from 0")
+    assert not any("would be" in text for text in evaluate(log, annotations).warnings)
 
 
 def test_without_the_download_the_map_is_missed_by_name(tmp_path: Path) -> None:
