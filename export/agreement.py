@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,24 @@ def compare_with_onnxruntime(detector: Detector, model: onnx.ModelProto) -> Agre
     ExportError
         When heads or detections differ by more than the tolerances.
     """
+    loc, conf, apart = _compare_heads(detector, model)
+    # From the same heads: rounding in the heads may tip a box over a threshold, which would say
+    # nothing about the postprocess. An untrained model saturates its scores, and rounding decides
+    # among those that are all 1: temper its logits.
+    conf *= min(1.0, 4.0 / float(conf.std()))
+    box = score = 0.0
+    detections = 0
+    for heads in itertools.chain([(loc, conf)], _tied_heads(detector.postprocess)):
+        outcome = compare_detections(detector, model, *heads)
+        box, score = max(box, outcome[0]), max(score, outcome[1])
+        detections += outcome[2]
+    return Agreement(apart[0], apart[1], detections, box, score)
+
+
+def _compare_heads(
+    detector: Detector, model: onnx.ModelProto
+) -> tuple[Floats, Floats, tuple[float, ...]]:
+    """Joined head tensors of ONNX Runtime on smooth noise, and how far PyTorch's are from them."""
     config, postprocess = detector.model.config, detector.postprocess
     images = _check_images(config.image_shape)
     with torch.inference_mode():
@@ -107,17 +126,7 @@ def compare_with_onnxruntime(detector: Detector, model: onnx.ModelProto) -> Agre
                 f"ONNX Runtime and PyTorch differ in {name} by {difference:.1e} of its spread; "
                 f"at most {HEAD_TOLERANCE:.0e} is rounding"
             )
-    # From the same heads: rounding in the heads may tip a box over a threshold, which would say
-    # nothing about the postprocess. An untrained model saturates its scores, and rounding decides
-    # among those that are all 1: temper its logits.
-    conf *= min(1.0, 4.0 / float(conf.std()))
-    box = score = 0.0
-    detections = 0
-    for heads in ((loc, conf), *_tied_heads(postprocess)):
-        outcome = compare_detections(detector, model, *heads)
-        box, score = max(box, outcome[0]), max(score, outcome[1])
-        detections += outcome[2]
-    return Agreement(apart[0], apart[1], detections, box, score)
+    return loc, conf, apart
 
 
 def _tied_heads(postprocess: PostProcess) -> Iterator[tuple[Floats, Floats]]:

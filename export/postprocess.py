@@ -33,8 +33,10 @@ def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # negative are flipped; adding 0 makes one of the two zeros.
     bits = (values + 0.0).view(torch.int32)
     bits = bits ^ (bits >> 31 & 0x7FFFFFFF)
-    place = torch.arange(values.shape[-1], device=values.device)
-    index = ((bits.to(torch.int64) << 32) - place).topk(k, dim=-1).indices
+    keys = (
+        bits.to(torch.int64).mul_(2**32).sub_(torch.arange(values.shape[-1], device=values.device))
+    )
+    index = keys.topk(k, dim=-1).indices
     return values.gather(-1, index), index
 
 
