@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,18 @@ class Rules:
         A candidate's score is larger; a suppressed box's IoU is larger.
     top_k, keep
         Candidates of a class, detections of an image.
+    level_top_k
+        Candidates of a level, of all its classes together, in place of `top_k`; 0: no such cut.
+    clip
+        Whether boxes are clipped to the image before suppression.
     """
 
     threshold: float
     overlap: float
     top_k: int
     keep: int
+    level_top_k: int = 0
+    clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,9 @@ def _match(rows: Floats, others: Floats) -> Ints:
     return result
 
 
-def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Undecided:
+def undecided(
+    boxes: Floats, scores: Floats, same: Ints, rules: Rules, levels: Sequence[int] = ()
+) -> Undecided:
     """Find the detections of an image that a correct result may have or lack.
 
     Borderline decisions are followed through the candidates of each class, suppression and the
@@ -152,16 +160,16 @@ def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Undeci
     same
         [C, P]: one number for scores that are equal whoever computes them. Of those, the one of
         the lower class, then prior, comes first.
+    levels
+        Priors of each level, for a cut of levels.
     """
+    boxes = boxes.clip(0, 1) if rules.clip else boxes
+    labels, priors, firsts = _entering(scores, same, rules, levels)
     parts: list[tuple[Any, ...]] = []
     for label in range(len(scores)):
-        prior = np.flatnonzero(scores[label] > max(rules.threshold - TOLERANCE, 0.0))
-        prior = prior[np.lexsort((prior, -scores[label, prior]))]
-        sure = scores[label, prior] > rules.threshold + TOLERANCE
-        at_least, at_most = _ranks(scores[label, prior], same[label, prior], sure)
-        enters = at_least < rules.top_k
-        first = (sure & (at_most < rules.top_k))[enters]
-        prior = prior[enters]
+        prior, first = priors[labels == label], firsts[labels == label]
+        order = np.lexsort((prior, -scores[label, prior]))
+        prior, first = prior[order], first[order]
         score, ties = scores[label, prior], same[label, prior]
         fate = _suppress(boxes[prior], score, ties, first, rules.overlap)
         kept = fate != _OUT
@@ -174,6 +182,28 @@ def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Undeci
     corners = boxes[priors[found]].clip(0, 1)[:, [1, 0, 3, 2]]
     rows = np.column_stack([corners, all_scores[found], all_labels[found]])
     return Undecided(rows, min(rules.keep, (fates == _IN).sum()), min(rules.keep, len(fates)))
+
+
+def _entering(
+    scores: Floats, same: Ints, rules: Rules, levels: Sequence[int]
+) -> tuple[Ints, Ints, Bools]:
+    """Label and prior of the candidates that may enter suppression, and who does without doubt."""
+    label, prior = np.nonzero(scores > max(rules.threshold - TOLERANCE, 0.0))
+    score, ties = scores[label, prior], same[label, prior]
+    group = np.searchsorted(np.cumsum(levels), prior, "right") if rules.level_top_k else label
+    cap = rules.level_top_k or rules.top_k
+    entering: list[Ints] = [np.empty(0, int)]
+    firsts: list[Bools] = [np.empty(0, bool)]
+    for number in np.unique(group):
+        (members,) = np.nonzero(group == number)
+        members = members[np.lexsort((prior[members], label[members], -score[members]))]
+        sure = score[members] > rules.threshold + TOLERANCE
+        at_least, at_most = _ranks(score[members], ties[members], sure)
+        enters = at_least < cap
+        entering.append(members[enters])
+        firsts.append((sure & (at_most < cap))[enters])
+    chosen = np.concatenate(entering)
+    return label[chosen], prior[chosen], np.concatenate(firsts)
 
 
 def _ranks(score: Floats, same: Ints, sure: Bools) -> tuple[Ints, Ints]:

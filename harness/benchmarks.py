@@ -114,12 +114,8 @@ SUBMITTED = DEFAULT
 """That which ``harness submission`` writes and checks a tree for."""
 
 
-DETECTOR_KEY = "detector"
-"""Metadata of a model file: its `Description.detector`, as export-onnx writes it."""
-
-
 def benchmark_of_file(model: Path) -> Description:
-    """Describe the benchmark of an ONNX file or an engine.
+    """Describe the benchmark of an ONNX file or an engine, which says its `Description.detector`.
 
     `DEFAULT` where it does not tell, or cannot be read: what loads it says why.
 
@@ -131,6 +127,7 @@ def benchmark_of_file(model: Path) -> Description:
     from engine.errors import EngineError
     from engine.manifest import load_manifest
     from engine.model import load_detector
+    from graph_surgery.names import DETECTOR_KEY
 
     read = load_detector if model.suffix == ".onnx" else load_manifest
     try:
