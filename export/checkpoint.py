@@ -45,6 +45,8 @@ class Checkpoint:
         Class names that the file itself states; none: it does not.
     entry
         Keys that led to the weights, for people; empty: the file holds nothing else.
+    keys
+        These keys alone, dotted.
     """
 
     path: Path
@@ -53,19 +55,21 @@ class Checkpoint:
     config: SSDConfig | None
     names: tuple[str, ...] = ()
     entry: str = ""
+    keys: str = ""
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, entry: str = "") -> Checkpoint:
     """Read a .safetensors file or any ``torch.save`` file (by content, not by suffix).
 
     Nothing in the file is executed. A PyTorch file may hold a whole pickled module of any class
     path, or a state dict, alone or with what training scripts keep beside it; which entry holds
-    the weights, and what wrappers put before their names, `export.weights` finds out.
+    the weights, and what wrappers put before their names, `export.weights` finds out, unless
+    `entry` names it.
 
     Raises
     ------
     ExportError
-        Missing, truncated, unknown or unsafe file.
+        Missing, truncated, unknown or unsafe file, or one without weights or without that entry.
     """
     try:
         with path.open("rb") as file:
@@ -79,14 +83,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         found: list[Weights] = []
 
         def choose(root: object) -> Mapping[str, object]:
-            found.append(find_weights(root))
+            found.append(find_weights(root, entry))
             return found[0].values
 
         tensors = load_pickle(path, choose)
-        names, entry = found[0].names, found[0].said
+        names, said, keys = found[0].names, found[0].said, found[0].entry
     elif head[8:9] == b"{":
+        if entry:
+            raise ExportError(f"{path}: .safetensors has no entries; leave out --entry")
         tensors, config, names = _read_safetensors(path)
-        entry = ""
+        said = keys = ""
     else:
         raise ExportError(
             f"{path}: unknown format; expected .safetensors or a file of torch.save "
@@ -94,8 +100,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     checked = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     if not checked:
-        raise ExportError(f"{path}: not a state_dict: no tensor in it")
-    return Checkpoint(path, digest, checked, config, names, entry)
+        raise ExportError(f"{path}: no weights in it: needed are names with tensors")
+    return Checkpoint(path, digest, checked, config, names, said, keys)
 
 
 def _read_safetensors(

@@ -28,6 +28,13 @@ def export_onnx(
             show_default="the checkpoint's own, else 1200, which is said to be a guess",
         ),
     ] = None,
+    entry: Annotated[
+        str,
+        typer.Option(
+            help="Entry of the checkpoint that holds the weights, as ema or a.b.",
+            show_default="model, state_dict and others, in this order; said",
+        ),
+    ] = "",
     names: Annotated[
         Path | None,
         typer.Option(
@@ -62,12 +69,12 @@ def export_onnx(
     def say(text: str) -> None:
         typer.echo(f"[{time.monotonic() - start:5.1f} s] {text}")
 
-    loaded = checkpoint.read_checkpoint(weights)
+    loaded = checkpoint.read_checkpoint(weights, entry)
     config = checkpoint.infer_config(loaded, image_size)
     class_names, source = choose_names(names, loaded.names, config.num_classes)
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
-    entry = f" ({loaded.entry})" if loaded.entry else ""
-    say(f"read {weights}{entry}: {config}, {config.num_priors} default boxes")
+    taken = f" ({loaded.entry})" if loaded.entry else ""
+    say(f"read {weights}{taken}: {config}, {config.num_priors} default boxes")
     if image_size is None and loaded.config is None:
         say(
             f"image size: guessed {config.image_size}, which the weights do not tell; if it is "

@@ -179,6 +179,7 @@ def metadata(checkpoint: Checkpoint, config_json: str, names: Sequence[str]) -> 
     return {
         CONFIG_KEY: config_json,
         "weights_sha256": checkpoint.sha256,
+        **({"weights_entry": checkpoint.keys} if checkpoint.keys else {}),
         "ssd_resnet34_trt_version": ours,
         **({NAMES_KEY: json.dumps(names)} if names else {}),
     }

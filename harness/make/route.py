@@ -80,6 +80,8 @@ class Route:
         Name of its data set; see `harness.data.dataset.known_dataset`.
     image_size
         Side of the checkpoint's input image; None: what it says itself, or a guess that is said.
+    entry
+        Entry of the checkpoint that holds the weights; None: what export-onnx finds and says.
     """
 
     benchmark: str
@@ -88,6 +90,7 @@ class Route:
     say: Say
     dataset: str
     image_size: int | None = None
+    entry: str | None = None
 
 
 def route_of(
@@ -98,11 +101,12 @@ def route_of(
     *,
     dataset: str | None = None,
     image_size: int | None = None,
+    entry: str | None = None,
 ) -> Route:
     """Return the route of a benchmark; weights and data set are its own where none are given."""
     own = _DEMO_WEIGHTS if benchmark == DEMO else build_dir / WEIGHTS
     used = dataset or DATASETS[benchmark]
-    return Route(benchmark, weights or own, build_dir, say, used, image_size)
+    return Route(benchmark, weights or own, build_dir, say, used, image_size, entry)
 
 
 def build_onnx(route: Route) -> Path:
@@ -122,8 +126,11 @@ def build_onnx(route: Route) -> Path:
     detector = route.weights
     if detector.suffix == ".onnx" and route.image_size is not None:
         raise HarnessError(f"{detector} has its image size; leave out --image-size")
+    if detector.suffix == ".onnx" and route.entry is not None:
+        raise HarnessError(f"{detector} is no checkpoint with entries; leave out --entry")
     if detector.suffix != ".onnx":
-        size = [] if route.image_size is None else ["--image-size", str(route.image_size)]
+        options = [] if route.image_size is None else ["--image-size", str(route.image_size)]
+        options += [] if route.entry is None else ["--entry", route.entry]
         detector = folder / f"{route.benchmark}.onnx"
         exported = Artefact(
             "export-onnx",
@@ -131,6 +138,7 @@ def build_onnx(route: Route) -> Path:
             {
                 "weights": file_sha256(route.weights),
                 "image size": str(route.image_size or "the checkpoint's own"),
+                **({} if route.entry is None else {"entry": route.entry}),
                 "code": code_sha256("export/*.py"),
                 "torch": version("torch"),
             },
@@ -138,7 +146,7 @@ def build_onnx(route: Route) -> Path:
         make(
             exported,
             lambda: _command(
-                "export", "--weights", route.weights, "-o", detector, "--force", *size
+                "export", "--weights", route.weights, "-o", detector, "--force", *options
             ),
             route.say,
         )
