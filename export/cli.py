@@ -17,6 +17,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 def export_onnx(
+    *,
     weights: Annotated[
         Path, typer.Option(help=".safetensors, or any file of torch.save with the weights")
     ],

@@ -201,7 +201,8 @@ def _state_dict(root: object) -> Iterator[tuple[str, object]]:
         raise _call(root, "all that it holds")
     content = _mapping(root)
     if not any(
-        isinstance(one, (TensorRecord, Tensor)) or (isinstance(one, Inert) and one.arguments is not None)
+        isinstance(one, (TensorRecord, Tensor))
+        or (isinstance(one, Inert) and one.arguments is not None)
         for one in content.values()
     ):
         raise _no_weights(root, content)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -37,6 +39,8 @@ class Dataset:
         COCO instances JSON; None for a split without ground truth.
     image_size
         Height and width of the network input that the data set is meant for.
+    remedy
+        What to do where its map or images are not there, for messages.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Dataset:
     map_file: Path
     annotations: Path | None
     image_size: int = _BENCHMARK_SIZE
+    remedy: str = "restore them"
 
 
 def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
@@ -92,7 +97,106 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
         map_file=_map_file(name, split),
         annotations=annotations if split == "val" else None,
         image_size=size,
+        remedy=_remedy(name, split, data),
     )
+
+
+def assumed(name: str) -> str:
+    """Say of the data set that is taken where none is named that it is; empty for others."""
+    if name != "coco":
+        return ""
+    others = ", ".join(one for one in known_names() if one != name)
+    return f"coco is what is taken without --dataset NAME, others are: {others}"
+
+
+def _remedy(name: str, split: str, data: Path) -> str:
+    """What makes a data set whole, or which other one could be meant."""
+    if name == "demo":
+        return "it is in the project's folder: work there"
+    if name == "coco":
+        return f"`harness download data` fetches it; {assumed(name)}"
+    if split == "val":
+        links = "--images DIR --annotations FILE"
+    else:
+        # as they were added, so that the command can be copied
+        images, annotations = data / "val", data / "annotations" / "instances_val.json"
+        given = (
+            shlex.quote(str(link.resolve())) if link.exists() else word
+            for link, word in ((images, "DIR"), (annotations, "FILE"))
+        )
+        links = "--images {} --annotations {} --calibration-images DIR".format(*given)
+    add = f"`harness dataset add {name} {links} --force` adds them"
+    without = f"; without INT8: `harness preprocess MODEL --dataset {name} --val_only`"
+    return add + without if split == "cal" else add
+
+
+def check_map(dataset: Dataset) -> tuple[str, ...]:
+    """Names of a data set's images; see `load_map`.
+
+    Raises
+    ------
+    HarnessError
+        It has none of this split, or a map that is damaged.
+    """
+    if dataset.map_file.exists():
+        return load_map(dataset.map_file)
+    name, _, split = dataset.name.rpartition("-")
+    what = "calibration images, which INT8 needs" if split == "cal" else "validation images"
+    raise HarnessError(
+        f"data set {name} has no {what} (map file {dataset.map_file} not found); {dataset.remedy}"
+    )
+
+
+def check_images(dataset: Dataset) -> None:
+    """Make sure that a data set has images before something is made for them.
+
+    Raises
+    ------
+    HarnessError
+        No map, no image folder, or a folder that has not one of the images; says where they are, if
+        in another folder near it.
+    """
+    names = check_map(dataset)
+    data_set = f"of the data set {dataset.name.rpartition('-')[0] or dataset.name}"
+    if not dataset.image_dir.is_dir():
+        raise HarnessError(
+            f"image folder {dataset.image_dir} {data_set} not found; {dataset.remedy}"
+        )
+    if not any((dataset.image_dir / name).exists() for name in names):
+        found = where_else(dataset.image_dir, names)
+        raise HarnessError(
+            f"image folder {dataset.image_dir} {data_set} has none of its {len(names)} images, the "
+            f"first is {names[0]}; {found or dataset.remedy}"
+        )
+
+
+def where_else(folder: Path, missing: Sequence[str]) -> str:
+    """Say where images lie that are not where their names say; empty: nowhere near.
+
+    Looked at are the sub-folders of `folder`, and `folder` itself for names with sub-folders.
+    """
+    wanted: dict[str, list[str]] = {}
+    for name in missing:
+        wanted.setdefault(name.rpartition("/")[2], []).append(name)
+    below = [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if path.name in wanted and path.is_file()
+    ]
+    found: dict[str, str] = {}
+    for place in below:
+        alike = wanted[place.rpartition("/")[2]]
+        whole = [name for name in alike if place.endswith(f"/{name}")]
+        if whole or len(alike) == 1:
+            found.setdefault((whole or alike)[0], place)
+    if not found:
+        return ""
+    name, place = next(iter(found.items()))
+    said = f"{len(found)} of them are found elsewhere in that folder, {name} as {place}"
+    inner = {place.removesuffix(name) for name, place in found.items()}
+    if len(inner) == 1 and (one := inner.pop()).endswith("/"):
+        return f"{said}: move them up, or take {folder / one} as the image folder"
+    return f"{said}: move them, or write their folders into the names in annotations and map"
 
 
 def known_names() -> list[str]:
@@ -126,7 +230,7 @@ def check_annotated(dataset: Dataset) -> None:
         return
     images = load_annotations(dataset.annotations)["images"]
     known = positions_by_name(images, dataset.annotations)
-    missing = [name for name in load_map(dataset.map_file) if name not in known]
+    missing = [name for name in check_map(dataset) if name not in known]
     if missing:
         raise HarnessError(
             f"{dataset.annotations} lacks {len(missing)} images of {dataset.map_file}, the first "

@@ -31,7 +31,13 @@ from harness.artefacts import (
     stale,
     version,
 )
-from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
+from harness.data.dataset import (
+    check_annotated,
+    check_images,
+    check_map,
+    known_dataset,
+    preprocessed_dir,
+)
 from harness.data.record import images_artefact
 from harness.errors import HarnessError
 from harness.loadgen.settings import MODEL
@@ -107,6 +113,20 @@ def route_of(
     own = _DEMO_WEIGHTS if benchmark == DEMO else build_dir / WEIGHTS
     used = dataset or DATASETS[benchmark]
     return Route(benchmark, weights or own, build_dir, say, used, image_size, entry)
+
+
+def check_data(route: Route, *splits: str) -> None:
+    """Make sure that the data set has splits, before hours of work for others.
+
+    Raises
+    ------
+    HarnessError
+        See `check_images`; once preprocessed, images need not be there any more.
+    """
+    for split in splits:
+        data = known_dataset(route.dataset, split, route.build_dir)
+        made = (route.build_dir / "preprocessed_data" / data.name).exists()
+        (check_map if made else check_images)(data)
 
 
 def build_onnx(route: Route) -> Path:
@@ -217,6 +237,7 @@ def build_int8(route: Route, form: Form = "fp32") -> Quantized:
     from engine.report import warn
     from graph_surgery.files import save
 
+    check_data(route, "cal")
     detector = load_detector(build_onnx(route))
     with naming(detector.path):
         placement = find_placement(detector.model)
