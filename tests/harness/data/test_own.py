@@ -177,7 +177,11 @@ def test_the_data_set_that_is_taken_without_a_name_is_said(place, command):
     ("images", "names", "message"),
     [
         (".", NAMES[:2], "2 of them .* north/1.jpg as mine/north/1.jpg: .* take mine as the image"),
-        ("mine", ["1.jpg", "x/b c.png"], "2 of them .*, x/b c.png as b c.png: .* write their folders"),
+        (
+            "mine",
+            ["1.jpg", "x/b c.png"],
+            "2 of them .*, x/b c.png as b c.png: .* write their folders",
+        ),
         ("mine", ["gone.jpg"], r"missing\)$"),
     ],
 )
