@@ -17,6 +17,7 @@ from export.model import SSDResNet34
 from export.names import names_from_json
 from export.unpickle import LEGACY_MAGIC, load_pickle
 from export.weights import Weights, find_weights, shown
+from graph_surgery.kinds import other_kind
 from graph_surgery.names import NAMES_KEY
 
 CONFIG_KEY = "ssd_config"
@@ -94,8 +95,13 @@ def read_checkpoint(path: Path, entry: str = "") -> Checkpoint:
         tensors, config, names = _read_safetensors(path)
         said = keys = ""
     else:
+        what = " but an ONNX model, which needs no export"
+        if path.suffix != ".onnx":
+            what = other_kind(path)
+        known = what and not what.startswith(" but a checkpoint")  # of pickle alone, say
         raise ExportError(
-            f"{path}: unknown format; expected .safetensors or a file of torch.save "
+            f"{path}: unknown format{f': no checkpoint{what}' if known else ''}; expected "
+            ".safetensors or a file of torch.save "
             "(a whole module, or a state_dict, also under 'model' or 'state_dict')"
         )
     checked = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}

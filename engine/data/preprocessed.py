@@ -225,6 +225,8 @@ def load_preprocessed(
     found = checked(SetManifest, manifest, f"{path}: ", remedy)
     name = f"{found.dataset.rpartition('-')[0]}-{split}" if split else found.dataset
     command = preprocess_command(name)
+    if spec.dtype == "float32" and name.endswith("-val"):  # those of an INT8 MODEL are INT8
+        command = command.removesuffix("`") + " --formats fp32`"
     for key, value in wanted.items():
         if manifest.get(key) != value:
             raise EngineError(

@@ -269,6 +269,27 @@ def test_plain_zip_is_no_checkpoint(tmp_path):
         read_checkpoint(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("m.onnx", b"\x08\x0a", "unknown format: no checkpoint but an ONNX model, which needs no"),
+        ("w.pth", b"hello\n", "unknown format: no checkpoint but a text"),
+        ("w.pth", b"", "unknown format: no checkpoint but an empty file"),
+        (
+            "w.pth",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "unknown format: no checkpoint but a pointer",
+        ),
+        ("w.pth", pickle.dumps({"a": 1}), "unknown format; expected"),
+        ("w.pth", b"\x00\x01", "unknown format; expected"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_by_its_kind(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ExportError, match=f"{name}: {said}"):
+        read_checkpoint(tmp_path / name)
+
+
 def test_missing_file_and_foreign_content(tmp_path):
     with pytest.raises(ExportError, match="No such file"):
         read_checkpoint(tmp_path / "none.pth")

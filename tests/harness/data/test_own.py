@@ -69,7 +69,9 @@ def test_maps_and_links_are_written_and_all_is_said(place):
     assert "label 1: cat, 0 objects\n  label 2: dog, 3 objects" in done.output
     assert "1 categories have no object, as 'cat'" in done.output
     assert "1 images in mine are not in a.json and are left out" in done.output
-    assert 'make run WEIGHTS=FILE RUN_ARGS="--dataset traffic"' in done.output
+    assert (
+        'make run WEIGHTS=FILE RUN_ARGS="--dataset traffic --test_mode=AccuracyOnly"' in done.output
+    )
     val, cal = (known_dataset("traffic", split, place / "build") for split in ("val", "cal"))
     assert load_map(val.map_file) == NAMES
     assert load_map(cal.map_file) == ("y/x.jpg", "z.jpg")

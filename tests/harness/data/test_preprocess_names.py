@@ -251,6 +251,9 @@ def test_a_set_for_calibration_is_made_with_cal_only(tmp_path: Path) -> None:
     command = "harness preprocess MODEL --dataset {} --cal_only"
     with pytest.raises(EngineError, match=f"takes .*; run `{command.format('traffic')}`$"):
         load_preprocessed(tmp_path / "out", spec, split="cal")
+    fp32 = command.format("traffic").replace("--cal_only", "--val_only --formats fp32")
+    with pytest.raises(EngineError, match=f"takes .*; run `{fp32}`$"):
+        load_preprocessed(tmp_path / "out", spec)
     for place in (tmp_path / "none", tmp_path):
         said = f"run `{command.format('NAME')}` first; there are sets in {tmp_path / 'out'}$"
         with pytest.raises(EngineError, match=said):
