@@ -18,6 +18,7 @@ from export.errors import ExportError, needed_packages
 from export.names import names_from_json
 from export.unpickle import LEGACY_MAGIC, load_pickle
 from export.weights import Weights, find_weights, shown
+from graph_surgery.kinds import other_kind
 from graph_surgery.names import NAMES_KEY
 
 _COMPARED = 20
@@ -45,6 +46,8 @@ class Checkpoint:
         Class names that the file itself states; none: it does not.
     entry
         Keys that led to the weights, for people; empty: the file holds nothing else.
+    keys
+        These keys alone, dotted.
     """
 
     path: Path
@@ -54,20 +57,23 @@ class Checkpoint:
     config: Config | None
     names: tuple[str, ...] = ()
     entry: str = ""
+    keys: str = ""
 
 
-def read_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, model: str | None = None, entry: str = "") -> Checkpoint:
     """Read a .safetensors file or any ``torch.save`` file (by content, not by suffix).
 
     Nothing in the file is executed. A PyTorch file may hold a whole pickled module of any class
     path, or a state dict, alone or with what training scripts keep beside it; which entry holds
-    the weights, and what wrappers put before their names, `export.weights` finds out. `model` is
-    the name of the detector; without it, the file's configuration or its names tell.
+    the weights, and what wrappers put before their names, `export.weights` finds out, unless
+    `entry` names it. `model` is the name of the detector; without it, the file's configuration or
+    its names tell.
 
     Raises
     ------
     ExportError
-        Missing, truncated, unknown or unsafe file; a detector that there is not.
+        Missing, truncated, unknown or unsafe file, or one without weights or without that entry; a
+        detector that there is not.
     """
     try:
         with path.open("rb") as file:
@@ -81,22 +87,29 @@ def read_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
         found: list[Weights] = []
 
         def choose(root: object) -> Mapping[str, object]:
-            found.append(find_weights(root))
+            found.append(find_weights(root, entry))
             return found[0].values
 
         tensors = load_pickle(path, choose)
-        names, entry = found[0].names, found[0].said
+        names, said, keys = found[0].names, found[0].said, found[0].entry
     elif head[8:9] == b"{":
+        if entry:
+            raise ExportError(f"{path}: .safetensors has no entries; leave out --entry")
         tensors, metadata = _read_safetensors(path)
-        names, entry = names_from_json(metadata.get(NAMES_KEY, "")), ""
+        names, said, keys = names_from_json(metadata.get(NAMES_KEY, "")), "", ""
     else:
+        what = " but an ONNX model, which needs no export"
+        if path.suffix != ".onnx":
+            what = other_kind(path)
+        known = what and not what.startswith(" but a checkpoint")  # of pickle alone, say
         raise ExportError(
-            f"{path}: unknown format; expected .safetensors or a file of torch.save "
+            f"{path}: unknown format{f': no checkpoint{what}' if known else ''}; expected "
+            ".safetensors or a file of torch.save "
             "(a whole module, or a state_dict, also under 'model' or 'state_dict')"
         )
     checked = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     if not checked:
-        raise ExportError(f"{path}: not a state_dict: no tensor in it")
+        raise ExportError(f"{path}: no weights in it: needed are names with tensors")
     architecture = by_name(model) if model else by_weights(checked, metadata)
     owned = {architecture.own_name(name): value for name, value in checked.items()}
     if len(owned) < len(checked):
@@ -106,7 +119,7 @@ def read_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
         config = architecture.config.from_json(metadata[key]) if metadata.get(key) else None
     except ExportError as error:
         raise ExportError(f"{path}: {key} in its metadata: {error}") from error
-    return Checkpoint(path, digest, architecture, owned, config, names, entry)
+    return Checkpoint(path, digest, architecture, owned, config, names, said, keys)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, object], dict[str, str]]:

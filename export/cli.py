@@ -23,11 +23,11 @@ def _image_shape(text: str) -> tuple[int, int]:
 
 @app.command()
 def export_onnx(
+    *,
     weights: Annotated[
         Path, typer.Option(help=".safetensors, or any file of torch.save with the weights")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
-    *,
     model: Annotated[
         str | None,
         typer.Option(
@@ -43,6 +43,13 @@ def export_onnx(
             show_default="the checkpoint's own, else the MLPerf model's, said to be a guess",
         ),
     ] = None,
+    entry: Annotated[
+        str,
+        typer.Option(
+            help="Entry of the checkpoint that holds the weights, as ema or a.b.",
+            show_default="model, state_dict and others, in this order; said",
+        ),
+    ] = "",
     names: Annotated[
         Path | None,
         typer.Option(
@@ -79,14 +86,14 @@ def export_onnx(
     def say(text: str) -> None:
         typer.echo(f"[{time.monotonic() - start:5.1f} s] {text}")
 
-    loaded = checkpoint.read_checkpoint(weights, model)
+    loaded = checkpoint.read_checkpoint(weights, model, entry)
     config = checkpoint.infer_config(loaded, image_size)
     class_names, source = choose_names(
         names, loaded.names, config.num_classes, background=loaded.architecture.background
     )
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
-    entry = f" ({loaded.entry})" if loaded.entry else ""
-    say(f"read {weights}{entry}: {config}, {config.num_priors} default boxes")
+    taken = f" ({loaded.entry})" if loaded.entry else ""
+    say(f"read {weights}{taken}: {config}, {config.num_priors} default boxes")
     if image_size is None and loaded.config is None:
         guess = "x".join(map(str, config.image_shape))
         say(

@@ -170,6 +170,7 @@ def metadata(checkpoint: Checkpoint, config: Config, names: Sequence[str]) -> di
         **({} if checkpoint.architecture.background else {FIRST_LABEL_KEY: "0"}),
         checkpoint.architecture.config_key: config.to_json(),
         "weights_sha256": checkpoint.sha256,
+        **({"weights_entry": checkpoint.keys} if checkpoint.keys else {}),
         "ssd_resnet34_trt_version": ours,
         **({NAMES_KEY: json.dumps(names)} if names else {}),
     }

@@ -47,7 +47,7 @@ def tables(known: Survey) -> Group:
 
 def _facts(known: Survey) -> Table:
     table = Table(show_header=False)
-    table.add_column("what")
+    table.add_column("what", overflow="fold")
     table.add_column("value", overflow="fold")
     for name, value in known.facts.items():
         table.add_row(escape(name), escape(value))
@@ -76,7 +76,7 @@ def _priors(heads: Heads, priors: NDArray[np.float32]) -> Table:
     table = Table(title=f"Priors: {heads.num_priors}, in fractions of the image")
     table.add_column("level", justify="right")
     table.add_column("priors", justify="right")
-    table.add_column("sizes, w x h")
+    table.add_column("sizes, w x h", overflow="fold")
     ltrb = priors[0].reshape(-1, 4)
     start = 0
     for index, level in enumerate(heads.levels):
@@ -91,8 +91,8 @@ def _priors(heads: Heads, priors: NDArray[np.float32]) -> Table:
 def _attributes(tail: DetectionTail, surgered: bool) -> Table:
     state = "in the graph" if surgered else "that the graph's postprocessing stands for"
     table = Table(title=f"{OP_TYPE} {state}")
-    table.add_column("attribute")
-    table.add_column("value")
+    table.add_column("attribute", overflow="fold")
+    table.add_column("value", overflow="fold")
     for name, value in asdict(tail.attributes).items():
         table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))
     variances = np.unique(tail.priors[1].reshape(-1, 4), axis=0)

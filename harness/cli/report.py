@@ -92,20 +92,18 @@ def report(
 ) -> None:
     """Print the results of runs again, or write them as a page.
 
-    With --compare A B: for each scenario and mode that both have, the figures of A and B with
-    their differences, and what else differs: settings, versions, hashes, command. A page of
-    several runs has the same.
+    With --compare A B, or a folder of two runs: for each scenario and mode that both have, the
+    figures of A and B with their differences, and what else differs: settings, versions, hashes,
+    command. A page of several runs has the same.
     """
     from harness.results.report import find_results, print_table, to_csv, to_json
 
     if sum((json, csv, compare, output is not None)) > 1:
         raise HarnessError("give one of --json, --csv, --compare and --output")
     if compare:
-        from harness.results.compare import print_comparison
+        from harness.results.compare import print_comparison, two_sides
 
-        if len(directories) != 2:
-            raise HarnessError(f"--compare takes two runs, these are {len(directories)}")
-        print_comparison(*(find_results([one]) for one in directories))
+        print_comparison(*two_sides(directories))
         return
     results: Runs = find_results(directories)
     if output is not None:

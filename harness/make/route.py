@@ -32,7 +32,13 @@ from harness.artefacts import (
     version,
 )
 from harness.benchmarks import BENCHMARKS
-from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
+from harness.data.dataset import (
+    check_annotated,
+    check_images,
+    check_map,
+    known_dataset,
+    preprocessed_dir,
+)
 from harness.data.record import images_artefact
 from harness.errors import HarnessError
 
@@ -72,6 +78,8 @@ class Route:
         Name of its data set; see `harness.data.dataset.known_dataset`.
     image_size
         Side of the checkpoint's input image; None: what it says itself, or a guess that is said.
+    entry
+        Entry of the checkpoint that holds the weights; None: what export-onnx finds and says.
     """
 
     benchmark: str
@@ -80,6 +88,7 @@ class Route:
     say: Say
     dataset: str
     image_size: int | None = None
+    entry: str | None = None
 
 
 def route_of(
@@ -90,11 +99,28 @@ def route_of(
     *,
     dataset: str | None = None,
     image_size: int | None = None,
+    entry: str | None = None,
 ) -> Route:
     """Return the route of a benchmark; weights and data set are its own where none are given."""
     known = BENCHMARKS[benchmark]
     own = build_dir / known.weights if known.models else known.weights
-    return Route(benchmark, weights or own, build_dir, say, dataset or known.dataset, image_size)
+    return Route(
+        benchmark, weights or own, build_dir, say, dataset or known.dataset, image_size, entry
+    )
+
+
+def check_data(route: Route, *splits: str) -> None:
+    """Make sure that the data set has splits, before hours of work for others.
+
+    Raises
+    ------
+    HarnessError
+        See `check_images`; once preprocessed, images need not be there any more.
+    """
+    for split in splits:
+        data = known_dataset(route.dataset, split, route.build_dir)
+        made = (route.build_dir / "preprocessed_data" / data.name).exists()
+        (check_map if made else check_images)(data)
 
 
 def build_onnx(route: Route) -> Path:
@@ -114,8 +140,11 @@ def build_onnx(route: Route) -> Path:
     detector = route.weights
     if detector.suffix == ".onnx" and route.image_size is not None:
         raise HarnessError(f"{detector} has its image size; leave out --image-size")
+    if detector.suffix == ".onnx" and route.entry is not None:
+        raise HarnessError(f"{detector} is no checkpoint with entries; leave out --entry")
     if detector.suffix != ".onnx":
-        size = [] if route.image_size is None else ["--image-size", str(route.image_size)]
+        options = [] if route.image_size is None else ["--image-size", str(route.image_size)]
+        options += [] if route.entry is None else ["--entry", route.entry]
         detector = folder / f"{route.benchmark}.onnx"
         exported = Artefact(
             "export-onnx",
@@ -123,6 +152,7 @@ def build_onnx(route: Route) -> Path:
             {
                 "weights": file_sha256(route.weights),
                 "image size": str(route.image_size or "the checkpoint's own"),
+                **({} if route.entry is None else {"entry": route.entry}),
                 "code": code_sha256("export/*.py"),
                 "torch": version("torch"),
             },
@@ -130,7 +160,7 @@ def build_onnx(route: Route) -> Path:
         make(
             exported,
             lambda: _command(
-                "export", "--weights", route.weights, "-o", detector, "--force", *size
+                "export", "--weights", route.weights, "-o", detector, "--force", *options
             ),
             route.say,
         )
@@ -201,6 +231,7 @@ def build_int8(route: Route, form: Form = "fp32") -> Quantized:
     from engine.report import warn
     from graph_surgery.files import save
 
+    check_data(route, "cal")
     detector = load_detector(build_onnx(route))
     with naming(detector.path):
         placement = find_placement(detector.model)
