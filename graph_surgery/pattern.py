@@ -19,7 +19,7 @@ from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import describe, downstream, output_names, upstream, value
 from graph_surgery.heads import HeadRunner, Heads
 from graph_surgery.network import CHANNELS
-from graph_surgery.nms_function import DOMAIN, OP_TYPE, PLUGIN_ATTRIBUTES, NmsAttributes
+from graph_surgery.nms_function import DOMAIN, OP_TYPE, OURS, VERSIONS, NmsAttributes
 from graph_surgery.probe import FRACTIONS, OPERATOR_BOXES, Decoded, probe_boxes, probe_scores
 from graph_surgery.protobuf import inputs
 from graph_surgery.walk import find_heads, find_nms, read_heads
@@ -84,20 +84,27 @@ def read_surgered(graph: gs.Graph, node: gs.Node) -> DetectionTail:
         When the node is not written as `nms_function.add_nms` writes it.
     """
     values = dict(node.attrs)
+    version = values.get("plugin_version", VERSIONS[0])
+    if version not in VERSIONS:
+        raise SurgeryError(
+            f"{OP_TYPE} has plugin_version={str(version)[:20]!r}; known are "
+            f"{' and '.join(map(repr, VERSIONS))}"
+        )
     names = {field.name: ATTRIBUTE_TYPES[str(field.type)] for field in fields(NmsAttributes)}
+    if version == VERSIONS[0]:
+        names = {name: kind for name, kind in names.items() if name not in OURS}
     wrong = [name for name, kind in names.items() if not isinstance(values.get(name), kind)]
     if wrong:
         raise SurgeryError(
             f"{OP_TYPE} lacks these attributes, or has them of another type: {', '.join(wrong)}"
         )
-    version = values.get("plugin_version", PLUGIN_ATTRIBUTES["plugin_version"])
-    if version != PLUGIN_ATTRIBUTES["plugin_version"]:
-        raise SurgeryError(
-            f"{OP_TYPE} has plugin_version={str(version)[:20]!r}; known is "
-            f"{PLUGIN_ATTRIBUTES['plugin_version']!r}"
-        )
     values["inputOrder"] = tuple(values["inputOrder"])
     attributes = NmsAttributes(**{name: values[name] for name in names})
+    if str(attributes.version) != version:
+        raise SurgeryError(
+            f"{OP_TYPE} has plugin_version={version!r}, and {', '.join(OURS)} of none but their "
+            f"defaults: that is version {VERSIONS[0]!r}, without them"
+        )
     levels = attributes.numLayers
     *tensors, last = node.inputs
     priors = value(graph, last) if len(tensors) == 2 * levels else None

@@ -228,8 +228,7 @@ def _check_surgered(model: onnx.ModelProto, graph: gs.Graph, node: gs.Node) -> N
             f"ONNX Runtime cannot run it: {again}"
         )
     opset = opset_of(model)
-    sigmoid = attributes.confSigmoid == 1
-    if functions != [nms_function(attributes.numLayers, opset, sigmoid=sigmoid)]:
+    if functions != [nms_function(attributes, opset)]:
         raise SurgeryError(
             f"the function {OP_TYPE} in the model is not the operator's definition for "
             f"{attributes.numLayers} levels and opset {opset}: {again}"
