@@ -14,8 +14,9 @@ from rich.table import Table
 from graph_surgery.graph import import_graph
 from graph_surgery.heads import Heads
 from graph_surgery.nms_function import OP_TYPE
-from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
+from graph_surgery.pattern import find_nms_node, find_tail, read_surgered
 from graph_surgery.survey import Survey
+from graph_surgery.tail import DetectionTail
 
 
 def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:

@@ -119,7 +119,7 @@ def anchor_priors(golden: Path, size, levels) -> np.ndarray:
     return np.stack([ltrb, np.ones_like(ltrb)]).astype(np.float32).reshape(2, -1, 1)
 
 
-def check_golden(rows: np.ndarray, expected, size) -> None:
+def check_golden(rows: np.ndarray, expected, size, score: float = SCORE) -> None:
     """Detections [n, 7] of one image against golden ones; rows of equal score are a set."""
     height, width = size
     boxes, scores, labels = expected
@@ -127,7 +127,7 @@ def check_golden(rows: np.ndarray, expected, size) -> None:
     corners = rows[:, [2, 1, 4, 3]] * np.tile([width, height], 2)
     got = np.column_stack([rows[:, 5:], corners])
     want = np.column_stack([scores, labels, boxes])
-    np.testing.assert_allclose(got[:, 0], want[:, 0], atol=SCORE, rtol=0)
+    np.testing.assert_allclose(got[:, 0], want[:, 0], atol=score, rtol=0)
     assert (np.diff(got[:, 0]) <= 0).all()
     start = 0
     for end in [*np.flatnonzero(np.diff(want[:, 0])) + 1, len(want)]:
