@@ -14,8 +14,10 @@ from rich.table import Table
 from graph_surgery.graph import import_graph
 from graph_surgery.heads import Heads
 from graph_surgery.nms_function import OP_TYPE
-from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
+from graph_surgery.pattern import find_nms_node, find_tail, read_surgered
+from graph_surgery.sizes import fold_sizes
 from graph_surgery.survey import Survey
+from graph_surgery.tail import DetectionTail
 
 
 def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:
@@ -26,6 +28,7 @@ def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:
     SurgeryError
         When there is no tail that the surgery understands.
     """
+    model = fold_sizes(model)
     graph = import_graph(model)
     node = find_nms_node(graph)
     if node is None:

@@ -17,7 +17,7 @@ TOLERANCE = 1e-5
 """Largest difference of a score or a normalised coordinate. What decides over a detection, a score
 or an IoU, may fall on either side of a border that is no farther away."""
 
-_CORNER = 2.0**-23
+CORNER = 2.0**-23
 """Rounding of a corner near 1 in float32, by the few operations that decode it."""
 
 _OUT, _PERHAPS, _IN = range(3)
@@ -37,6 +37,8 @@ class Rules:
         Candidates of a level, of all its classes together, in place of `top_k`; 0: no such cut.
     clip
         Whether boxes are clipped to the image before suppression.
+    corner
+        Rounding of a corner in what is suppressed, relative where corners are beyond 1.
     """
 
     threshold: float
@@ -45,6 +47,7 @@ class Rules:
     keep: int
     level_top_k: int = 0
     clip: bool = False
+    corner: float = CORNER
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def undecided(
         order = np.lexsort((prior, -scores[label, prior]))
         prior, first = prior[order], first[order]
         score, ties = scores[label, prior], same[label, prior]
-        fate = _suppress(boxes[prior], score, ties, first, rules.overlap)
+        fate = _suppress(boxes[prior], score, ties, first, rules)
         kept = fate != _OUT
         parts.append((score[kept], np.full(kept.sum(), label), prior[kept], ties[kept], fate[kept]))
     columns = [np.concatenate(part) for part in zip(*parts, strict=True)]
@@ -225,10 +228,10 @@ def _ranks(score: Floats, same: Ints, sure: Bools) -> tuple[Ints, Ints]:
 
 
 def _suppress(
-    boxes: Floats, score: Floats, same: Ints, first: Bools, threshold: float
+    boxes: Floats, score: Floats, same: Ints, first: Bools, rules: Rules
 ) -> NDArray[np.int_]:
     """Fate of the candidates of a class, in order; `first`: who enters without doubt."""
-    surely, perhaps = _overlaps(boxes, threshold)
+    surely, perhaps = _overlaps(boxes, rules.overlap, rules.corner)
     fate = np.full(len(boxes), _PERHAPS)
     for i in range(len(boxes)):
         others = np.flatnonzero(perhaps[i] & (fate != _OUT))
@@ -243,11 +246,11 @@ def _suppress(
     return fate
 
 
-def _overlaps(boxes: Floats, threshold: float) -> tuple[Bools, Bools]:
+def _overlaps(boxes: Floats, threshold: float, corner: float) -> tuple[Bools, Bools]:
     """Whether the IoU of each two boxes [n, 4] is above a threshold: surely, perhaps."""
     lt, rb = np.split(boxes.astype(np.float64), 2, axis=1)
     size = (rb - lt).clip(min=0)
-    rounding = _CORNER * np.abs(boxes).max(axis=1, initial=1.0)
+    rounding = corner * np.abs(boxes).max(axis=1, initial=1.0)
     shared = np.minimum(rb[:, None], rb) - np.maximum(lt[:, None], lt)
     common, area = shared.clip(min=0).prod(axis=-1), size.prod(axis=1)
     union = area[:, None] + area - common

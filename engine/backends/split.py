@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from engine.model import UNKNOWN_VERSION
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import export_graph, import_graph, output_names, type_of
 from graph_surgery.nms_function import DOMAIN, OP_TYPE, OUTPUTS
@@ -78,6 +79,8 @@ def split(model: onnx.ModelProto) -> Split:
                 f"the graph does not end in {OP_TYPE}: its outputs are {', '.join(outputs)}"
             )
         tail = read_surgered(graph, node)
+        if tail.attributes.version != 1:
+            raise UnsplitError(UNKNOWN_VERSION.format("libnms_opt.so"))
         graph.outputs = node.inputs[:-1]
         graph.functions = [f for f in graph.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
         graph.cleanup(recurse_functions=False)

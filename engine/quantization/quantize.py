@@ -27,6 +27,7 @@ from engine.quantization.scales import FloatType, activation_scale, round_up, we
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import describe, export_graph, fix, import_graph, namer, value
 from graph_surgery.nms_function import DOMAIN, add_definition
+from graph_surgery.pattern import read_surgered
 from graph_surgery.protobuf import check, convert, with_types
 
 _READ_INT8 = ("QuantizeLinear", "DequantizeLinear", "Shape", "Size")
@@ -253,6 +254,7 @@ def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     if graph.opset >= opset:
         return model
     (nms,) = (node for node in graph.nodes if node.domain == DOMAIN)
+    attributes = read_surgered(graph, nms).attributes
     names = [tensor.name for tensor in graph.outputs]
     made = {tensor.name: tensor.copy() for tensor in nms.outputs}
     # the converter knows standard operators alone: the node is taken out for it
@@ -265,7 +267,7 @@ def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     tensors = new.tensors() | made
     inputs = [*(tensors[tensor.name] for tensor in heads), priors]
     new.nodes.append(nms.copy(inputs=inputs, outputs=list(made.values())))
-    add_definition(new, len(heads) // 2, sigmoid=nms.attrs["confSigmoid"] == 1)
+    add_definition(new, attributes)
     new.outputs = [tensors[name] for name in names]
     return export_graph(new, body)
 

@@ -366,6 +366,7 @@ def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> 
             "code": code_sha256(
                 "engine/backends/tensorrt/build.py",
                 "engine/backends/tensorrt/plan.py",
+                "graph_surgery/nms_body.py",
                 "graph_surgery/nms_function.py",
             ),
         },
