@@ -60,7 +60,7 @@ class Checkpoint:
     keys: str = ""
 
 
-def read_checkpoint(path: Path, model: str | None = None, entry: str = "") -> Checkpoint:
+def read_checkpoint(path: Path, *, model: str | None = None, entry: str = "") -> Checkpoint:
     """Read a .safetensors file or any ``torch.save`` file (by content, not by suffix).
 
     Nothing in the file is executed. A PyTorch file may hold a whole pickled module of any class

@@ -86,7 +86,7 @@ def export_onnx(
     def say(text: str) -> None:
         typer.echo(f"[{time.monotonic() - start:5.1f} s] {text}")
 
-    loaded = checkpoint.read_checkpoint(weights, model, entry)
+    loaded = checkpoint.read_checkpoint(weights, model=model, entry=entry)
     config = checkpoint.infer_config(loaded, image_size)
     class_names, source = choose_names(
         names, loaded.names, config.num_classes, background=loaded.architecture.background
