@@ -25,15 +25,12 @@ from engine.support.external import model_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 from graph_surgery.names import NAMES_KEY, first_label
-from graph_surgery.nms_function import DOMAIN, OP_TYPE, OURS
+from graph_surgery.nms_function import DOMAIN, OP_TYPE, VERSION_2
 
 _DTYPES: dict[int, Literal["float32", "int8"]] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.INT8: "int8",
 }
-
-UNKNOWN_VERSION = f"{OP_TYPE} version 2 ({', '.join(OURS)}) is not known to {{}}"
-"""What is said of a file whose operator kernels do not know."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +148,7 @@ class Detector:
             version = values["plugin_version"].s if "plugin_version" in values else b""
             if (node.domain, node.op_type, version) == (DOMAIN, OP_TYPE, b"2"):
                 raise EngineError(
-                    f"{self.path}: {UNKNOWN_VERSION.format(engine)}; use --engine onnxruntime"
+                    f"{self.path}: {VERSION_2} is not known to {engine}; use --engine onnxruntime"
                 )
 
     def require_dynamic_batch(self) -> None:

@@ -31,8 +31,7 @@ def test_onnx_runtime_runs_it(file):
     engine = load_engine("onnxruntime", file, device="cpu")
     rng = np.random.default_rng(3)
     images = (0.15 * rng.normal(size=(2, 3, 64, 64))).astype(np.float32)
-    with engine.session() as session:
-        detections, count = session.infer(images)
+    detections, count = engine.session().infer(images)
     assert detections.shape == (2, KIND.keep, 7)
     assert (count > 0).all()
     assert engine.manifest["keep_top_k"] == KIND.keep

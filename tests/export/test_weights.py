@@ -229,18 +229,18 @@ def test_an_entry_of_several_is_chosen(tmp_path):
         first = read_checkpoint(tmp_path / "w.pth")
         assert torch.equal(first.tensors["0.weight"], plain["0.weight"])
         assert first.entry.endswith(f"; --entry takes other weights: {key}")
-        chosen = read_checkpoint(tmp_path / "w.pth", entry)
+        chosen = read_checkpoint(tmp_path / "w.pth", entry=entry)
         assert chosen.keys.startswith(entry)
         assert chosen.tensors.keys() == averaged.keys()
         assert torch.equal(chosen.tensors["0.weight"], averaged["0.weight"])
     with pytest.raises(ExportError, match="no entry emma in it; those that hold weights: model, a"):
-        read_checkpoint(tmp_path / "w.pth", "emma")
+        read_checkpoint(tmp_path / "w.pth", entry="emma")
     torch.save(network(), tmp_path / "w.pth")
     with pytest.raises(ExportError, match="no entry _modules in it"):
-        read_checkpoint(tmp_path / "w.pth", "_modules")
+        read_checkpoint(tmp_path / "w.pth", entry="_modules")
     save_file(plain, tmp_path / "w.safetensors")
     with pytest.raises(ExportError, match="has no entries; leave out --entry"):
-        read_checkpoint(tmp_path / "w.safetensors", "ema")
+        read_checkpoint(tmp_path / "w.safetensors", entry="ema")
 
 
 def optimizer():

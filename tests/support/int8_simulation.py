@@ -57,7 +57,7 @@ def heads(
     """
     placement = find_placement(model)
     scales = {name: step(scale) for name, scale in calibration.scales.items()}
-    points = {(point.node, point.input): scales[point.tensor] for point in placement.points}
+    points = {(point.node, point.input): scales[point.source] for point in placement.points}
     known = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     scale = scales[placement.image] if images.dtype == np.int8 else np.float32(1)
     known |= {"": None, placement.image: images * scale}

@@ -80,8 +80,8 @@ def test_wrong_checkpoints(model, small_model, tmp_path):
         read_checkpoint(tmp_path / "twice.pth")
     torch.save(small_model.state_dict(), tmp_path / "ssd.pth")
     with pytest.raises(ExportError, match="no model 'yolo'; there are: ssd-resnet34, retinanet"):
-        read_checkpoint(tmp_path / "ssd.pth", "yolo")
-    other = read_checkpoint(tmp_path / "ssd.pth", "retinanet")
+        read_checkpoint(tmp_path / "ssd.pth", model="yolo")
+    other = read_checkpoint(tmp_path / "ssd.pth", model="retinanet")
     with pytest.raises(ExportError, match=r"missing backbone\.body\.conv1\.weight"):
         load_model(other, infer_config(other))
 
