@@ -23,12 +23,15 @@ class Remote:
         Known size in bytes.
     unpacked
         Bytes that the files wanted of an archive take.
+    md5
+        Known MD5 in hex, where nothing better is published.
     """
 
     url: str
     sha256: str | None = None
     size: int | None = None
     unpacked: int = 0
+    md5: str | None = None
 
     @property
     def name(self) -> str:
@@ -73,6 +76,7 @@ class Description:
 
 
 _SSD = "ssd-resnet34"
+_RETINANET = "retinanet"
 
 BENCHMARKS: Mapping[str, Description] = {
     one.name: one
@@ -103,6 +107,25 @@ BENCHMARKS: Mapping[str, Description] = {
             Path("demo") / f"{_SSD}-demo.safetensors",
             round="v2.0",
             compliance=("TEST01", "TEST04", "TEST05"),
+        ),
+        Description(
+            _RETINANET,
+            _RETINANET,
+            "openimages",
+            Path("models") / _RETINANET / "resnext50_32x4d_fpn.pth",
+            (  # MLPerf Inference's PyTorch checkpoint and its ONNX export; MD5: zenodo's records
+                Remote(
+                    "https://zenodo.org/record/6617981/files/resnext50_32x4d_fpn.pth",
+                    md5="a55f6bec3464f605ce8d686da8ac1533",
+                ),
+                Remote(
+                    "https://zenodo.org/record/6617879/files/resnext50_32x4d_fpn.onnx",
+                    md5="4544f4e56e0a4684215831cc937ea45c",
+                ),
+            ),
+            reference_map=0.3755,
+            round="v5.1",
+            compliance=("TEST01",),
         ),
     )
 }

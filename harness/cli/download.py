@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graph_surgery.command import printable
-from harness.benchmarks import BENCHMARKS, DEFAULT
+from harness.benchmarks import BENCHMARKS, DEFAULT, Description
 from harness.cli.options import BuildDir
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
-    from harness.download.download import Fetched
+    from harness.download.files import Fetched
 
 download_app = typer.Typer(
     help="Fetch the benchmark's data and models; what is there and right is left alone.",
@@ -22,6 +22,7 @@ download_app = typer.Typer(
 
 _FETCHED = tuple(name for name, one in BENCHMARKS.items() if one.models)
 
+_Benchmark = Annotated[str, typer.Option(help=f"One of: {', '.join(_FETCHED)}.")]
 _Mirror = Annotated[
     str | None,
     typer.Option(
@@ -35,37 +36,47 @@ _Mirror = Annotated[
 @download_app.command()
 def data(
     *,
+    benchmark: _Benchmark = DEFAULT.name,
     demo: Annotated[
         bool, typer.Option("--demo", help="The shipped demo set: check that it is whole.")
     ] = False,
     mirror: _Mirror = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
-    """Put COCO val2017, its annotations and the calibration images in place.
+    """Put a benchmark's images and annotations in place, validation and calibration.
 
-    Of train2017 only the images of data_maps/coco/cal_map.txt are fetched. The archives, together
-    1.1 GB, are removed once unpacked. The demo set is used where it lies, in demo/data.
+    COCO of ssd-resnet34: val2017, and of train2017 the images of data_maps/coco/cal_map.txt. The
+    archives, together 1.1 GB, are removed once unpacked.
+
+    Open Images of retinanet: the 24,781 validation images with a box of its classes, about 7.7 GB,
+    and those of data_maps/openimages/cal_map.txt, one by one; annotations and map are made of them.
+
+    The demo set is used where it lies, in demo/data.
     """
-    from harness.download.download import check_demo, download_coco
+    from harness.download.download import check_demo, download_data
 
     if demo and mirror is not None:
         raise HarnessError("--demo downloads nothing, so it takes no --mirror")
-    _print(check_demo() if demo else download_coco(build_dir, mirror, _notify))
+    _print(check_demo() if demo else download_data(_known(benchmark), build_dir, mirror, _notify))
 
 
 @download_app.command()
 def model(
     *,
-    benchmark: Annotated[str, typer.Option(help=f"One of: {', '.join(_FETCHED)}.")] = DEFAULT.name,
+    benchmark: _Benchmark = DEFAULT.name,
     mirror: _Mirror = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
     """Put the benchmark's checkpoint and its official ONNX export in place."""
     from harness.download.download import download_models
+
+    _print(download_models(_known(benchmark), build_dir, mirror, _notify))
+
+
+def _known(benchmark: str) -> Description:
     from harness.make.arguments import choice
 
-    known = BENCHMARKS[choice(benchmark, _FETCHED, "benchmark")]
-    _print(download_models(known, build_dir, mirror, _notify))
+    return BENCHMARKS[choice(benchmark, _FETCHED, "benchmark")]
 
 
 def _notify(line: str) -> None:

@@ -33,6 +33,7 @@ class _Place:
     image_size: int = 1200
     root: Path | None = None  # None: its folder in data/ of the build folder
     remedy: str = ""
+    made_map: str | None = None  # split whose map the download makes, in the data set's folder
 
 
 _PLACES = {
@@ -46,6 +47,13 @@ _PLACES = {
         image_size=400,
         root=Path("demo") / "data",
         remedy="it is in the project's folder: work there",
+    ),
+    # as MLPerf Inference's openimages.py and openimages_calibration.py leave it
+    "openimages": _Place(
+        *("validation/data", "calibration/data", "openimages-mlperf.json"),
+        image_size=800,
+        remedy="`harness download data --benchmark retinanet` fetches it",
+        made_map="val",
     ),
 }
 """Those of the benchmarks; all others are as the fields' own values say."""
@@ -87,10 +95,10 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
     Parameters
     ----------
     name
-        ``coco`` (downloaded to ``data/coco`` in `build_dir`), ``demo`` (in the project's folder),
-        or any other with map files in ``data_maps/<name>``, as `harness dataset add` makes them:
-        its images lie in
-        ``data/<name>/val`` and ``data/<name>/cal`` of `build_dir`, its annotations in
+        ``coco`` or ``openimages`` (downloaded to ``data/NAME`` in `build_dir`; the map of Open
+        Images' validation split is made there), ``demo`` (in the project's folder), or any other
+        with map files in ``data_maps/<name>``, as `harness dataset add` makes them: its images lie
+        in ``data/<name>/val`` and ``data/<name>/cal`` of `build_dir`, its annotations in
         ``data/<name>/annotations/instances_val.json``.
     split
         ``val`` or ``cal``.
@@ -115,7 +123,7 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
     return Dataset(
         name=f"{name}-{split}",
         image_dir=root / (place.val if split == "val" else place.cal),
-        map_file=_map_file(name, split),
+        map_file=_map_file(root if split == place.made_map else MAPS / name, split),
         annotations=root / "annotations" / place.annotations if split == "val" else None,
         image_size=place.image_size,
         remedy=_remedy(name, split, root),
@@ -223,8 +231,8 @@ def known_names() -> list[str]:
     return sorted({path.name for maps in (MAPS, SHIPPED / MAPS) for path in maps.glob("*/")})
 
 
-def _map_file(name: str, split: str) -> Path:
-    own = MAPS / name / f"{split}_map.txt"
+def _map_file(folder: Path, split: str) -> Path:
+    own = folder / f"{split}_map.txt"
     shipped = SHIPPED / own
     return shipped if shipped.exists() and not own.exists() else own
 
@@ -280,7 +288,8 @@ def load_map(path: Path) -> tuple[str, ...]:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors write a mark
     except FileNotFoundError:
         raise HarnessError(
-            f"map file {path} not found; `harness dataset add` writes the maps of your images"
+            f"map file {path} not found; `harness dataset add` writes the maps of your images, "
+            "`harness download data` those of a benchmark that are not shipped"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise HarnessError(f"map file {path} cannot be read: {error}") from error

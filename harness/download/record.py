@@ -1,7 +1,8 @@
-"""What a folder's downloads were: SHA-256 of every file, and one download at a time."""
+"""What a folder's downloads were: digests of the files, and one download at a time."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from engine.support.documents import read_as
-from engine.support.files import write_atomically
+from engine.support.files import file_sha256, write_atomically
 from harness.errors import HarnessError, as_harness_error
 from harness.lock import locked
 
@@ -58,6 +59,18 @@ def save_record(folder: Path, record: Mapping[str, str]) -> None:
     """Write the record of a folder, one file a line."""
     text = json.dumps(dict(sorted(record.items())), indent=0) + "\n"
     write_atomically(folder / RECORD, text.encode())
+
+
+def mismatch(path: Path, *, sha256: str | None, md5: str | None) -> str | None:
+    """Say which digest of a file is not the known one, in hex; None: none is."""
+    if sha256 is not None and (found := file_sha256(path)) != sha256:
+        return f"its SHA-256 is {found}, not {sha256}"
+    if md5 is None:
+        return None
+    with path.open("rb") as file:
+        # the publisher's only digest: it tells a damaged file, not a forged one
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return None if found == md5 else f"its MD5 is {found}, not {md5}"
 
 
 @contextmanager

@@ -1,13 +1,11 @@
 """One file over HTTP: resumed after a break, whole or absent under its own name.
 
-What has arrived lies in ``NAME.part``; ``NAME.part.json`` says which version of the file it is
-(RFC 9110: ETag and Last-Modified), so that a later request asks for the rest of that version only.
-Proxies come from the environment (``http_proxy``, ``https_proxy``, ``no_proxy``).
+What has arrived so far: `harness.download.part`. Proxies come from the environment
+(``http_proxy``, ``https_proxy``, ``no_proxy``).
 """
 
 from __future__ import annotations
 
-import json
 import re
 import ssl
 import threading
@@ -17,18 +15,18 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from engine.errors import EngineError, one_line
-from engine.support.documents import read_as
-from engine.support.files import file_sha256, write_atomically
+from engine.errors import one_line
+from engine.support.files import file_sha256
 from engine.support.progress import Progress
 from harness.disk import require_space
+from harness.download.part import Part, Version
+from harness.download.record import mismatch
 from harness.errors import HarnessError
 
 TIMEOUT = 30.0
@@ -74,75 +72,12 @@ class _BrokenError(Exception):
         self.wait = wait
 
 
-@dataclass(frozen=True)
-class _Version:
-    """Which version of which file a part belongs to; `size` is that of the whole file."""
-
-    url: str
-    size: int | None
-    etag: str | None
-    last_modified: str | None
-
-    @property
-    def tag(self) -> str | None:
-        """A strong ETag: the one validator that no other version can have."""
-        return None if self.etag is None or self.etag.startswith("W/") else self.etag
-
-    @property
-    def validator(self) -> str | None:
-        """What If-Range takes: a strong ETag or a date (RFC 9110, section 13.1.5)."""
-        return self.tag or self.last_modified
-
-    def continued_by(self, rest: _Version) -> bool:
-        """Whether an answer with a range of bytes is of this version; it repeats an ETag."""
-        dates = (self.last_modified, rest.last_modified)
-        same = self.etag == rest.etag and (None in dates or dates[0] == dates[1])
-        return same and self.size == rest.size
-
-
-class _Part:
-    """The bytes of a file that have arrived so far, and the version they are of."""
-
-    def __init__(self, target: Path) -> None:
-        self.path = target.with_name(f"{target.name}.part")
-        self._note = target.with_name(f"{target.name}.part.json")
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def version(self, url: str, *, checked: bool) -> _Version | None:
-        """The version of the part, if it is one of `url` that can be continued; else None.
-
-        Without an ETag only where the whole is `checked` by its hash: a date has whole seconds.
-        """
-        try:
-            found = read_as(_Version, self._note)
-        except EngineError:
-            return None
-        validator = found.validator if checked else found.tag
-        if found.url != url or validator is None or found.size is None:
-            return None
-        return found if 0 < self.size <= found.size else None
-
-    def begin(self, version: _Version) -> None:
-        self.discard()  # first the bytes, then the note: never old bytes under a new note
-        write_atomically(self._note, json.dumps(asdict(version)).encode())
-
-    def discard(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self._note.unlink(missing_ok=True)
-
-    def finish(self, target: Path) -> None:
-        self.path.replace(target)
-        self._note.unlink(missing_ok=True)
-
-
 def fetch(
     url: str,
     target: Path,
     *,
     sha256: str | None = None,
+    md5: str | None = None,
     size: int | None = None,
     spare: int = 0,
     notify: Notify,
@@ -157,8 +92,8 @@ def fetch(
         http or https.
     target
         Where the file appears once it is complete and checked; its folder exists.
-    sha256
-        Expected SHA-256 in hex; None where it is not known.
+    sha256, md5
+        Expected digests in hex; None where they are not known.
     size
         Expected size in bytes; None where it is not known, and then `LARGEST` at most.
     spare
@@ -186,11 +121,12 @@ def fetch(
         The file cannot be written.
     """
     stop = stop or threading.Event()
-    part = _Part(target)
+    checked = sha256 is not None or md5 is not None
+    part = Part(target)
     furthest, tries = part.size, 0
     while True:
         try:
-            _receive(url, part, sha256, size=size, spare=spare, progress=progress, stop=stop)
+            _receive(url, part, checked, size=size, spare=spare, progress=progress, stop=stop)
             break
         except _BrokenError as error:
             if part.size > furthest:
@@ -205,26 +141,26 @@ def fetch(
             tries += 1
             if stop.wait(wait):
                 raise StoppedError from error
-    found = file_sha256(part.path)
-    if sha256 not in (None, found):
+    if problem := mismatch(part.path, sha256=sha256, md5=md5):
         part.discard()
         raise HarnessError(
-            f"{url} is not the expected {target.name}: its SHA-256 is {found}, not {sha256}; "
-            "nothing was kept. Try again or take another server with --mirror"
+            f"{url} is not the expected {target.name}: {problem}; nothing was kept. Try again or "
+            "take another server with --mirror"
         )
+    found = sha256 or file_sha256(part.path)
     part.finish(target)
     return found
 
 
 def arrived(target: Path) -> int:
     """Bytes of a file that are on the disk already, be it complete or not."""
-    return target.stat().st_size if target.exists() else _Part(target).size
+    return target.stat().st_size if target.exists() else Part(target).size
 
 
 def _receive(
     url: str,
-    part: _Part,
-    sha256: str | None,
+    part: Part,
+    checked: bool,
     *,
     size: int | None,
     spare: int,
@@ -232,7 +168,7 @@ def _receive(
     stop: threading.Event,
 ) -> None:
     """One request; returns when the part is the whole file."""
-    old = part.version(url, checked=sha256 is not None)
+    old = part.version(url, checked=checked)
     start = part.size if old else 0
     if old and start == old.size:
         return  # complete, but the run ended before it was checked
@@ -270,7 +206,7 @@ def _receive(
         )
 
 
-def _check_answer(url: str, response: HTTPResponse, new: _Version, size: int | None) -> None:
+def _check_answer(url: str, response: HTTPResponse, new: Version, size: int | None) -> None:
     """Refuse what cannot be the file before any of it is kept."""
     headers = response.headers
     problem = None
@@ -291,7 +227,7 @@ def _check_answer(url: str, response: HTTPResponse, new: _Version, size: int | N
 
 
 @contextmanager
-def _request(url: str, headers: dict[str, str], part: _Part) -> Iterator[HTTPResponse]:
+def _request(url: str, headers: dict[str, str], part: Part) -> Iterator[HTTPResponse]:
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http(s), see apply_mirror
     try:
         response = _open(request)
@@ -375,14 +311,14 @@ def _reason(error: object) -> str:
     return one_line(error) or type(error).__name__
 
 
-def _version(url: str, response: HTTPResponse) -> _Version:
+def _version(url: str, response: HTTPResponse) -> Version:
     headers = response.headers
     length: str | None = headers["Content-Length"]
     if response.status == 206:
         found = _CONTENT_RANGE.fullmatch(headers["Content-Range"] or "")
         length = found[2] if found else None
     size = int(length) if length is not None and _NUMBER.fullmatch(length) else None
-    return _Version(url, size, headers["ETag"], headers["Last-Modified"])
+    return Version(url, size, headers["ETag"], headers["Last-Modified"])
 
 
 def _range_start(headers: Message[str, str]) -> int | None:

@@ -41,12 +41,12 @@ def test_a_data_set_is_a_folder_of_maps(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     for name in ("imagenet", "", ".", "..", "maps/../demo"):
         with pytest.raises(
-            HarnessError, match=f"unknown data set '{name}'.* there are: coco, demo$"
+            HarnessError, match=f"unknown data set '{name}'.* there are: coco, demo, openimages$"
         ):
             known_dataset(name, "val", Path("build"))
     (tmp_path / "data_maps" / "traffic").mkdir(parents=True)
     (tmp_path / "data_maps" / "README.md").touch()
-    with pytest.raises(HarnessError, match=r"there are: coco, demo, traffic$"):
+    with pytest.raises(HarnessError, match=r"there are: coco, demo, openimages, traffic$"):
         known_dataset("README.md", "val", Path("build"))
     new = known_dataset("traffic", "val", Path("build"))
     assert new.name == "traffic-val"

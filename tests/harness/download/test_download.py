@@ -12,14 +12,15 @@ import subprocess
 import sys
 import threading
 import zipfile
-from hashlib import sha256
+from hashlib import md5, sha256
 from pathlib import Path
 
 import pytest
 
 from harness.benchmarks import DEFAULT
-from harness.download import download, transfer
-from harness.download.download import check_demo, download_coco, download_models
+from harness.download import coco as coco_files
+from harness.download import transfer
+from harness.download.download import check_demo, download_data, download_models
 from harness.download.record import RECORD, load_record, sole_download
 from harness.errors import HarnessError
 from harness.lock import LOCK
@@ -67,10 +68,9 @@ def site(tmp_path, monkeypatch):
     with running_site() as site:
         site.files = {VAL_ZIP: images, ANNOTATIONS_ZIP: annotations, PTH: b"p" * 999, ONNX: b"o"}
         site.files |= {f"/train2017/{name}": content for name, content in CAL.items()}
-        monkeypatch.setattr(download, "IMAGES", described_as(download.IMAGES, images))
-        monkeypatch.setattr(
-            download, "ANNOTATIONS", described_as(download.ANNOTATIONS, annotations)
-        )
+        for name, content in (("IMAGES", images), ("ANNOTATIONS", annotations)):
+            known = described_as(getattr(coco_files, name), content)
+            monkeypatch.setattr(coco_files, name, known)
         yield site
 
 
@@ -80,7 +80,7 @@ MODELS = Path("build/models/ssd-resnet34")
 
 def coco(site):
     notes = []
-    done = download_coco(Path("build"), site.url, notes.append)
+    done = download_data(DEFAULT, Path("build"), site.url, notes.append)
     return [item.new for item in done], notes
 
 
@@ -243,8 +243,8 @@ def test_small_files_come_several_at_once(site):
 
 
 def test_disk_space_is_looked_at_first(site, monkeypatch):
-    big = dataclasses.replace(download.IMAGES, unpacked=10**15)
-    monkeypatch.setattr(download, "IMAGES", big)
+    big = dataclasses.replace(coco_files.IMAGES, unpacked=10**15)
+    monkeypatch.setattr(coco_files, "IMAGES", big)
     with pytest.raises(HarnessError, match=r"1,000,000,\d+ MB needed"):
         coco(site)
     assert site.requests == []
@@ -300,6 +300,34 @@ def test_model_without_known_hash_is_held_to_the_first_one(site):
     with pytest.raises(HarnessError, match=r"not the expected resnet34-ssd1200\.pytorch"):
         models(site)
     assert not path.exists()
+
+
+def test_model_of_which_an_md5_alone_is_known(site):
+    """Checked on arrival, and of a file put there by hand; the SHA-256 is recorded as well."""
+    first, *_ = DEFAULT.models
+    right = dataclasses.replace(first, md5=md5(b"p" * 999, usedforsecurity=False).hexdigest())
+    known = dataclasses.replace(DEFAULT, models=(right,))
+    path = MODELS / first.name
+
+    def get():
+        return [one.new for one in download_models(known, Path("build"), site.url, print)]
+
+    site.files[PTH] = b"q" * 999
+    with pytest.raises(HarnessError, match=r"not the expected resnet34-ssd1200\.pytorch: its MD5"):
+        get()
+    assert not path.exists()
+    path.write_bytes(b"own weights")
+    with pytest.raises(HarnessError, match=r"belongs there: its MD5 .* download it again$"):
+        get()
+    assert load_record(MODELS) == {}
+    path.unlink()
+    site.files[PTH] = b"p" * 999
+    assert get() == [1]
+    assert get() == [0]
+    assert load_record(MODELS) == {path.name: sha256(b"p" * 999).hexdigest()}
+    path.write_bytes(b"own weights")
+    with pytest.raises(HarnessError, match=r"belongs there: its SHA-256"):
+        get()
 
 
 def test_model_that_the_server_does_not_have(site):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.download.download import apply_mirror
+from harness.download.files import apply_mirror
 from harness.errors import HarnessError
 
 

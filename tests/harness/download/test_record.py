@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.download.part import Part, Version
 from harness.download.record import RECORD, load_record, save_record
-from harness.download.transfer import _Part, _Version
 from harness.errors import HarnessError
 from tests.support.formats import Sample, damages
 
@@ -46,7 +46,7 @@ def test_what_is_refused(tmp_path, text, message):
 
 
 def part(folder, document):
-    found = _Part(folder / "model")
+    found = Part(folder / "model")
     found.path.write_bytes(b"x" * 50)
     found.path.with_name("model.part.json").write_text(json.dumps(document))
     return found
@@ -59,8 +59,8 @@ def test_a_part_with_a_damaged_note_is_none(tmp_path_factory, damage):
 
 def test_a_part_with_its_note(tmp_path):
     found = part(tmp_path, NOTE.document)
-    assert found.version(URL, checked=False) == _Version(**NOTE.document)
-    found.begin(_Version(URL, 7, None, None))
+    assert found.version(URL, checked=False) == Version(**NOTE.document)
+    found.begin(Version(URL, 7, None, None))
     found.path.write_bytes(b"x")
     assert (
         found.version(URL, checked=True) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from hashlib import sha256
+from hashlib import md5, sha256
 
 import numpy as np
 import pytest
@@ -343,3 +343,24 @@ def test_proxy_of_the_environment(site, target, monkeypatch):
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         get(site, target)
         assert len(seen) == 1
+
+
+def test_a_known_md5_is_checked_on_arrival(site, target):
+    known = md5(CONTENT, usedforsecurity=False).hexdigest()
+    assert get(site, target, md5=known) == []
+    target.unlink()
+    site.files[PATH] = CONTENT[:-1] + b"!"
+    other = md5(site.files[PATH], usedforsecurity=False).hexdigest()
+    with pytest.raises(
+        HarnessError, match=rf"not the expected model\.bin: its MD5 is {other}, not"
+    ):
+        get(site, target, md5=known)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_date_is_enough_to_go_on_where_the_md5_is_known(site, target):
+    """As with a known SHA-256: what is put together is checked."""
+    site.etag = False
+    site.faults[PATH] = [broken(300_000)]
+    get(site, target, md5=md5(CONTENT, usedforsecurity=False).hexdigest())
+    assert asked_ranges(site) == [None, "bytes=300000-"]
