@@ -18,7 +18,10 @@ app = typer.Typer(pretty_exceptions_enable=False)
 def _image_shape(text: str) -> tuple[int, int]:
     """Height and width of ``800`` or ``600x800``."""
     height, x, width = text.partition("x")
-    return int(height), int(width if x else height)
+    try:
+        return int(height), int(width if x else height)
+    except ValueError:
+        raise ExportError(f"--image-size {text}: neither SIDE nor HEIGHTxWIDTH") from None
 
 
 @app.command()
@@ -35,9 +38,8 @@ def export_onnx(
         ),
     ] = None,
     image_size: Annotated[
-        tuple[int, int] | None,
+        str | None,
         typer.Option(
-            parser=_image_shape,
             metavar="SIDE|HEIGHTxWIDTH",
             help="Size of the input image.",
             show_default="the checkpoint's own, else the MLPerf model's, said to be a guess",
@@ -80,6 +82,7 @@ def export_onnx(
         from export.names import choose_names
         from graph_surgery.files import check_output, save
 
+    image_shape = _image_shape(image_size) if image_size else None
     check_output(output, [weights, *([names] if names else [])])
     start = time.monotonic()
 
@@ -87,14 +90,14 @@ def export_onnx(
         typer.echo(f"[{time.monotonic() - start:5.1f} s] {text}")
 
     loaded = checkpoint.read_checkpoint(weights, model=model, entry=entry)
-    config = checkpoint.infer_config(loaded, image_size)
+    config = checkpoint.infer_config(loaded, image_shape)
     class_names, source = choose_names(
         names, loaded.names, config.num_classes, background=loaded.architecture.background
     )
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
     taken = f" ({loaded.entry})" if loaded.entry else ""
     say(f"read {weights}{taken}: {config}, {config.num_priors} default boxes")
-    if image_size is None and loaded.config is None:
+    if image_shape is None and loaded.config is None:
         guess = "x".join(map(str, config.image_shape))
         say(
             f"image size: guessed {guess}, which the weights do not tell; if it is "
