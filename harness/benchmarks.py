@@ -137,10 +137,10 @@ SUBMITTED = DEFAULT
 """That which ``harness submission`` writes and checks a tree for."""
 
 
-def benchmark_of_file(model: Path) -> Description:
+def benchmark_of_file(model: Path, otherwise: Description = DEFAULT) -> Description:
     """Describe the benchmark of an ONNX file or an engine, which says its `Description.detector`.
 
-    `DEFAULT` where it does not tell, or cannot be read: what loads it says why.
+    `otherwise` where it does not tell, or cannot be read: what loads it says why.
 
     Raises
     ------
@@ -156,8 +156,8 @@ def benchmark_of_file(model: Path) -> Description:
     try:
         metadata = read(model).metadata
     except EngineError:
-        return DEFAULT
-    return benchmark_of(metadata.get(DETECTOR_KEY, DEFAULT.detector))
+        return otherwise
+    return benchmark_of(metadata[DETECTOR_KEY]) if DETECTOR_KEY in metadata else otherwise
 
 
 def benchmark_of(detector: str) -> Description:

@@ -31,7 +31,7 @@ from harness.artefacts import (
     stale,
     version,
 )
-from harness.benchmarks import BENCHMARKS
+from harness.benchmarks import BENCHMARKS, benchmark_of_file
 from harness.data.dataset import (
     check_annotated,
     check_images,
@@ -129,14 +129,14 @@ def build_onnx(route: Route) -> Path:
     Raises
     ------
     HarnessError
-        When the weights are missing, or a command fails (it has said why).
+        When the weights are missing or of another detector, or a command fails (it has said why).
     """
     if not route.weights.is_file():
         raise HarnessError(
             f"{route.weights}: no such weights; put them there (make download_model) or name yours "
             "with WEIGHTS"
         )
-    folder = route.build_dir / "onnx"
+    folder, known = route.build_dir / "onnx", BENCHMARKS[route.benchmark]
     detector = route.weights
     if detector.suffix == ".onnx" and route.image_size is not None:
         raise HarnessError(f"{detector} has its image size; leave out --image-size")
@@ -153,7 +153,7 @@ def build_onnx(route: Route) -> Path:
                 "weights": file_sha256(route.weights),
                 "image size": str(route.image_size or "the checkpoint's own"),
                 **({} if route.entry is None else {"entry": route.entry}),
-                "code": code_sha256("export/*.py"),
+                "code": code_sha256("export/*.py", "export/*/*.py"),
                 "torch": version("torch"),
             },
         )
@@ -163,6 +163,11 @@ def build_onnx(route: Route) -> Path:
                 "export", "--weights", route.weights, "-o", detector, "--force", *options
             ),
             route.say,
+        )
+    if (found := benchmark_of_file(detector, known)).detector != known.detector:
+        raise HarnessError(
+            f"{route.weights} is of {found.detector}, the benchmark {route.benchmark} of "
+            f"{known.detector}: --benchmarks={found.name}"
         )
     surgered = Artefact(
         "graph-surgery",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import onnx
 import pytest
 
 import harness.make.route
+from graph_surgery.replace import insert_nms
 from harness.benchmarks import BENCHMARKS
 from harness.errors import HarnessError
 from harness.make.route import build_onnx, route_of
+from tests.support.graphs import UNCAPPED, detector
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
@@ -56,4 +59,14 @@ def test_an_onnx_file_has_its_image_size_and_no_entries(tmp_path, given):
     route = route_of("ssd-resnet34", tmp_path / "my.onnx", tmp_path, print, **given)
     option = f"--{next(iter(given)).replace('_', '-')}"
     with pytest.raises(HarnessError, match=f"leave out {option}"):
+        build_onnx(route)
+
+
+def test_weights_of_another_detector_are_refused(tmp_path):
+    """Their runs would be called by the wrong name."""
+    model = insert_nms(detector(UNCAPPED)).model
+    onnx.helper.set_model_props(model, {"detector": "retinanet"})
+    onnx.save(model, tmp_path / "my.onnx")
+    route = route_of("ssd-resnet34", tmp_path / "my.onnx", tmp_path, print)
+    with pytest.raises(HarnessError, match=r"of retinanet, .* of ssd-resnet34: --benchmarks=retina"):
         build_onnx(route)
