@@ -9,12 +9,16 @@ endif
 # RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS), retinanet (Open Images, the same) or
 # ssd-resnet34-demo (what is shipped); the others: .venv/bin/harness make --help
 RUN_ARGS ?= --benchmarks=ssd-resnet34
-# Yours instead of the benchmark's, and the side of its image where the file does not tell it
+# Yours instead of the benchmark's; the side of its image, where the file does not tell it; which of
+# its entries holds the weights, as ema, where not the first
 ifdef WEIGHTS
 export WEIGHTS
 endif
 ifdef IMAGE_SIZE
 export IMAGE_SIZE
+endif
+ifdef ENTRY
+export ENTRY
 endif
 
 BIN := .venv/bin
@@ -53,7 +57,7 @@ endef
 	$(INSTALL)
 
 # The whole route on a CPU, with the checkpoint and the images of demo/: FP32, and INT8 for CPUs.
-demo: demo_onnx ## The whole route on a CPU, on what is shipped [WEIGHTS, IMAGE_SIZE]
+demo: demo_onnx ## The whole route on a CPU [WEIGHTS, IMAGE_SIZE, ENTRY]
 	mkdir -p $(dir $(DEMO_INT8))
 	$(HARNESS) preprocess $(DEMO) --dataset demo --val_only
 	$(HARNESS) preprocess $(DEMO) --dataset demo --cal_only --preprocessed $(DEMO_CAL)
@@ -69,7 +73,7 @@ demo: demo_onnx ## The whole route on a CPU, on what is shipped [WEIGHTS, IMAGE_
 
 # What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
 IMAGES ?= demo/data/val
-predict: demo_onnx ## What the demo checkpoint detects [IMAGES, WEIGHTS, IMAGE_SIZE]
+predict: demo_onnx ## What the checkpoint detects [IMAGES, WEIGHTS, IMAGE_SIZE, ENTRY]
 	$(HARNESS) predict $(DEMO) $(IMAGES)
 
 test: .venv/installed ## All tests, in an environment of their own
@@ -132,7 +136,7 @@ triton_server: $(TRITON) ## Triton with its Python backend, without a container
 $(TRITON): .venv/installed
 	$(BIN)/python -m harness.triton.server $(BUILD_DIR)/triton-server
 
-demo_onnx: .venv/installed ## The demo checkpoint's ONNX file [WEIGHTS, IMAGE_SIZE]
+demo_onnx: .venv/installed ## The demo checkpoint's ONNX file [WEIGHTS, IMAGE_SIZE, ENTRY]
 	$(HARNESS) make onnx --benchmarks=ssd-resnet34-demo
 
 # DOWNLOAD_ARGS="--benchmark retinanet --mirror URL"; data also takes --demo, which checks what is
@@ -141,7 +145,7 @@ download_data download_model: .venv/installed ## COCO or Open Images; official w
 	$(HARNESS) download $(@:download_%=%) $(DOWNLOAD_ARGS)
 
 # From the weights on; what is up to date by its hashes is used again, what is stale rebuilt.
-preprocess_data: ## Images of a benchmark, INT8 [RUN_ARGS, WEIGHTS, IMAGE_SIZE]
+preprocess_data: ## Images of a benchmark, INT8 [RUN_ARGS, WEIGHTS, IMAGE_SIZE, ENTRY]
 calibrate: ## Its INT8 model, held against FP32 [the same]
 generate_engines: ## Its engines [the same]
 run_harness: ## LoadGen on them, and the table of results [the same]

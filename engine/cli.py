@@ -88,7 +88,7 @@ def calibrate(
     for path in outputs:
         check_output(path, [model, data / MANIFEST])
     detector = load_detector(model)
-    source = load_preprocessed(data, _image_spec(detector))
+    source = load_preprocessed(data, _image_spec(detector), split="cal")
     current = output.exists() and is_current(output, detector, source, method=method, limit=images)
     if current:
         cache = Calibration.load(output)
@@ -168,7 +168,7 @@ def quantize(
     calibration = Calibration.load(cache)
     detector = load_detector(model)
     check_output(output, data_files(detector.model))
-    images = None if check is None else load_preprocessed(check, _image_spec(detector))
+    images = None if check is None else load_preprocessed(check, _image_spec(detector), split="cal")
     warn(calibration)
     with naming(f"{model} with {cache}"):
         quantized = quantize_model(
@@ -323,7 +323,7 @@ def sensitivity(
     if output is not None:
         check_output(output, [model, cache, data / MANIFEST])
     detector = load_detector(model)
-    source = load_preprocessed(data, _image_spec(detector))
+    source = load_preprocessed(data, _image_spec(detector), split="cal")
     with naming(f"{model} with {cache}"), progress_bar("sensitivity") as progress:
         found = find_sensitivity(
             detector, Calibration.load(cache), source, limit=images, batch=batch, progress=progress

@@ -213,10 +213,13 @@ def load_manifest(engine: Path) -> Manifest:
                 f"{manifest.input.dtype} {sizes}, scale {scale}, {manifest.first_label}; {_REBUILD}"
             )
         return manifest
+    if engine.is_dir():
+        raise EngineError(f"{engine}: a folder, no model or engine file")
     if not engine.is_file():
         raise EngineError(f"{engine}: no such engine file")
     if what := other_kind(engine):
-        raise EngineError(f"{engine}: no manifest {path.name} beside it, and no engine{what}")
+        note = "" if "checkpoint" in what else f"; no manifest {path.name} beside it"
+        raise EngineError(f"{engine}: no model or engine{what}{note}")
     raise EngineError(
         f"{engine}: no manifest {path.name} beside it; an engine is loaded only with the "
         "manifest that 'engine build' writes"

@@ -25,7 +25,7 @@ from engine.support.external import model_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 from graph_surgery.names import NAMES_KEY, first_label
-from graph_surgery.nms_function import OP_TYPE
+from graph_surgery.nms_function import DOMAIN, OP_TYPE, VERSION_2
 
 _DTYPES: dict[int, Literal["float32", "int8"]] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -140,6 +140,16 @@ class Detector:
                 f"{self.path}: INT8 for ONNX Runtime on a CPU; of this engine is what 'engine "
                 "quantize' writes without --target cpu"
             )
+
+    def require_kernels(self, engine: str) -> None:
+        """Raise EngineError when NMS_OPT_TRT is of a version that the kernels do not know."""
+        for node in self.model.graph.node:
+            values = {attribute.name: attribute for attribute in node.attribute}
+            version = values["plugin_version"].s if "plugin_version" in values else b""
+            if (node.domain, node.op_type, version) == (DOMAIN, OP_TYPE, b"2"):
+                raise EngineError(
+                    f"{self.path}: {VERSION_2} is not known to {engine}; use --engine onnxruntime"
+                )
 
     def require_dynamic_batch(self) -> None:
         """Raise EngineError when the batch is fixed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import Tensor
 
@@ -31,6 +32,9 @@ _NAMES = ("class_names", "names", "classes")
 """Under which checkpoints keep the names of their classes."""
 
 _SHOWN = 10
+_LOOKED_AT = 100
+"""Entries of an entry in which weights are looked for, so that a choice can be named."""
+
 _MAX_LEVELS = 8
 _MAX_MODULES = 10_000
 _MAX_MODULE_DEPTH = 100
@@ -51,6 +55,8 @@ class Weights:
         Dotted keys that led there; empty: the file holds nothing else.
     beside
         Keys of what lies beside it.
+    others
+        Those of `beside` that hold weights, too.
     names
         Class names beside the weights or in the module; none without any.
     """
@@ -58,6 +64,7 @@ class Weights:
     values: Mapping[str, object]
     entry: str
     beside: tuple[str, ...]
+    others: tuple[str, ...]
     names: tuple[str, ...]
 
     @property
@@ -67,31 +74,49 @@ class Weights:
             return ""
         more = f", not read: {', '.join(self.beside[:_SHOWN])}" if self.beside else ""
         more += f" and {len(self.beside) - _SHOWN} more" if len(self.beside) > _SHOWN else ""
+        if self.others:
+            more += f"; --entry takes other weights: {', '.join(self.others[:_SHOWN])}"
         return f"its entry {self.entry}{more}"
 
 
-def find_weights(root: object) -> Weights:
+def find_weights(root: object, wanted: str = "") -> Weights:
     """Find a module or a state dict in what was saved.
+
+    Parameters
+    ----------
+    root
+        What was saved.
+    wanted
+        Dotted keys of the entry to look in; empty: the first of `ENTRIES`.
 
     Raises
     ------
     UnsafePickleError
         What a call would make stands where weights should be.
     ExportError
-        There are none, or several that might be meant, or more than a checkpoint has.
+        There are none, or several that might be meant, or more than a checkpoint has; no entry of
+        that name.
     """
     entry: list[str] = []
     beside: list[str] = []
+    others: list[str] = []
     names: tuple[str, ...] = ()
     for _ in range(_MAX_LEVELS):
         content = _mapping(root)
         for fields in (content, getattr(root, "fields", {})):
             names = names or next(filter(None, (_texts(fields.get(key)) for key in _NAMES)), ())
-        key = None if _is_module(root) else _entry(content)
+        key: str | None
+        if wanted:
+            key, wanted = _named(root, content, wanted)
+        else:
+            key = None if _is_module(root) else _entry(content)
         if key is None:
             values = dict(_module_tensors(root) if _is_module(root) else _state_dict(root))
-            return Weights(_unwrapped(values), ".".join(entry), tuple(beside), names)
+            joined = ".".join(entry)
+            return Weights(_unwrapped(values), joined, tuple(beside), tuple(others), names)
         beside = [shown(other) for other in content if other != key]
+        above = "".join(f"{one}." for one in entry)
+        others += [above + one for one in _with_weights(content) if one != key]
         entry.append(shown(key))
         root = content[key]
     raise ExportError(f"dictionaries nested deeper than {_MAX_LEVELS} around the weights")
@@ -121,6 +146,29 @@ def _is_module(value: object) -> bool:
     )
 
 
+def _named(root: object, content: Mapping[object, object], wanted: str) -> tuple[str, str]:
+    """First of the dotted keys, and the others; a key may have dots itself."""
+    keys = {} if _is_module(root) else content
+    key, _, rest = (wanted, "", "") if wanted in keys else wanted.partition(".")
+    if key not in keys:
+        there = ", ".join(_with_weights(keys)[:_SHOWN]) or "none"
+        raise ExportError(f"no entry {shown(key)} in it; those that hold weights: {there}")
+    return key, rest
+
+
+def _with_weights(content: Mapping[object, object]) -> list[str]:
+    """Keys whose values are a module or a state dict, or hold one."""
+    return [
+        shown(key)
+        for key, value in islice(content.items(), _LOOKED_AT)
+        if isinstance(key, str)
+        and any(
+            _is_module(one) or _is_state_dict(one)
+            for one in (value, *islice(_mapping(value).values(), _LOOKED_AT))
+        )
+    ]
+
+
 def _entry(content: Mapping[object, object]) -> str | None:
     """Key to go on with; None: these are the weights, if there are any."""
     for key in ENTRIES:
@@ -135,7 +183,7 @@ def _entry(content: Mapping[object, object]) -> str | None:
     ]
     if len(found) > 1:
         raise ExportError(
-            f"weights under {', '.join(map(shown, found[:10]))}: save the one that is meant"
+            f"weights under {', '.join(map(shown, found[:10]))}: say with --entry which are meant"
         )
     return found[0] if found else None
 
@@ -152,15 +200,37 @@ def _state_dict(root: object) -> Iterator[tuple[str, object]]:
     if isinstance(root, Inert) and root.arguments is not None and not _mapping(root):
         raise _call(root, "all that it holds")
     content = _mapping(root)
-    if not isinstance(root, dict) and not content:
-        kind = f"{shown(root.origin)} object" if isinstance(root, Inert) else type(root).__name__
-        raise ExportError(f"no tensor in it; it holds a {kind}, not a module or a state_dict")
+    if not any(
+        isinstance(one, (TensorRecord, Tensor))
+        or (isinstance(one, Inert) and one.arguments is not None)
+        for one in content.values()
+    ):
+        raise _no_weights(root, content)
     _bound(len(content), _MAX_TENSORS, "names in the state_dict")
     found = any(isinstance(value, TensorRecord) for value in content.values())
     for name, value in content.items():
         if found and isinstance(value, (int, float, str, type(None))):
             continue
         yield _name(name), _weight(name, value)
+
+
+def _no_weights(root: object, content: Mapping[object, object]) -> ExportError:
+    """Say what is there instead, and what would do."""
+    there = [f"{shown(key)} ({_kind(value)})" for key, value in islice(content.items(), _SHOWN)]
+    more = f" and {len(content) - _SHOWN} more" if len(content) > _SHOWN else ""
+    nothing = root is None or root == {}
+    found = f"{', '.join(there)}{more}" if there else "nothing" if nothing else f"a {_kind(root)}"
+    return ExportError(
+        f"no weights in it; it holds {found}; needed is a state_dict (names to tensors) or a "
+        f"module, alone or under {', '.join(ENTRIES)} or another name"
+    )
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Inert):
+        return f"{shown(value.origin)} object"
+    empty = isinstance(value, (dict, list, str)) and not value
+    return f"{'empty ' if empty else ''}{type(value).__name__}"
 
 
 def _module_tensors(root: object) -> Iterator[tuple[str, object]]:

@@ -14,8 +14,10 @@ from rich.table import Table
 from graph_surgery.graph import import_graph
 from graph_surgery.heads import Heads
 from graph_surgery.nms_function import OP_TYPE
-from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
+from graph_surgery.pattern import find_nms_node, find_tail, read_surgered
+from graph_surgery.sizes import fold_sizes
 from graph_surgery.survey import Survey
+from graph_surgery.tail import DetectionTail
 
 
 def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:
@@ -26,6 +28,7 @@ def read_tail(model: onnx.ModelProto) -> tuple[DetectionTail, bool]:
     SurgeryError
         When there is no tail that the surgery understands.
     """
+    model = fold_sizes(model)
     graph = import_graph(model)
     node = find_nms_node(graph)
     if node is None:
@@ -47,7 +50,7 @@ def tables(known: Survey) -> Group:
 
 def _facts(known: Survey) -> Table:
     table = Table(show_header=False)
-    table.add_column("what")
+    table.add_column("what", overflow="fold")
     table.add_column("value", overflow="fold")
     for name, value in known.facts.items():
         table.add_row(escape(name), escape(value))
@@ -76,7 +79,7 @@ def _priors(heads: Heads, priors: NDArray[np.float32]) -> Table:
     table = Table(title=f"Priors: {heads.num_priors}, in fractions of the image")
     table.add_column("level", justify="right")
     table.add_column("priors", justify="right")
-    table.add_column("sizes, w x h")
+    table.add_column("sizes, w x h", overflow="fold")
     ltrb = priors[0].reshape(-1, 4)
     start = 0
     for index, level in enumerate(heads.levels):
@@ -91,8 +94,8 @@ def _priors(heads: Heads, priors: NDArray[np.float32]) -> Table:
 def _attributes(tail: DetectionTail, surgered: bool) -> Table:
     state = "in the graph" if surgered else "that the graph's postprocessing stands for"
     table = Table(title=f"{OP_TYPE} {state}")
-    table.add_column("attribute")
-    table.add_column("value")
+    table.add_column("attribute", overflow="fold")
+    table.add_column("value", overflow="fold")
     for name, value in asdict(tail.attributes).items():
         table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))
     variances = np.unique(tail.priors[1].reshape(-1, 4), axis=0)

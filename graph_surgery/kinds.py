@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 _HEAD = 4096
 
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"RIFF")
-
-_EXPORT = (
-    "export-onnx --weights FILE -o MODEL.onnx and graph-surgery nms MODEL.onnx MODEL.nms.onnx make "
-    "a model of it"
-)
 
 
 def other_kind(path: Path) -> str:
@@ -29,7 +25,7 @@ def other_kind(path: Path) -> str:
         return ""
     kinds = {
         " but an empty file": not head,
-        f" but a checkpoint: {_EXPORT}": _is_checkpoint(head),
+        f" but a checkpoint: {_export(path)} make a model of it": _is_checkpoint(head),
         " but an image": head.startswith(_IMAGES),
         " but a pointer of Git LFS to a file that was not fetched: git lfs pull": head.startswith(
             b"version https://git-lfs"
@@ -37,6 +33,13 @@ def other_kind(path: Path) -> str:
         " but a text": _is_text(head),
     }
     return next((kind for kind, it_is in kinds.items() if it_is), "")
+
+
+def _export(path: Path) -> str:
+    """Commands that make a model of a checkpoint, to be copied."""
+    stem = f"{path.stem}-exported" if path.suffix == ".onnx" else path.stem
+    weights, exported, model = (quote(str(p)) for p in (path, f"{stem}.onnx", f"{stem}.nms.onnx"))
+    return f"export-onnx --weights {weights} -o {exported} and graph-surgery nms {exported} {model}"
 
 
 def _is_checkpoint(head: bytes) -> bool:

@@ -14,6 +14,9 @@ from graph_surgery.nms_function import OP_TYPE
 NAMES_KEY = "class_names"
 """ONNX metadata key: a JSON list of the names of the labels, from the first label on."""
 
+DETECTOR_KEY = "detector"
+"""ONNX metadata key: which network it is, for those who treat several."""
+
 FIRST_LABEL_KEY = "first_label"
 """ONNX metadata key: ``0`` where no class is the background and labels count from 0."""
 

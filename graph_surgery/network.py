@@ -1,9 +1,8 @@
 """Changes to the network in front of the heads.
 
-Batch norms are folded and the batch is made dynamic. The published resnet34-ssd1200.onnx needs
-both: its batch norms are nodes of their own, between which and their convolutions nothing can be
-quantised, and its batch is fixed at 1. Other exporters' channels are put in order: those of images,
-which may come last, and those of heads, which may come anchor by anchor.
+Batch norms are folded: those of the published resnet34-ssd1200.onnx are nodes of their own, between
+which and their convolutions nothing can be quantised. Other exporters' channels are put in order:
+those of images, which may come last, and those of heads, which may come anchor by anchor.
 """
 
 from __future__ import annotations
@@ -18,12 +17,9 @@ from numpy.typing import NDArray
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import describe, fix, namer, value
 from graph_surgery.heads import SHAPE_ONLY
-from graph_surgery.protobuf import inputs, types
+from graph_surgery.protobuf import inputs
 
 BATCH_NORM = "BatchNormalization"
-BATCH = "batch"
-"""Name of the size that becomes dynamic."""
-
 CHANNELS = frozenset({1, 3})
 """Of an image."""
 
@@ -149,14 +145,14 @@ def channels_first(graph: gs.Graph, images: Container[str]) -> None:
         graph.inputs[index] = first
         for node in list(last.outputs):
             if node.op == "Transpose" and node.attrs.get("perm") == [0, 3, 1, 2]:
-                _bypass(graph, node, first)
+                bypass(graph, node, first)
         if last.outputs or any(output is last for output in graph.outputs):
             turn = {"perm": [0, 2, 3, 1]}
             graph.nodes.append(gs.Node("Transpose", last.name, turn, [first], [last]))
     graph.cleanup(recurse_functions=False)
 
 
-def _bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor) -> None:
+def bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor) -> None:
     """Let all that read a node read its source, unless the graph gives away what it makes."""
     (made,) = node.outputs
     if any(output is made for output in graph.outputs):
@@ -165,35 +161,3 @@ def _bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor) -> None:
         return
     for reader in list(made.outputs):
         reader.inputs = [source if tensor is made else tensor for tensor in reader.inputs]
-
-
-def free_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """Make the fixed batch of a model dynamic.
-
-    Only what the file says of its shapes changes. Whether every node takes another batch shows
-    when it is run.
-
-    Parameters
-    ----------
-    model
-        Its images, and every output that depends on them, have the batch as their first size. It
-        is not changed.
-    batch
-        The fixed size.
-
-    Returns
-    -------
-    ModelProto
-        A copy with the first size `BATCH` and inferred shapes.
-    """
-    new = onnx.ModelProto()
-    new.CopyFrom(model)
-    graph = new.graph
-    for tensor in (*inputs(new), *graph.output):
-        size = tensor.type.tensor_type.shape.dim[:1]
-        if size and size[0].dim_value == batch:
-            size[0].dim_param = BATCH
-    graph.ClearField("value_info")
-    ends = {tensor.name for tensor in (*graph.input, *graph.output)}
-    graph.value_info.extend(known for name, known in types(new).items() if name not in ends)
-    return new

@@ -17,12 +17,27 @@ What the body settles beyond the rules of the plugin it stands for:
 * A box whose decoded width or height is not positive has area zero: its IoU with any box is 0,
   so it never suppresses and is never suppressed. Its row holds its corners as decoded.
 * Corners are clipped to [0, 1] after the last selection, so suppression sees unclipped boxes.
+
+Version 2, for detectors as RetinaNet, adds three attributes: a cut of each level's candidates over
+all classes, a clip before suppression, and a bound of the stretch; see `NmsAttributes`. What it
+settles:
+
+* A candidate of a level's cut is void or not as above, and above the threshold, before it is
+  counted: void scores take no place of another.
+* Infinite deltas of a width or height are bounded as others are, and then no reason for a void.
+* Suppression is within a class, over all levels: in order of score, of equal ones the lower prior
+  first, so the finer level's.
+* Rows of equal score come by class, then prior, as in version 1.
+
+`nms_body` has the text.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,6 +45,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
 from graph_surgery.errors import SurgeryError
+from graph_surgery.nms_body import body
 
 DOMAIN = "trt.plugins"
 OP_TYPE = "NMS_OPT_TRT"
@@ -43,8 +59,14 @@ MIN_IR_VERSION = 8
 
 OUTPUTS = ("detections", "num_detections")
 
-PLUGIN_ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": ""}
-"""What lets TensorRT see a plugin in the node."""
+VERSIONS = ("1", "2")
+"""Values of ``plugin_version``: NVIDIA's attributes alone, and with those of ours."""
+
+OURS = ("levelTopK", "clipBeforeNms", "bboxXformClip")
+"""Attributes behind NVIDIA's, of version 2. A node carries them where one is not its default."""
+
+VERSION_2 = f"{OP_TYPE} version {VERSIONS[1]} ({', '.join(OURS)})"
+"""What messages call the one that only the definition can run."""
 
 CENTER_SIZE = 1
 """codeType: (dx, dy, dw, dh) scaled by the variances move a prior's centre and stretch its size."""
@@ -81,6 +103,15 @@ class NmsAttributes:
         1: CENTER_SIZE.
     numLayers
         L, levels.
+    levelTopK
+        Before suppression, candidates of a level that remain: the best over all its classes and
+        priors, of equal scores the lower class, then prior. topK caps nothing then, and is
+        L * levelTopK. 0: no such cut.
+    clipBeforeNms
+        1: boxes are clipped to [0, 1] before suppression, so that IoU is that of clipped boxes.
+    bboxXformClip
+        Upper bound of dw and dh times their variance, natural logarithm of the largest stretch;
+        0: none. Named as in Detectron, where it is log(1000/16), so in torchvision.
 
     Raises
     ------
@@ -102,6 +133,21 @@ class NmsAttributes:
     confSoftmax: int = 1  # noqa: N815
     isNormalized: int = 1  # noqa: N815
     codeType: int = CENTER_SIZE  # noqa: N815
+    levelTopK: int = 0  # noqa: N815
+    clipBeforeNms: int = 0  # noqa: N815
+    bboxXformClip: float = 0.0  # noqa: N815
+
+    @property
+    def version(self) -> int:
+        """Version of the operator that these attributes need."""
+        return 2 if any(getattr(self, name) for name in OURS) else 1
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """What a node carries: version 1 is as it was before there were attributes of ours."""
+        left_out = OURS if self.version == 1 else ()
+        values = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return values | {"plugin_version": str(self.version), "plugin_namespace": ""}
 
     def __post_init__(self) -> None:
         levels = self.numLayers
@@ -133,6 +179,20 @@ class NmsAttributes:
                 f"{OP_TYPE}: backgroundLabelId={self.backgroundLabelId} is no class of "
                 f"{self.numClasses} and not -1"
             )
+        if self.clipBeforeNms not in (0, 1):
+            raise SurgeryError(f"{OP_TYPE}: clipBeforeNms={self.clipBeforeNms} is not 0 or 1")
+        if not 0 <= self.bboxXformClip < math.inf:
+            raise SurgeryError(
+                f"{OP_TYPE}: bboxXformClip={self.bboxXformClip} is no bound, which is finite and "
+                "positive, and not 0"
+            )
+        if self.levelTopK < 0:
+            raise SurgeryError(f"{OP_TYPE}: levelTopK={self.levelTopK} is negative")
+        if self.levelTopK and self.topK != levels * self.levelTopK:
+            raise SurgeryError(
+                f"{OP_TYPE}: topK={self.topK} with levelTopK={self.levelTopK} and {levels} levels "
+                f"is not supported, only {levels * self.levelTopK}, which caps nothing"
+            )
 
 
 def input_names(num_layers: int) -> list[str]:
@@ -154,7 +214,7 @@ def add_nms(
     size
         N.
     """
-    add_definition(graph, attributes.numLayers, sigmoid=attributes.confSigmoid == 1)
+    add_definition(graph, attributes)
     shapes = [size, attributes.keepTopK, 7], [size]
     outputs = map(gs.Variable, OUTPUTS, map(np.dtype, (np.float32, np.int32)), shapes)
     made: list[gs.Tensor] = graph.layer(
@@ -163,14 +223,14 @@ def add_nms(
         domain=DOMAIN,
         inputs=list(inputs),
         outputs=list(outputs),
-        attrs=dict(sorted((asdict(attributes) | PLUGIN_ATTRIBUTES).items())),
+        attrs=dict(sorted(attributes.written.items())),
     )
     return made
 
 
-def add_definition(graph: gs.Graph, num_layers: int, *, sigmoid: bool) -> None:
+def add_definition(graph: gs.Graph, attributes: NmsAttributes) -> None:
     """Add the operator's definition to a graph; see `nms_function`."""
-    function = nms_function(num_layers, graph.opset, sigmoid=sigmoid)
+    function = nms_function(attributes, graph.opset)
     graph.functions.append(OnnxImporter.import_function(function))
     graph.import_domains.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
 
@@ -180,7 +240,18 @@ def plugin_only(model: onnx.ModelProto) -> onnx.ModelProto:
 
     What runs it must have the operator. TensorRT's parser, up to 10.6 at least, takes the
     definition where there is one, whatever plugin is registered. Nothing else changes.
+
+    Raises
+    ------
+    SurgeryError
+        For version 2 of the operator, of which there is no plugin.
     """
+    for node in model.graph.node:
+        version = [one.s for one in node.attribute if one.name == "plugin_version"]
+        if (node.domain, node.op_type, version) == (DOMAIN, OP_TYPE, [VERSIONS[1].encode()]):
+            raise SurgeryError(
+                f"{VERSION_2} is known to no plugin: without its definition nothing runs the file"
+            )
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.functions[:]
@@ -188,18 +259,12 @@ def plugin_only(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def nms_function(num_layers: int, opset: int, *, sigmoid: bool = False) -> onnx.FunctionProto:
-    """Write the operator's definition for `num_layers` levels.
+def nms_function(attributes: NmsAttributes, opset: int) -> onnx.FunctionProto:
+    """Write the operator's definition for nodes with these attributes.
 
-    Parameters
-    ----------
-    num_layers
-        L.
-    opset
-        Version of the standard operators, that of the model which will hold the function;
-        at least `MIN_OPSET`.
-    sigmoid
-        The definition for nodes with confSigmoid=1; otherwise for those with confSoftmax=1.
+    It depends on their version, the number of levels, confSigmoid and whether levelTopK cuts;
+    `opset` is the version of the standard operators, that of the model which will hold the
+    function, at least `MIN_OPSET`.
 
     Raises
     ------
@@ -208,152 +273,16 @@ def nms_function(num_layers: int, opset: int, *, sigmoid: bool = False) -> onnx.
     """
     if opset < MIN_OPSET:
         raise SurgeryError(f"{OP_TYPE} needs opset {MIN_OPSET} or later, not {opset}")
-    inputs = input_names(num_layers)
-    attributes = [*NmsAttributes.__dataclass_fields__, *PLUGIN_ATTRIBUTES]
-    flatten = "\n".join(
-        f"{name}_rows = Reshape ({name}, {name[:4].rstrip('_')}_shape)" for name in inputs[:-1]
+    inputs = input_names(attributes.numLayers)
+    nodes = body(
+        inputs,
+        sigmoid=attributes.confSigmoid == 1,
+        version=attributes.version,
+        by_level=attributes.levelTopK > 0,
     )
-    loc_rows = ", ".join(f"{name}_rows" for name in inputs[:num_layers])
-    conf_rows = ", ".join(f"{name}_rows" for name in inputs[num_layers:-1])
-    activation = "Sigmoid (logits)" if sigmoid else "Softmax <axis = 1> (logits)"
     text = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {opset}]>
-    {OP_TYPE} <{", ".join(attributes)}> ({", ".join(inputs)}) => (detections, num_detections)
-    {{
-      one = Constant <value_ints = [1]> ()
-      minus_one = Constant <value_ints = [-1]> ()
-      zero_f = Constant <value_float = 0.0> ()
-      one_f = Constant <value_float = 1.0> ()
-      half_f = Constant <value_float = 0.5> ()
-      void_f = Constant <value_float = -1.0> ()
-      background = Constant <value_int: int = @backgroundLabelId> ()
-      score_threshold = Constant <value_float: float = @confidenceThreshold> ()
-      iou_threshold = Constant <value_float: float = @nmsThreshold> ()
-      num_classes_scalar = Constant <value_int: int = @numClasses> ()
-      num_classes = Reshape (num_classes_scalar, one)
-      top_k_scalar = Constant <value_int: int = @topK> ()
-      top_k = Reshape (top_k_scalar, one)
-      keep_top_k_scalar = Constant <value_int: int = @keepTopK> ()
-      keep_top_k = Reshape (keep_top_k_scalar, one)
-
-      # Levels joined: deltas [N, 4, P], logits [N, C, P].
-      zero = Constant <value_ints = [0]> ()
-      loc_shape = Constant <value_ints = [0, 4, -1]> ()
-      conf_shape = Concat <axis = 0> (zero, num_classes, minus_one)
-      {flatten}
-      loc_joined = Concat <axis = 2> ({loc_rows})
-      conf_joined = Concat <axis = 2> ({conf_rows})
-      deltas = Cast <to = 1> (loc_joined)
-      logits = Cast <to = 1> (conf_joined)
-
-      # CENTER_SIZE: priors and boxes ltrb, [4, P] and [N, 4, P].
-      prior_shape = Constant <value_ints = [2, -1, 4]> ()
-      prior_rows = Reshape (priors, prior_shape)
-      prior_planes = Transpose <perm = [0, 2, 1]> (prior_rows)
-      ltrb_index = Constant <value_int = 0> ()
-      variance_index = Constant <value_int = 1> ()
-      prior_ltrb = Gather <axis = 0> (prior_planes, ltrb_index)
-      variances = Gather <axis = 0> (prior_planes, variance_index)
-      prior_lt, prior_rb = Split <axis = 0, num_outputs = 2> (prior_ltrb)
-      prior_size = Sub (prior_rb, prior_lt)
-      prior_sum = Add (prior_lt, prior_rb)
-      prior_centre = Mul (prior_sum, half_f)
-      scaled = Mul (deltas, variances)
-      move, log_stretch = Split <axis = 1, num_outputs = 2> (scaled)
-      shift = Mul (move, prior_size)
-      centre = Add (shift, prior_centre)
-      stretch = Exp (log_stretch)
-      size = Mul (stretch, prior_size)
-      half_size = Mul (size, half_f)
-      lt = Sub (centre, half_size)
-      rb = Add (centre, half_size)
-      ltrb = Concat <axis = 1> (lt, rb)
-
-      # Scores [N, C, P], void where they cannot count. x * 0 is 0 for finite x alone, else NaN.
-      probability = {activation}
-      logits_0 = Mul (logits, zero_f)
-      ltrb_0 = Mul (ltrb, zero_f)
-      logits_check = ReduceSum <keepdims = 1> (logits_0, one)
-      ltrb_check = ReduceSum <keepdims = 1> (ltrb_0, one)
-      check = Add (logits_check, ltrb_check)
-      finite = Equal (check, zero_f)
-      zero_scalar = Constant <value_int = 0> ()
-      one_scalar = Constant <value_int = 1> ()
-      classes = Range (zero_scalar, num_classes_scalar, one_scalar)
-      class_shape = Constant <value_ints = [1, -1, 1]> ()
-      class_column = Reshape (classes, class_shape)
-      is_background = Equal (class_column, background)
-      is_foreground = Not (is_background)
-      counts = And (finite, is_foreground)
-      scores = Where (counts, probability, void_f)
-
-      # The K = min(topK, P) best of each class; of equal scores the lower prior.
-      num_priors = Shape <start = 2> (scores)
-      k = Min (top_k, num_priors)
-      class_scores, class_priors = TopK <axis = 2> (scores, k)
-      candidate_shape = Constant <value_ints = [0, -1, 1]> ()
-      candidate_priors = Reshape (class_priors, candidate_shape)
-      ltrb_rows = Transpose <perm = [0, 2, 1]> (ltrb)
-      candidates = GatherND <batch_dims = 1> (ltrb_rows, candidate_priors)
-
-      # Suppression, each class of each image a batch of its own: boxes [N * C, K, 4]. Raising the
-      # far corner to the near one makes an inverted box empty; the operator would flip it.
-      near, far = Split <axis = 2, num_outputs = 2> (candidates)
-      far_or_near = Max (near, far)
-      boxes = Concat <axis = 2> (near, far_or_near)
-      four = Constant <value_ints = [4]> ()
-      nms_boxes_shape = Concat <axis = 0> (minus_one, k, four)
-      nms_boxes = Reshape (boxes, nms_boxes_shape)
-      nms_scores_shape = Concat <axis = 0> (minus_one, one, k)
-      nms_scores = Reshape (class_scores, nms_scores_shape)
-      selected = NonMaxSuppression (nms_boxes, nms_scores, k, iou_threshold, score_threshold)
-      row_and_rank = Constant <value_ints = [0, 2]> ()
-      kept = Gather <axis = 1> (selected, row_and_rank)
-
-      # Scores of the kept, void elsewhere, [N, C * K] in the order class, rank in the class.
-      flat_scores_shape = Concat <axis = 0> (minus_one, k)
-      flat_scores = Reshape (class_scores, flat_scores_shape)
-      kept_scores = GatherND (flat_scores, kept)
-      flat_shape = Shape (flat_scores)
-      nothing = ConstantOfShape <value = float[1] {{-1.0}}> (flat_shape)
-      survivors = ScatterND (nothing, kept, kept_scores)
-      class_scores_shape = Shape (class_scores)
-      survivors_by_class = Reshape (survivors, class_scores_shape)
-      survivors_of_image = Flatten <axis = 1> (survivors_by_class)
-
-      # The keepTopK best of the image; padding makes sure that there are as many to choose from.
-      no_pad = Constant <value_ints = [0, 0, 0]> ()
-      pads = Concat <axis = 0> (no_pad, keep_top_k)
-      padded = Pad (survivors_of_image, pads, void_f)
-      best_scores, best = TopK <axis = 1> (padded, keep_top_k)
-      used = Greater (best_scores, score_threshold)
-      num_used = Cast <to = 6> (used)
-      num_detections = ReduceSum <keepdims = 0> (num_used, one)
-
-      # Rows.
-      slot = Where (used, best, zero_scalar)
-      slot_column = Unsqueeze (slot, minus_one)
-      best_ltrb = GatherND <batch_dims = 1> (candidates, slot_column)
-      to_tlbr = Constant <value_ints = [1, 0, 3, 2]> ()
-      best_tlbr = Gather <axis = 2> (best_ltrb, to_tlbr)
-      clipped = Clip (best_tlbr, zero_f, one_f)
-      used_column = Unsqueeze (used, minus_one)
-      corners = Where (used_column, clipped, zero_f)
-      used_scores = Where (used, best_scores, zero_f)
-      score_column = Unsqueeze (used_scores, minus_one)
-      class = Div (slot, k)
-      class_f = Cast <to = 1> (class)
-      label = Where (used, class_f, void_f)
-      label_column = Unsqueeze (label, minus_one)
-      batch = Shape <start = 0, end = 1> (best_scores)
-      batch_scalar = Squeeze (batch)
-      images = Range (zero_scalar, batch_scalar, one_scalar)
-      image_shape = Constant <value_ints = [-1, 1, 1]> ()
-      image_rows = Reshape (images, image_shape)
-      image_rows_f = Cast <to = 1> (image_rows)
-      column_shape = Shape (score_column)
-      image_column = Expand (image_rows_f, column_shape)
-      detections = Concat <axis = 2> (image_column, corners, score_column, label_column)
-    }}
+    {OP_TYPE} <{", ".join(attributes.written)}> ({", ".join(inputs)}) => ({", ".join(OUTPUTS)})
+    {{{nodes}}}
     """
     return onnx.parser.parse_function(text)

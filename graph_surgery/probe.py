@@ -38,12 +38,13 @@ FRACTIONS = (1, 1)
 
 @dataclass(frozen=True)
 class Decoded:
-    """Decoded boxes that nothing has clipped, behind the heads of a graph.
+    """Decoded boxes behind the heads of a graph.
 
     Attributes
     ----------
     name, form
-        A tensor, and how it writes a box, of `BOX_FORMS`.
+        A tensor, and how it writes a box, of `BOX_FORMS`. All boxes, and nothing has clipped them;
+        of a tail that cuts its levels, the candidates as suppression sees them.
     unit
         Width and height of the image there.
     layout
@@ -75,15 +76,16 @@ OPERATOR_BOXES = Decoded("ltrb", "ltrb", FRACTIONS, OPERATOR)
 """Those of NMS_OPT_TRT, a tensor within its definition."""
 
 
-def decode(priors: Floats, variances: Floats, deltas: Floats) -> Floats:
+def decode(priors: Floats, variances: Floats, deltas: Floats, bound: float = 0.0) -> Floats:
     """CENTER_SIZE (SSD, Liu et al. 2016): priors ltrb [P, 4], deltas [P, 4] to ltrb [P, 4].
 
-    `variances` are [4] or [P, 4].
+    `variances` are [4] or [P, 4]; `bound` is that of dw and dh times theirs, 0 for none.
     """
     size = priors[:, 2:] - priors[:, :2]
     with np.errstate(all="ignore"):  # what is no box may overflow
         centre = (priors[:, :2] + priors[:, 2:]) / 2 + deltas[:, :2] * variances[..., :2] * size
-        half = np.exp(deltas[:, 2:] * variances[..., 2:]) * size / 2
+        stretch = np.minimum(deltas[:, 2:] * variances[..., 2:], bound or np.inf)
+        half = np.exp(stretch) * size / 2
     return np.concatenate([centre - half, centre + half], axis=1)
 
 
@@ -130,8 +132,8 @@ def probe_boxes(
     for flags in itertools.product((False, True), repeat=3):
         ordered = replace(heads, layout=Layout(*flags))
         for name, form, still, variances, moved in _moving(run, ordered, noise):
-            span = _span(still)
-            unit = next((u for u in (FRACTIONS, image) if u and _spans(span, u)), None)
+            extent = extent_of(still)
+            unit = next((u for u in (FRACTIONS, image) if u and spans(extent, u)), None)
             zero, random = (rows / np.tile(unit or FRACTIONS, 2) for rows in (still, moved))
             expected = decode(zero, variances, noise.T)
             difference = float(np.max(np.abs(random - expected) / np.maximum(1, np.abs(expected))))
@@ -140,7 +142,9 @@ def probe_boxes(
                 lacks.append("its priors do not lie on the grids of the heads")
             if unit is None:
                 pixels = f", nor {image[0]} x {image[1]} pixels" if image else ""
-                lacks.append(f"its priors span {span[0]:.4g} x {span[1]:.4g}, not 1 x 1{pixels}")
+                lacks.append(
+                    f"its priors span {extent[0]:.4g} x {extent[1]:.4g}, not 1 x 1{pixels}"
+                )
             if not difference <= TOLERANCE:
                 lacks.append(f"its boxes differ by {difference:.2g}")
             if unit and not lacks:
@@ -161,15 +165,15 @@ def probe_boxes(
     )
 
 
-def _span(priors: Floats) -> Floats:
+def extent_of(priors: Floats) -> Floats:
     """Width and height of the image, from centres that lie as far from one border as the other."""
     centre = (priors[:, :2] + priors[:, 2:]) / 2
     return np.asarray(centre.min(axis=0) + centre.max(axis=0))
 
 
-def _spans(span: Floats, unit: tuple[int, int]) -> bool:
+def spans(extent: Floats, unit: tuple[int, int]) -> bool:
     """Whether priors span an image of this size, roughly: grids may end before or behind it."""
-    return bool((span > np.divide(unit, 2)).all() and (span < np.multiply(unit, 2)).all())
+    return bool((extent > np.divide(unit, 2)).all() and (extent < np.multiply(unit, 2)).all())
 
 
 def _moving(

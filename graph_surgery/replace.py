@@ -10,16 +10,15 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from graph_surgery.batch import BATCH, free_batch
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import export_graph, import_graph, namer
 from graph_surgery.heads import OPERATOR
 from graph_surgery.network import (
-    BATCH,
     BATCH_NORM,
     channels_first,
     channels_last,
     fold_batch_norms,
-    free_batch,
     order_channels,
 )
 from graph_surgery.nms_function import (
@@ -31,8 +30,10 @@ from graph_surgery.nms_function import (
     add_nms,
     nms_function,
 )
-from graph_surgery.pattern import DetectionTail, find_nms_node, find_tail, read_surgered
+from graph_surgery.pattern import find_nms_node, find_tail, read_surgered
 from graph_surgery.protobuf import check, convert, inputs, opset_of
+from graph_surgery.sizes import fold_sizes
+from graph_surgery.tail import DetectionTail
 from graph_surgery.unfuse import inline_functions, unfuse
 from graph_surgery.verify import same_network, verify_network, verify_tail
 
@@ -86,7 +87,8 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         when the model has an NMS_OPT_TRT node that is not as this function makes it.
     """
     given = inline_functions(model)
-    inlined, model = given is not model, unfuse(given)
+    inlined, unfused = given is not model, unfuse(given)
+    model = fold_sizes(unfused)
     graph = import_graph(model)
     if (node := find_nms_node(graph)) is not None:
         _check_surgered(model, graph, node)
@@ -102,10 +104,12 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     folded = _batch_norms(model) - _batch_norms(new_model)
     replaced = len(model.graph.node) - folded - len(new_model.graph.node) + 1
     changes = ["the model's functions were inlined"] if inlined else []
-    if model is not given:
+    if unfused is not given:
         changes.append(
             "what ONNX Runtime's optimiser fused into convolutions was taken out of them"
         )
+    if model is not unfused:
+        changes.append("what was computed of the image's fixed size became constants")
     changes += [
         f"{replaced} nodes behind {len(tail.heads.names)} head convolutions became one {OP_TYPE}",
         f"outputs {', '.join(tail.outputs)} (boxes {agreement.box_order}) became detections "
@@ -120,6 +124,7 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         )
     if tail.attributes.backgroundLabelId < 0:
         changes.append("no class is the background: labels count from 0")
+    changes += _by_level(tail)
     if layout.by_cell:
         changes.append(
             "of equal scores of a class the graph takes the lower cell first, then the lower "
@@ -137,6 +142,25 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         f"{agreement.detections} detections, the same rows within {agreement.difference:.1e}"
     )
     return SurgeryResult(new_model, True, tuple(changes))
+
+
+def _by_level(tail: DetectionTail) -> list[str]:
+    """Say what version 2 of the operator is for."""
+    a = tail.attributes
+    if not a.levelTopK:
+        return []
+    before = "clipped to the image" if a.clipBeforeNms else "as decoded"
+    bound = f"dw and dh are at most {a.bboxXformClip:.6g}" if a.bboxXformClip else "no bound of dw"
+    lines = [
+        f"the {a.levelTopK} best of each level's scores above {a.confidenceThreshold:g} enter "
+        f"suppression, over all classes, their boxes {before}; {bound}: {OP_TYPE} version 2"
+    ]
+    if tail.by_offset:
+        lines.append(
+            "the graph told classes apart by an offset of their boxes, which rounds them: a box "
+            f"whose IoU is that near to {a.nmsThreshold:g} may fall on the other side"
+        )
+    return lines
 
 
 def _boxes_in_pixels(
@@ -228,8 +252,7 @@ def _check_surgered(model: onnx.ModelProto, graph: gs.Graph, node: gs.Node) -> N
             f"ONNX Runtime cannot run it: {again}"
         )
     opset = opset_of(model)
-    sigmoid = attributes.confSigmoid == 1
-    if functions != [nms_function(attributes.numLayers, opset, sigmoid=sigmoid)]:
+    if functions != [nms_function(attributes, opset)]:
         raise SurgeryError(
             f"the function {OP_TYPE} in the model is not the operator's definition for "
             f"{attributes.numLayers} levels and opset {opset}: {again}"

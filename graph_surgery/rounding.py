@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-5
 """Largest difference of a score or a normalised coordinate. What decides over a detection, a score
 or an IoU, may fall on either side of a border that is no farther away."""
 
-_CORNER = 2.0**-23
+CORNER = 2.0**-23
 """Rounding of a corner near 1 in float32, by the few operations that decode it."""
 
 _OUT, _PERHAPS, _IN = range(3)
@@ -33,12 +33,21 @@ class Rules:
         A candidate's score is larger; a suppressed box's IoU is larger.
     top_k, keep
         Candidates of a class, detections of an image.
+    level_top_k
+        Candidates of a level, of all its classes together, in place of `top_k`; 0: no such cut.
+    clip
+        Whether boxes are clipped to the image before suppression.
+    corner
+        Rounding of a corner in what is suppressed, relative where corners are beyond 1.
     """
 
     threshold: float
     overlap: float
     top_k: int
     keep: int
+    level_top_k: int = 0
+    clip: bool = False
+    corner: float = CORNER
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,9 @@ def _match(rows: Floats, others: Floats) -> Ints:
     return result
 
 
-def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Undecided:
+def undecided(
+    boxes: Floats, scores: Floats, same: Ints, rules: Rules, levels: Sequence[int] = ()
+) -> Undecided:
     """Find the detections of an image that a correct result may have or lack.
 
     Borderline decisions are followed through the candidates of each class, suppression and the
@@ -152,18 +163,18 @@ def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Undeci
     same
         [C, P]: one number for scores that are equal whoever computes them. Of those, the one of
         the lower class, then prior, comes first.
+    levels
+        Priors of each level, for a cut of levels.
     """
+    boxes = boxes.clip(0, 1) if rules.clip else boxes
+    labels, priors, firsts = _entering(scores, same, rules, levels)
     parts: list[tuple[Any, ...]] = []
     for label in range(len(scores)):
-        prior = np.flatnonzero(scores[label] > max(rules.threshold - TOLERANCE, 0.0))
-        prior = prior[np.lexsort((prior, -scores[label, prior]))]
-        sure = scores[label, prior] > rules.threshold + TOLERANCE
-        at_least, at_most = _ranks(scores[label, prior], same[label, prior], sure)
-        enters = at_least < rules.top_k
-        first = (sure & (at_most < rules.top_k))[enters]
-        prior = prior[enters]
+        prior, first = priors[labels == label], firsts[labels == label]
+        order = np.lexsort((prior, -scores[label, prior]))
+        prior, first = prior[order], first[order]
         score, ties = scores[label, prior], same[label, prior]
-        fate = _suppress(boxes[prior], score, ties, first, rules.overlap)
+        fate = _suppress(boxes[prior], score, ties, first, rules)
         kept = fate != _OUT
         parts.append((score[kept], np.full(kept.sum(), label), prior[kept], ties[kept], fate[kept]))
     columns = [np.concatenate(part) for part in zip(*parts, strict=True)]
@@ -174,6 +185,28 @@ def undecided(boxes: Floats, scores: Floats, same: Ints, rules: Rules) -> Undeci
     corners = boxes[priors[found]].clip(0, 1)[:, [1, 0, 3, 2]]
     rows = np.column_stack([corners, all_scores[found], all_labels[found]])
     return Undecided(rows, min(rules.keep, (fates == _IN).sum()), min(rules.keep, len(fates)))
+
+
+def _entering(
+    scores: Floats, same: Ints, rules: Rules, levels: Sequence[int]
+) -> tuple[Ints, Ints, Bools]:
+    """Label and prior of the candidates that may enter suppression, and who does without doubt."""
+    label, prior = np.nonzero(scores > max(rules.threshold - TOLERANCE, 0.0))
+    score, ties = scores[label, prior], same[label, prior]
+    group = np.searchsorted(np.cumsum(levels), prior, "right") if rules.level_top_k else label
+    cap = rules.level_top_k or rules.top_k
+    entering: list[Ints] = [np.empty(0, int)]
+    firsts: list[Bools] = [np.empty(0, bool)]
+    for number in np.unique(group):
+        (members,) = np.nonzero(group == number)
+        members = members[np.lexsort((prior[members], label[members], -score[members]))]
+        sure = score[members] > rules.threshold + TOLERANCE
+        at_least, at_most = _ranks(score[members], ties[members], sure)
+        enters = at_least < cap
+        entering.append(members[enters])
+        firsts.append((sure & (at_most < cap))[enters])
+    chosen = np.concatenate(entering)
+    return label[chosen], prior[chosen], np.concatenate(firsts)
 
 
 def _ranks(score: Floats, same: Ints, sure: Bools) -> tuple[Ints, Ints]:
@@ -195,10 +228,10 @@ def _ranks(score: Floats, same: Ints, sure: Bools) -> tuple[Ints, Ints]:
 
 
 def _suppress(
-    boxes: Floats, score: Floats, same: Ints, first: Bools, threshold: float
+    boxes: Floats, score: Floats, same: Ints, first: Bools, rules: Rules
 ) -> NDArray[np.int_]:
     """Fate of the candidates of a class, in order; `first`: who enters without doubt."""
-    surely, perhaps = _overlaps(boxes, threshold)
+    surely, perhaps = _overlaps(boxes, rules.overlap, rules.corner)
     fate = np.full(len(boxes), _PERHAPS)
     for i in range(len(boxes)):
         others = np.flatnonzero(perhaps[i] & (fate != _OUT))
@@ -213,11 +246,11 @@ def _suppress(
     return fate
 
 
-def _overlaps(boxes: Floats, threshold: float) -> tuple[Bools, Bools]:
+def _overlaps(boxes: Floats, threshold: float, corner: float) -> tuple[Bools, Bools]:
     """Whether the IoU of each two boxes [n, 4] is above a threshold: surely, perhaps."""
     lt, rb = np.split(boxes.astype(np.float64), 2, axis=1)
     size = (rb - lt).clip(min=0)
-    rounding = _CORNER * np.abs(boxes).max(axis=1, initial=1.0)
+    rounding = corner * np.abs(boxes).max(axis=1, initial=1.0)
     shared = np.minimum(rb[:, None], rb) - np.maximum(lt[:, None], lt)
     common, area = shared.clip(min=0).prod(axis=-1), size.prod(axis=1)
     union = area[:, None] + area - common

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
-from graph_surgery.pattern import DetectionTail
+from graph_surgery.tail import DetectionTail
 
 Floats = NDArray[np.float32]
 Image = tuple[Floats, Floats]
@@ -117,13 +117,17 @@ def _with_runs(tail: DetectionTail, scores: NDArray[np.float64], rng: np.random.
 
 
 def _crowd(tail: DetectionTail, rng: np.random.Generator) -> Image:
-    """Place more than topK candidates in one class, where there are so many priors."""
+    """Place more than topK candidates in one class, or, for levels, in all together.
+
+    Where there are so many priors.
+    """
     loc, conf = _background(tail, rng)
-    label = _foreground(tail)[0]
+    labels = _foreground(tail)[: None if tail.attributes.levelTopK else 1]
     count = min(tail.heads.num_priors, tail.attributes.topK + 50)
     where = rng.choice(tail.heads.num_priors, count, replace=False)
     threshold = tail.attributes.confidenceThreshold
-    for group in map(np.sort, np.split(where, range(TIED, count, TIED))):
+    for index, group in enumerate(map(np.sort, np.split(where, range(TIED, count, TIED)))):
+        label = labels[index % len(labels)]
         place = tail.heads.order[group]
         tied = group[place == np.maximum.accumulate(place)]
         for prior in (tied[0], *np.setdiff1d(group, tied)):

@@ -17,22 +17,19 @@ from numpy.typing import NDArray
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import describe, import_graph
 from graph_surgery.heads import Heads, Layout
-from graph_surgery.nms_function import DOMAIN, OP_TYPE
+from graph_surgery.nms_function import DOMAIN, OP_TYPE, NmsAttributes
 from graph_surgery.pattern import (
-    DetectionTail,
-    between,
     check_classes,
     find_nms_node,
     find_tail,
-    image_size,
     pair_heads,
     read_parameters,
     read_surgered,
-    tail_runner,
-    threshold,
 )
 from graph_surgery.probe import FRACTIONS, Decoded, probe_boxes, probe_scores
 from graph_surgery.protobuf import inputs, opset_of, type_of
+from graph_surgery.sizes import fold_sizes
+from graph_surgery.tail import DetectionTail, between, image_size, tail_runner, threshold
 from graph_surgery.unfuse import inline_functions, unfuse
 from graph_surgery.walk import NMS, RESHAPING, suppressions
 
@@ -72,7 +69,7 @@ def survey(model: onnx.ModelProto) -> Survey:
     """Look at a valid model, and tell what is known of it and what is missing."""
     facts = _file(model)
     try:
-        model = unfuse(inline_functions(model))
+        model = fold_sizes(unfuse(inline_functions(model)))
         graph = import_graph(model)
     except SurgeryError as error:
         return Survey({"kind": "a graph that cannot be read"} | facts, missing=(str(error),))
@@ -118,6 +115,7 @@ def _understood(tail: DetectionTail, facts: Facts, *, surgered: bool) -> Survey:
     facts |= _anchors(tail.heads, tail.priors)
     facts |= _boxes(tail.decoded)
     facts |= _scores(tail.heads, a.backgroundLabelId, a.confSigmoid == 1)
+    facts |= _levels(a)
     return Survey(facts, tail.heads, tail.priors, tail, surgered)
 
 
@@ -237,3 +235,13 @@ def _scores(heads: Heads, background: int, sigmoid: bool) -> Facts:
     left_out = "no background" if background < 0 else f"class {background} the background"
     how = "sigmoid of each of" if sigmoid else "softmax over"
     return {"scores": f"{how} {heads.num_classes} classes, {left_out}"}
+
+
+def _levels(attributes: NmsAttributes) -> Facts:
+    a = attributes
+    if a.version == 1:
+        return {}
+    clip = "clipped to the image before suppression" if a.clipBeforeNms else "not clipped before it"
+    bound = f"dw and dh bounded by {a.bboxXformClip:.6g}" if a.bboxXformClip else "dw, dh unbounded"
+    cut = f"the {a.levelTopK} best of each level enter suppression" if a.levelTopK else "no cut"
+    return {"version 2": f"{cut}; boxes {clip}; {bound}"}

@@ -15,16 +15,20 @@ from numpy.typing import NDArray
 from graph_surgery.errors import SurgeryError
 from graph_surgery.heads import HeadRunner
 from graph_surgery.nms_function import DOMAIN, OP_TYPE, OUTPUTS
-from graph_surgery.pattern import DetectionTail
 from graph_surgery.probe import OPERATOR_BOXES, TOLERANCE, activate, decode
 from graph_surgery.protobuf import Arrays, Runner, inputs, one_line, opset_of, part, reads
-from graph_surgery.rounding import NOTHING, Rules, Undecided, compare, undecided
+from graph_surgery.rounding import CORNER, NOTHING, Rules, Undecided, compare, undecided
+from graph_surgery.rows import read_rows
 from graph_surgery.samples import proof_images
+from graph_surgery.tail import DetectionTail
 
 Floats = NDArray[np.float32]
 
 BOXES = f"{DOMAIN}.{OP_TYPE}.{OPERATOR_BOXES.name}"
 """The operator's boxes before it clips them, [N, 4, P], given away for the proof."""
+
+LARGE = 2**23
+"""Scores of an image from which on no more than two images run at once, for their memory."""
 
 NETWORK_TOLERANCE = 1e-4
 """Largest difference of a head tensor relative to its spread: float32 through some 50 layers."""
@@ -60,10 +64,10 @@ _BOX_COLUMNS = {"ymin, xmin, ymax, xmax": (0, 1, 2, 3), "xmin, ymin, xmax, ymax"
 def verify_tail(old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail) -> Agreement:
     """Run the old tail and the new node on the head tensors of `samples`.
 
-    They must agree on every box before it is clipped, on every detection and on the order of
-    detections, but for what hangs on rounding (`rounding`). What NaN and infinity do is not
-    compared, nor which of two equal scores comes first where the graph orders priors in another
-    way than the operator.
+    They must agree on every box before it is clipped (where the old tail has them all), on every
+    detection and on the order of detections, but for what hangs on rounding (`rounding`). What NaN
+    and infinity do is not compared, nor which of two equal scores comes first where the graph
+    orders priors in another way than the operator.
 
     Raises
     ------
@@ -72,17 +76,21 @@ def verify_tail(old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail)
     """
     heads = tail.heads
     images = proof_images(tail)
-    batch = heads.batch or len(images)
-    run_old = HeadRunner(old, heads, [*tail.outputs, tail.decoded.name])
+    scores = heads.num_classes * heads.num_priors
+    batch = heads.batch or (len(images) if scores < LARGE else 2)
+    decoded = [] if tail.attributes.levelTopK else [tail.decoded.name]
+    run_old = HeadRunner(old, heads, [*tail.outputs, *decoded])
     run_new = HeadRunner(_with_boxes(new), heads, [*OUTPUTS, BOXES])
     pairs: list[tuple[Floats, Floats]] = []
     for start in range(0, len(images), batch):
         chosen = [images[index % len(images)] for index in range(start, start + batch)]
         loc, conf = (np.stack(part) for part in zip(*chosen, strict=True))
         made, made_anew = run_old(*heads.arrange(loc, conf)), run_new(loc, conf)
-        _same_boxes(tail, made[tail.decoded.name], made_anew.pop(BOXES))
-        old_rows = _rows({name: made[name] for name in tail.outputs})
-        new_rows = _rows(made_anew)
+        boxes = made_anew.pop(BOXES)
+        for name in decoded:
+            _same_boxes(tail, made[name], boxes)
+        old_rows = read_rows({name: made[name] for name in tail.outputs})
+        new_rows = read_rows(made_anew)
         if len(old_rows) != len(new_rows):
             raise SurgeryError(
                 f"the graph gives detections of {len(old_rows)} images for a batch of "
@@ -105,7 +113,7 @@ def verify_tail(old: onnx.ModelProto, new: onnx.ModelProto, tail: DetectionTail)
     for index, (before, after) in enumerate(read):
         image = map(run_old.given, images[index % len(images)])
         outcome = compare(before, after, functools.partial(_undecided, tail, *image))
-        if outcome.faults and _but_for_labels(read):
+        if outcome.faults and any(_but_for_labels(one) for *_, one in readings):
             raise SurgeryError(
                 f"the graph and {OP_TYPE} disagree on labels alone: the operator gives the index "
                 "of a class, background counted; export without another offset or table of labels"
@@ -167,7 +175,8 @@ def _read(rows: Floats, columns: tuple[int, ...], unit: tuple[int, int]) -> Floa
 def _undecided(tail: DetectionTail, loc: Floats, conf: Floats) -> Undecided:
     """What hangs on rounding, from deltas [4, P] and logits [C, P]."""
     priors, variances = tail.priors.astype(np.float64).reshape(2, -1, 4)
-    boxes = decode(priors, variances, loc.T.astype(np.float64))
+    a = tail.attributes
+    boxes = decode(priors, variances, loc.T.astype(np.float64), a.bboxXformClip)
     sigmoid = tail.attributes.confSigmoid == 1
     scores = activate(conf.astype(np.float64), sigmoid=sigmoid)
     if tail.attributes.backgroundLabelId >= 0:
@@ -176,9 +185,17 @@ def _undecided(tail: DetectionTail, loc: Floats, conf: Floats) -> Undecided:
     if not sigmoid:  # equal logits are sure of equal scores among equal ones alone
         column = np.unique(conf, axis=1, return_inverse=True)[1].reshape(-1)
         same = column * (same.max() + 1) + same
-    a = tail.attributes
-    rules = Rules(a.confidenceThreshold, a.nmsThreshold, a.topK, a.keepTopK)
-    return undecided(boxes, scores, same, rules)
+    rules = Rules(
+        a.confidenceThreshold,
+        a.nmsThreshold,
+        a.topK,
+        a.keepTopK,
+        a.levelTopK,
+        clip=a.clipBeforeNms == 1,
+        corner=CORNER * (a.numClasses + 1) if tail.by_offset else CORNER,
+    )
+    levels = [level.priors for level in tail.heads.levels]
+    return undecided(boxes, scores, same, rules, levels)
 
 
 def _but_for_labels(pairs: Sequence[tuple[Floats, Floats]]) -> bool:
@@ -282,29 +299,3 @@ def _joined(parts: Sequence[Arrays], moving: Container[str]) -> Arrays:
         }
     except ValueError as error:
         raise SurgeryError(f"an output is no batch: {one_line(error)}") from error
-
-
-def _rows(outputs: Arrays) -> list[Floats]:
-    """Detections of every image as [n, 7]: image index, box, score, label.
-
-    Understood are [N, K, 7] with the valid rows counted in [N], and boxes [N, n, 4] with scores
-    and integer labels [N, n], whatever their names; of one image also without N.
-    """
-    if sorted(value.ndim for value in outputs.values()) == [1, 1, 2]:
-        outputs = {name: value[None] for name, value in outputs.items()}
-    by_kind = {(value.ndim, value.dtype.kind): value for value in outputs.values()}
-    if len(outputs) == 2 and (3, "f") in by_kind and (1, "i") in by_kind:
-        detections, counts = by_kind[3, "f"], by_kind[1, "i"]
-        if detections.shape[2] == 7:
-            return [rows[:count] for rows, count in zip(detections, counts, strict=True)]
-    if len(outputs) == 3 and by_kind.keys() == {(3, "f"), (2, "f"), (2, "i")}:
-        boxes, scores, labels = by_kind[3, "f"], by_kind[2, "f"], by_kind[2, "i"]
-        index = np.broadcast_to(np.arange(len(boxes))[:, None], scores.shape)
-        columns = [index[..., None], boxes, scores[..., None], labels[..., None]]
-        return list(np.concatenate(columns, axis=2).astype(np.float32))
-    found = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in outputs.items())
-    raise SurgeryError(
-        f"the outputs behind NonMaxSuppression are {found}; understood are detections [N, K, 7] "
-        "with counts [N], or boxes [N, n, 4] with scores and integer labels [N, n]; export with "
-        "these alone"
-    )

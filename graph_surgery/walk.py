@@ -55,16 +55,8 @@ def find_nms(graph: gs.Graph) -> gs.Node:
     )
 
 
-def find_heads(ends: Sequence[gs.Tensor], what: str) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
-    """Two groups of head convolutions' outputs, by the Concat that joins each.
-
-    Parameters
-    ----------
-    ends
-        Boxes and scores.
-    what
-        The node that reads them, for messages.
-    """
+def find_convs(ends: Sequence[gs.Tensor]) -> list[gs.Node]:
+    """The nearest convolutions upstream of some tensors."""
     convs: list[gs.Node] = []
     stack, seen = list(reversed(ends)), set()
     while stack:
@@ -75,6 +67,20 @@ def find_heads(ends: Sequence[gs.Tensor], what: str) -> tuple[list[gs.Tensor], l
                     convs.append(node)
                 elif node.op not in SHAPE_ONLY:
                     stack.extend(node.inputs)
+    return convs
+
+
+def find_heads(ends: Sequence[gs.Tensor], what: str) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
+    """Two groups of head convolutions' outputs, by the Concat that joins each.
+
+    Parameters
+    ----------
+    ends
+        Boxes and scores.
+    what
+        The node that reads them, for messages.
+    """
+    convs = find_convs(ends)
     if not convs:
         raise SurgeryError(f"no Conv upstream of {what}: export from the image on")
     if len(convs) == 2:  # of one level: there is nothing to join

@@ -96,7 +96,7 @@ def make(artefact: Artefact, build: Callable[[], object], say: Say) -> Path:
 
 def remake(artefact: Artefact, build: Callable[[], object], say: Say, reason: str) -> None:
     """Build an artefact and record its inputs; see `make`."""
-    verb = "made" if reason == MISSING else f"rebuilt because {reason}:"
+    verb = "making" if reason == MISSING else f"rebuilding because {reason}:"
     say(f"{artefact.step}: {verb} {artefact.path}")
     with recorded(artefact):
         build()

@@ -137,14 +137,10 @@ SUBMITTED = DEFAULT
 """That which ``harness submission`` writes and checks a tree for."""
 
 
-DETECTOR_KEY = "detector"
-"""Metadata of a model file: its `Description.detector`, as export-onnx writes it."""
+def benchmark_of_file(model: Path, otherwise: Description = DEFAULT) -> Description:
+    """Describe the benchmark of an ONNX file or an engine, which says its `Description.detector`.
 
-
-def benchmark_of_file(model: Path) -> Description:
-    """Describe the benchmark of an ONNX file or an engine.
-
-    `DEFAULT` where it does not tell, or cannot be read: what loads it says why.
+    `otherwise` where it does not tell, or cannot be read: what loads it says why.
 
     Raises
     ------
@@ -154,13 +150,14 @@ def benchmark_of_file(model: Path) -> Description:
     from engine.errors import EngineError
     from engine.manifest import load_manifest
     from engine.model import load_detector
+    from graph_surgery.names import DETECTOR_KEY
 
     read = load_detector if model.suffix == ".onnx" else load_manifest
     try:
         metadata = read(model).metadata
     except EngineError:
-        return DEFAULT
-    return benchmark_of(metadata.get(DETECTOR_KEY, DEFAULT.detector))
+        return otherwise
+    return benchmark_of(metadata[DETECTOR_KEY]) if DETECTOR_KEY in metadata else otherwise
 
 
 def benchmark_of(detector: str) -> Description:

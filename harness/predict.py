@@ -77,7 +77,14 @@ def find_images(places: Sequence[str]) -> tuple[Path, ...]:
             paths = sorted(glob.glob(place, recursive=True))  # noqa: PTH207 - absolute ones, too
         files = [file for path in paths for file in _images_of(Path(path))]
         if not files:
-            raise HarnessError(f"{place}: no such image, nor a folder or pattern that has some")
+            above = Path(place).parent
+            below = _images_of(above) if above.name and above.is_dir() else ()
+            hint = (
+                f"; below {above} are some, as {next(iter(below))}: name {above}" if below else ""
+            )
+            raise HarnessError(
+                f"{place}: no such image, nor a folder or pattern that has some{hint}"
+            )
         found |= dict.fromkeys(files)
     return tuple(found)
 

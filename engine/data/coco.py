@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import math
 from collections import Counter
@@ -58,7 +59,7 @@ def _is_box(value: object) -> bool:
 
 
 _Check = tuple[Callable[[object], bool], str]
-_ID: _Check = (_is_id, "a whole number")
+_ID: _Check = (_is_id, "a whole number, as ids are unless all of a list are texts")
 _SIZE: _Check = (_is_size, "a positive number of pixels")
 _NUMBER: _Check = (_is_number, "a number")
 
@@ -83,32 +84,54 @@ def _check_entry(entry: object, keys: Mapping[str, _Check], where: str) -> None:
         raise EngineError(f"{where} lacks {', '.join(missing)}")
     for key, (is_right, what) in keys.items():
         if not is_right(entry[key]):
-            shown = repr(entry[key])[:60]
-            raise EngineError(f"{where}: {key} is {shown}, not {what}")
+            raise EngineError(f"{where}: {key} is {_shown(entry[key])}, not {what}")
 
 
 _REFERENCES = {"images": "image_id", "categories": "category_id", "annotations": None}
 """List to the key by which annotations refer to it."""
 
 
-def _number_texts(content: dict[str, Any], section: str, reference: str | None) -> None:
+def _shown(value: object) -> str:
+    return repr(value)[:60]
+
+
+def _number_texts(content: dict[str, Any], section: str, reference: str | None, path: Path) -> None:
     """Number the entries of a list whose ids are texts, which pycocotools would not sort."""
     entries = content.get(section)
     if not isinstance(entries, list) or not entries:
         return
     ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
-    if not all(isinstance(one, str) for one in ids) or len(set(ids)) < len(ids):
+    if not all(isinstance(one, str) for one in ids):
         return
-    numbers = {name: number for number, name in enumerate(ids, 1)}
+    repeated = next((one for one, n in Counter(ids).items() if n > 1), None)
+    if repeated is not None:
+        raise EngineError(f"{path}: id {_shown(repeated)} occurs more than once in {section!r}")
+    numbers = {str(name): number for number, name in enumerate(ids, 1)}
     content[section] = [{**entry, "id": numbers[entry["id"]]} for entry in entries]
     annotations = content.get("annotations")
-    if reference is not None and isinstance(annotations, list):
-        content["annotations"] = [
-            {**entry, reference: numbers[entry[reference]]}
-            if isinstance(entry, dict) and entry.get(reference) in numbers
-            else entry
-            for entry in annotations
-        ]
+    if reference is None or not isinstance(annotations, list):
+        return
+    named = [
+        (position, entry)
+        for position, entry in enumerate(annotations)
+        if isinstance(entry, dict) and reference in entry
+    ]
+    unknown = [
+        (position, entry[reference])
+        for position, entry in named
+        if not isinstance(entry[reference], str) or entry[reference] not in numbers
+    ]
+    if unknown:
+        position, wrong = unknown[0]
+        near = difflib.get_close_matches(str(wrong), numbers, n=1)
+        raise EngineError(
+            f"{path}: {len(unknown)} annotations have a {reference} that {section!r} does not "
+            f"hold, the first is {_shown(wrong)} of annotations[{position}]"
+            + (f"; the nearest id there is {_shown(near[0])}" if near else "; ids there are texts")
+        )
+    content["annotations"] = list(annotations)
+    for position, entry in named:
+        content["annotations"][position] = {**entry, reference: numbers[entry[reference]]}
 
 
 def load_annotations(path: Path) -> dict[str, Any]:
@@ -139,7 +162,7 @@ def load_annotations(path: Path) -> dict[str, Any]:
         kind = "a list, as of detections" if isinstance(content, list) else "one value"
         raise EngineError(f"{path} is no COCO instances file: it holds {kind}")
     for section, references in _REFERENCES.items():
-        _number_texts(content, section, references)
+        _number_texts(content, section, references, path)
     for section, keys in _REQUIRED.items():
         entries = content.get(section)
         if not isinstance(entries, list):

@@ -179,7 +179,9 @@ def preprocess_command(dataset: str) -> str:
     return f"`harness preprocess MODEL --dataset {chosen}`"
 
 
-def load_preprocessed(directory: Path, spec: InputSpec, dataset: str = "") -> PreprocessedSet:
+def load_preprocessed(
+    directory: Path, spec: InputSpec, dataset: str = "", *, split: str = ""
+) -> PreprocessedSet:
     """Open a set that `harness preprocess` made, and check it against an engine's input.
 
     Parameters
@@ -190,6 +192,8 @@ def load_preprocessed(directory: Path, spec: InputSpec, dataset: str = "") -> Pr
         The engine's input.
     dataset
         Name of the data set's split that should be there, for messages; empty: unknown.
+    split
+        Which split of any data set is to be made where this one does not do; empty: the same.
 
     Returns
     -------
@@ -212,11 +216,17 @@ def load_preprocessed(directory: Path, spec: InputSpec, dataset: str = "") -> Pr
             raise EngineError(f"{path} cannot be read: {error.strerror}") from error
         begun = (unfinished(directory) / JOURNAL).exists()
         state = "is unfinished" if begun else "holds no preprocessed images"
-        raise EngineError(f"{directory} {state}; run {preprocess_command(dataset)} first") from None
+        command = preprocess_command(dataset or (f"NAME-{split}" if split else ""))
+        near = _sets_near(directory)
+        hint = f"; there are sets in {', '.join(near)}" if near else ""
+        raise EngineError(f"{directory} {state}; run {command} first{hint}") from None
     remedy = "it is damaged; run `harness preprocess` again"
     manifest = read_json(path, remedy)
     found = checked(SetManifest, manifest, f"{path}: ", remedy)
-    command = preprocess_command(found.dataset)
+    name = f"{found.dataset.rpartition('-')[0]}-{split}" if split else found.dataset
+    command = preprocess_command(name)
+    if spec.dtype == "float32" and name.endswith("-val"):  # those of an INT8 MODEL are INT8
+        command = command.removesuffix("`") + " --formats fp32`"
     for key, value in wanted.items():
         if manifest.get(key) != value:
             raise EngineError(
@@ -233,6 +243,17 @@ def load_preprocessed(directory: Path, spec: InputSpec, dataset: str = "") -> Pr
             f"wrong size, the first is {broken[0]}.npy; run {command} again"
         )
     return PreprocessedSet(place, names, spec, manifest, whole, held)
+
+
+def _sets_near(directory: Path) -> list[str]:
+    """Names of at most three sets in a folder or beside it, those of links where there are some."""
+    places = {
+        path.parent
+        for folder in (directory, directory.parent)
+        for path in sorted(folder.glob(f"*/{MANIFEST}"))
+    }
+    links = {path for path in places if path.is_symlink()}
+    return sorted(map(str, links or places))[:3]
 
 
 class _Held:

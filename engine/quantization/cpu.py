@@ -21,9 +21,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
-from engine.quantization.placement import Placement, not_negative
-from engine.quantization.scales import activation_scale, weight_scales
+from engine.quantization.placement import Placement, copied, not_negative
+from engine.quantization.scales import activation_scale
 from engine.quantization.thresholds import STEPS
+from engine.quantization.weights import scales_of_weights
 from graph_surgery.graph import namer, shape_of, value
 
 _UNSIGNED_STEPS = 255
@@ -79,16 +80,16 @@ def insert_for_cpu(
         if tensor in done:
             return done[tensor]
         step, zero_point = activation_scale(scale), _MIDDLE
-        pooled = _pooled(tensors[tensor])
-        if pooled is not None and pooled.name in done:  # one scale on both sides
-            step, zero_point = done[pooled.name].scale, done[pooled.name].zero_point
+        source = copied(tensors[tensor])
+        if source is not None and source.name in done:  # one scale on both sides
+            step, zero_point = done[source.name].scale, done[source.name].zero_point
         elif not_negative(tensors[tensor]):
             step, zero_point = np.float32(step * STEPS / _UNSIGNED_STEPS), 0
         done[tensor] = _pair(graph, tensors[tensor], step, zero_point, name)
         return done[tensor]
 
     points = [
-        (p.node, p.input, quantised(p.tensor, scales[p.tensor]))
+        (p.node, p.input, quantised(p.tensor, scales[p.source]))
         for p in placement.points
         if p.layer in chosen
     ]
@@ -102,11 +103,12 @@ def insert_for_cpu(
         (node,) = tensors[node_name].inputs
         node.inputs[index] = what.real
         read[node_name] = what.scale
+    weights = scales_of_weights(graph, placement, chosen, read)
     for index in sorted(chosen):
         layer = placement.layers[index]
         (conv,) = tensors[layer.node].inputs
         weight = np.asarray(value(graph, tensors[layer.weight]), np.float32)
-        scale = weight_scales(weight, layer.bias, read[layer.node])
+        scale = weights[layer.weight]
         wide = scale.reshape(-1, 1, 1, 1)
         steps = np.rint(weight / wide).clip(-STEPS, STEPS)
         if not _is_quantised(conv.outputs[0], done):
@@ -194,14 +196,6 @@ def shift_image(graph: gs.Graph, image: str) -> float | None:
             quantise.inputs[0] = real
             return float(scale.values)
     return None
-
-
-def _pooled(tensor: gs.Tensor) -> gs.Tensor | None:
-    """What a max pooling made a tensor of; None where none did."""
-    if [node.op for node in tensor.inputs] != ["MaxPool"]:
-        return None
-    source: gs.Tensor = tensor.inputs[0].inputs[0]
-    return source
 
 
 def _is_quantised(tensor: gs.Tensor, done: Mapping[str, _Quantised]) -> bool:

@@ -8,7 +8,10 @@ Quantised are, in the part of the graph that the heads depend on,
   between its parts. The main branch is the input made by a convolution for this addition alone;
   where both are (the skip has a downsampling convolution), it is the one with more convolutions
   between the fork of the two branches and the addition;
-* the input of every max pooling, so that it runs in INT8.
+* the input of every max pooling, so that it runs in INT8;
+* of a feature pyramid the input of an upsampling to the nearest, where its output is the skip input
+  of an addition, which is quantised with the same scale: the upsampling copies steps, and its
+  addition is the skip of a residual block to the lateral convolution.
 
 Nothing else is: not between a convolution and its ReLU, not behind the heads, not a bias. A tensor
 with several such readers is quantised once. (Rules and reasons: "Working with quantized types" of
@@ -60,13 +63,17 @@ class Point:
     layer
         Index of the layer with which this point is quantised or left float: a convolution's own;
         for an addition, that of the convolution whose kernel feeds it; for a pooling, that of the
-        nearest convolution before it, or, where it reads the image, behind it.
+        nearest convolution before it, or, where it reads the image, behind it; for an upsampling,
+        that of the addition behind it.
+    source
+        Name of the tensor whose scale it has: that one, or what an upsampling made it of.
     """
 
     node: str
     input: int
     tensor: str
     layer: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class Placement:
     @property
     def tensors(self) -> tuple[str, ...]:
         """The activations that need a scale, each once, in the order of the graph."""
-        return tuple(dict.fromkeys(point.tensor for point in self.points))
+        return tuple(dict.fromkeys(point.source for point in self.points))
 
     def match(self, patterns: Sequence[str]) -> frozenset[int]:
         """Choose layers by shell patterns of their names.
@@ -205,19 +212,17 @@ def _place(graph: gs.Graph) -> Placement:
     layers = tuple(map(Layer, _readable(weights), names, weights, biases))
     points = tuple(_points(graph, nodes, {name: index for index, name in enumerate(names)}))
     made_by = {node.outputs[0].name: node for node in nodes}
-    mains = tuple(
-        replace(
-            point, input=1 - point.input, tensor=made_by[point.node].inputs[1 - point.input].name
-        )
-        for point in points
-        if made_by[point.node].op == "Add"
-    )
+    mains = []
+    for point in points:
+        if made_by[point.node].op == "Add":
+            main = made_by[point.node].inputs[1 - point.input].name
+            mains.append(replace(point, input=1 - point.input, tensor=main, source=main))
     return Placement(
         *_image(graph, nodes),
         tuple(tensor.name for tensor in heads),
         layers,
         points,
-        mains,
+        tuple(mains),
         tuple(_floats(graph, nodes)),
     )
 
@@ -240,9 +245,23 @@ def _ends_in_relu(tensor: gs.Tensor) -> bool:
 
 
 def not_negative(tensor: gs.Tensor) -> bool:
-    """Whether a ReLU made a tensor, or a max pooling of what one made."""
+    """Whether a ReLU made a tensor, or one of its steps out of what one made."""
     kinds = [node.op for node in tensor.inputs]
-    return kinds == ["Relu"] or (kinds == ["MaxPool"] and not_negative(tensor.inputs[0].inputs[0]))
+    source = copied(tensor)
+    return kinds == ["Relu"] or (source is not None and not_negative(source))
+
+
+def copied(tensor: gs.Tensor) -> gs.Tensor | None:
+    """What a max pooling or an upsampling to the nearest took the values of a tensor from."""
+    if len(tensor.inputs) != 1:
+        return None
+    (node,) = tensor.inputs
+    source: gs.Tensor = node.inputs[0] if node.inputs else None
+    return source if node.op == "MaxPool" or _is_nearest(node) else None
+
+
+def _is_nearest(node: gs.Node) -> bool:
+    return bool(node.op == "Resize" and node.attrs.get("mode", "nearest") == "nearest")
 
 
 def _image(
@@ -279,7 +298,7 @@ def _readable(weights: Sequence[str]) -> list[str]:
 
     The second convolution with the same weight has ``#2`` behind its name, and so on.
     """
-    names = [name.removesuffix(".weight").split(".") for name in weights]
+    names = [name.removesuffix("_ordered").removesuffix(".weight").split(".") for name in weights]
     while all(len(name) > 1 and name[0] == names[0][0] for name in names):
         names = [name[1:] for name in names]
     count: Counter[str] = Counter()
@@ -301,8 +320,14 @@ def _points(graph: gs.Graph, nodes: Iterable[gs.Node], layers: dict[str, int]) -
             source, where = _convolutions_behind(node.inputs[main]), 1 - main
         else:
             continue
-        if source:
-            yield Point(name, where, node.inputs[where].name, layers[source[0]])
+        if not source:
+            continue
+        layer, read = layers[source[0]], node.inputs[where]
+        scaled = read
+        if node.op == "Add" and read.inputs and _is_nearest(read.inputs[0]):
+            scaled = read.inputs[0].inputs[0]
+            yield Point(read.name, 0, scaled.name, layer, scaled.name)
+        yield Point(name, where, read.name, layer, scaled.name)
 
 
 def _nearest_convolution(graph: gs.Graph, pool: gs.Node) -> list[str]:

@@ -23,10 +23,12 @@ from engine.protocol import INPUT_SCALE_KEY, TARGET_KEY
 from engine.quantization.cache import Calibration
 from engine.quantization.cpu import insert_for_cpu, shift_image
 from engine.quantization.placement import Placement, find_placement
-from engine.quantization.scales import FloatType, activation_scale, round_up, weight_scales
+from engine.quantization.scales import FloatType, activation_scale, round_up
+from engine.quantization.weights import scales_of_weights
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import describe, export_graph, fix, import_graph, namer, value
 from graph_surgery.nms_function import DOMAIN, add_definition
+from graph_surgery.pattern import read_surgered
 from graph_surgery.protobuf import check, convert, with_types
 
 _READ_INT8 = ("QuantizeLinear", "DequantizeLinear", "Shape", "Size")
@@ -168,19 +170,19 @@ def insert_qdq(
     read: dict[str, np.float32] = {}  # scale of what a convolution reads, by what that makes
     for point in placement.points:
         if point.layer in chosen:
-            read[point.node] = activation_scale(scales[point.tensor])
+            read[point.node] = activation_scale(scales[point.source])
             if point.tensor not in done:
                 done[point.tensor] = _pair(graph, tensors[point.tensor], read[point.node], name)
             (node,) = tensors[point.node].inputs
             node.inputs[point.input] = done[point.tensor]
+    weights = scales_of_weights(graph, placement, chosen, read, float_type)
     for index in sorted(chosen):
         layer = placement.layers[index]
         (conv,) = tensors[layer.node].inputs
-        weight = np.asarray(value(graph, tensors[layer.weight]), np.float32)
-        if isinstance(tensors[layer.weight], gs.Variable):  # engines want it stored
-            fix(tensors[layer.weight], weight)
-        scale = weight_scales(weight, layer.bias, read[layer.node], float_type)
-        conv.inputs[1] = _pair(graph, tensors[layer.weight], scale, name, axis=0)
+        held = tensors[layer.weight]
+        if isinstance(held, gs.Variable):  # engines want it stored
+            fix(held, np.asarray(value(graph, held), np.float32))
+        conv.inputs[1] = _pair(graph, held, weights[layer.weight], name, axis=0)
 
 
 def _check_fp16(calibration: Calibration) -> None:
@@ -253,6 +255,7 @@ def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     if graph.opset >= opset:
         return model
     (nms,) = (node for node in graph.nodes if node.domain == DOMAIN)
+    attributes = read_surgered(graph, nms).attributes
     names = [tensor.name for tensor in graph.outputs]
     made = {tensor.name: tensor.copy() for tensor in nms.outputs}
     # the converter knows standard operators alone: the node is taken out for it
@@ -265,7 +268,7 @@ def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     tensors = new.tensors() | made
     inputs = [*(tensors[tensor.name] for tensor in heads), priors]
     new.nodes.append(nms.copy(inputs=inputs, outputs=list(made.values())))
-    add_definition(new, len(heads) // 2, sigmoid=nms.attrs["confSigmoid"] == 1)
+    add_definition(new, attributes)
     new.outputs = [tensors[name] for name in names]
     return export_graph(new, body)
 

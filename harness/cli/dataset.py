@@ -67,10 +67,12 @@ def add(
         typer.echo(f"warning: {oddity}", err=True)
     if not added.cal:
         typer.echo("no images for calibration, which INT8 needs: --calibration-images DIR")
-    quoted = shlex.quote(name)
+    quoted, accuracy = shlex.quote(name), "--test_mode=AccuracyOnly"
     if added.cal:
-        typer.echo(f'next, for INT8: make run WEIGHTS=FILE RUN_ARGS="--dataset {quoted}"')
+        typer.echo(
+            f'next, for INT8: make run WEIGHTS=FILE RUN_ARGS="--dataset {quoted} {accuracy}"'
+        )
     typer.echo(
         f"next, for MODEL as it is: harness preprocess MODEL --dataset {quoted} --val_only, then "
-        f"harness run MODEL --dataset {quoted}"
+        f"harness run MODEL --dataset {quoted} {accuracy}"
     )

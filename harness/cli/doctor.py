@@ -12,9 +12,19 @@ from harness.cli.options import BuildDir
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from harness.doctor.doctor import Report
+    from harness.doctor.doctor import Ability, Report
 
-_MIN_WIDTH = 110
+_WHOLE = ("part", "takes", "there", "fits")
+"""Columns that are not folded: short words and figures of ours."""
+
+GPU_PARTS = (
+    "engine onnxruntime, cuda",
+    "engine cudnn",
+    "engine tensorrt",
+    "engine tensorrt-rtx",
+)
+"""What the doctor calls parts that run on NVIDIA GPUs alone."""
+
 _COLOURS = {"works": "green", "partly": "yellow", "no": "red"}
 
 
@@ -44,11 +54,11 @@ def _print(report: Report) -> None:
 
     from graph_surgery.terminal import new_console
 
-    console = new_console(markup=False, highlight=False, soft_wrap=True)
-    console.width = max(console.width, _MIN_WIDTH)  # better wrapped by the terminal than cut off
+    console = new_console(markup=False, highlight=False)
     for table in (_machine(report), _packages(report), _abilities(report), _resources(report)):
         console.print(table)
-    console.print(Text.assemble(("Next: ", "bold"), report.next_step))
+    # the terminal wraps it, so that the command can be copied
+    console.print(Text.assemble(("Next: ", "bold"), report.next_step), soft_wrap=True)
 
 
 def _machine(report: Report) -> Table:
@@ -82,10 +92,22 @@ def _packages(report: Report) -> Table:
 def _abilities(report: Report) -> Table:
     from rich.text import Text
 
-    table = _table("What works", "part", "", "with what, or why not", "to do")
+    table = _table("What works", "part", "", "with what; or why not, and what to do")
     for one in report.abilities:
-        table.add_row(one.name, Text(one.state, _COLOURS[one.state]), one.detail, one.fix or "")
+        text = Text(one.detail)
+        if one.state != "works":
+            text.append(f"\nto do: {to_do(one, gpu=bool(report.gpus.devices))}", "bold")
+        table.add_row(one.name, Text(one.state, _COLOURS[one.state]), text)
     return table
+
+
+def to_do(one: Ability, *, gpu: bool) -> str:
+    """Say what makes a part work that does not, or that nothing does on this machine."""
+    if one.fix is not None:
+        return one.fix
+    if one.name in GPU_PARTS and not gpu:
+        return "nothing on this machine; it needs an NVIDIA GPU"
+    return "what is said above"
 
 
 def _resources(report: Report) -> Table:
@@ -115,5 +137,5 @@ def _table(title: str, *columns: str) -> Table:
 
     table = Table(title=title, title_justify="left", show_header=bool(columns))
     for column in columns or ("", ""):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
     return table

@@ -36,6 +36,15 @@ _ImageSize = Annotated[
         show_default="the checkpoint's own, else MLPerf's",
     ),
 ]
+_Entry = Annotated[
+    str | None,
+    typer.Option(
+        envvar="ENTRY",
+        help="Entry of the checkpoint that holds the weights, as ema.",
+        rich_help_panel=DATA,
+        show_default="model, state_dict and others, in this order; said",
+    ),
+]
 _Dataset = Annotated[
     str | None,
     typer.Option(
@@ -102,6 +111,7 @@ def make_command(
     ] = None,
     weights: _Weights = None,
     image_size: _ImageSize = None,
+    entry: _Entry = None,
     dataset: _Dataset = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
@@ -138,7 +148,13 @@ def make_command(
         make(
             [
                 route_of(
-                    name, weights, build_dir, typer.echo, dataset=dataset, image_size=image_size
+                    name,
+                    weights,
+                    build_dir,
+                    typer.echo,
+                    dataset=dataset,
+                    image_size=image_size,
+                    entry=entry,
                 )
                 for name in arguments.benchmarks
             ],
@@ -180,6 +196,7 @@ def tune_command(
     ] = False,
     weights: _Weights = None,
     image_size: _ImageSize = None,
+    entry: _Entry = None,
     dataset: _Dataset = None,
     build_dir: BuildDir = Path("build"),
 ) -> None:
@@ -219,7 +236,13 @@ def tune_command(
     with locked(build_dir), _one_line():
         try:
             route = route_of(
-                benchmark, weights, build_dir, typer.echo, dataset=dataset, image_size=image_size
+                benchmark,
+                weights,
+                build_dir,
+                typer.echo,
+                dataset=dataset,
+                image_size=image_size,
+                entry=entry,
             )
             found = tune(route, tuning)
         except RunFailedError as error:

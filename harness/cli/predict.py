@@ -88,11 +88,13 @@ def predict(
 
 def _print_table(found: list[tuple[int, Path, tuple[str, ...]]]) -> None:
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from graph_surgery.terminal import new_console
 
-    table = Table("", "image", "detections")
+    table = Table(
+        Column("", no_wrap=True), *(Column(n, overflow="fold") for n in ("image", "detections"))
+    )
     for number, image, names in found:
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
         table.add_row(str(number), escape(str(image)), escape(counts or "–"))

@@ -16,7 +16,7 @@ from engine.manifest import load_manifest
 from engine.protocol import InputSpec
 from harness.benchmarks import DEFAULT, benchmark_of_file
 from harness.cli.options import BuildDir, DatasetName
-from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
+from harness.data.dataset import check_annotated, check_images, known_dataset, preprocessed_dir
 from harness.data.record import recorded_images
 from harness.errors import HarnessError
 from harness.make.arguments import choice
@@ -112,6 +112,8 @@ def preprocess(
             f"--preprocessed takes one set and these are {len(tasks)}; give --val_only or "
             "--cal_only, and one of --formats"
         )
+    for data, _ in tasks:
+        check_images(data)  # of all, before the work for the first
     from harness.data.oddities import oddities
     from harness.data.preprocess import preprocess as preprocess_images
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness.cli.options import BuildDir
-from harness.data.dataset import known_dataset, load_map
+from harness.data.dataset import check_map, known_dataset, load_map
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def accuracy(
     files, first = None, 1
     if dataset is not None:
         data = known_dataset(dataset, "val", build_dir)
-        annotations, files, first = data.annotations, load_map(data.map_file), data.first_label
+        annotations, files, first = data.annotations, check_map(data), data.first_label
     if annotations is None:
         raise HarnessError(f"{dataset} has no annotations")
     if (log.parent / SAMPLES).exists():
@@ -93,20 +93,18 @@ def report(
 ) -> None:
     """Print the results of runs again, or write them as a page.
 
-    With --compare A B: for each scenario and mode that both have, the figures of A and B with
-    their differences, and what else differs: settings, versions, hashes, command. A page of
-    several runs has the same.
+    With --compare A B, or a folder of two runs: for each scenario and mode that both have, the
+    figures of A and B with their differences, and what else differs: settings, versions, hashes,
+    command. A page of several runs has the same.
     """
     from harness.results.report import find_results, print_table, to_csv, to_json
 
     if sum((json, csv, compare, output is not None)) > 1:
         raise HarnessError("give one of --json, --csv, --compare and --output")
     if compare:
-        from harness.results.compare import print_comparison
+        from harness.results.compare import print_comparison, two_sides
 
-        if len(directories) != 2:
-            raise HarnessError(f"--compare takes two runs, these are {len(directories)}")
-        print_comparison(*(find_results([one]) for one in directories))
+        print_comparison(*two_sides(directories))
         return
     results: Runs = find_results(directories)
     if output is not None:

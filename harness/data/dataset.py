@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from engine.data.coco import load_annotations, positions_by_name
 from engine.protocol import InputSpec
+from harness.benchmarks import DEFAULT
 from harness.errors import HarnessError
 
 MAPS = Path("data_maps")
@@ -19,7 +22,10 @@ SHIPPED = Path(__file__).with_name("shipped")
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a data set's images and annotations lie, below its own folder, and their input."""
+    """Where a data set's images and annotations lie, below its own folder, and their input.
+
+    `remedy` is for messages: what to do where they are not there.
+    """
 
     val: str = "val"
     cal: str = "cal"
@@ -27,17 +33,28 @@ class _Place:
     image_size: int = 1200
     root: Path | None = None  # None: its folder in data/ of the build folder
     first_label: int = 1
+    remedy: str = ""
     made_map: str | None = None  # split whose map the download makes, in the data set's folder
 
 
 _PLACES = {
-    "coco": _Place("val2017", "train2017", "instances_val2017.json"),
-    "demo": _Place(image_size=400, root=Path("demo") / "data"),
+    "coco": _Place(
+        "val2017",
+        "train2017",
+        "instances_val2017.json",
+        remedy="`harness download data` fetches it",
+    ),
+    "demo": _Place(
+        image_size=400,
+        root=Path("demo") / "data",
+        remedy="it is in the project's folder: work there",
+    ),
     # as MLPerf Inference's openimages.py and openimages_calibration.py leave it
     "openimages": _Place(
         *("validation/data", "calibration/data", "openimages-mlperf.json"),
         image_size=800,
         first_label=0,
+        remedy="`harness download data --benchmark retinanet` fetches it",
         made_map="val",
     ),
 }
@@ -64,6 +81,8 @@ class Dataset:
         Height and width of the network input that the data set is meant for.
     first_label
         Label of the first category in a log that does not say: 0, as that of RetinaNet, or 1.
+    remedy
+        What to do where its map or images are not there, for messages.
     """
 
     name: str
@@ -72,6 +91,7 @@ class Dataset:
     annotations: Path | None
     image_size: int = _Place.image_size
     first_label: int = _Place.first_label
+    remedy: str = "restore them"
 
 
 def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
@@ -112,7 +132,104 @@ def known_dataset(name: str, split: str, build_dir: Path) -> Dataset:
         annotations=root / "annotations" / place.annotations if split == "val" else None,
         image_size=place.image_size,
         first_label=place.first_label,
+        remedy=_remedy(name, split, root),
     )
+
+
+def assumed(name: str) -> str:
+    """Say of the data set that is taken where none is named that it is; empty for others."""
+    if name != DEFAULT.dataset:
+        return ""
+    others = ", ".join(one for one in known_names() if one != name)
+    return f"{name} is what is taken without --dataset NAME, others are: {others}"
+
+
+def _remedy(name: str, split: str, data: Path) -> str:
+    """What makes a data set whole, or which other one could be meant."""
+    if place := _PLACES.get(name):
+        return "; ".join(filter(None, (place.remedy, assumed(name))))
+    if split == "val":
+        links = "--images DIR --annotations FILE"
+    else:
+        # as they were added, so that the command can be copied
+        images, annotations = data / "val", data / "annotations" / "instances_val.json"
+        given = (
+            shlex.quote(str(link.resolve())) if link.exists() else word
+            for link, word in ((images, "DIR"), (annotations, "FILE"))
+        )
+        links = "--images {} --annotations {} --calibration-images DIR".format(*given)
+    add = f"`harness dataset add {name} {links} --force` adds them"
+    without = f"; without INT8: `harness preprocess MODEL --dataset {name} --val_only`"
+    return add + without if split == "cal" else add
+
+
+def check_map(dataset: Dataset) -> tuple[str, ...]:
+    """Names of a data set's images; see `load_map`.
+
+    Raises
+    ------
+    HarnessError
+        It has none of this split, or a map that is damaged.
+    """
+    if dataset.map_file.exists():
+        return load_map(dataset.map_file)
+    name, _, split = dataset.name.rpartition("-")
+    what = "calibration images, which INT8 needs" if split == "cal" else "validation images"
+    raise HarnessError(
+        f"data set {name} has no {what} (map file {dataset.map_file} not found); {dataset.remedy}"
+    )
+
+
+def check_images(dataset: Dataset) -> None:
+    """Make sure that a data set has images before something is made for them.
+
+    Raises
+    ------
+    HarnessError
+        No map, no image folder, or a folder that has not one of the images; says where they are, if
+        in another folder near it.
+    """
+    names = check_map(dataset)
+    data_set = f"of the data set {dataset.name.rpartition('-')[0] or dataset.name}"
+    if not dataset.image_dir.is_dir():
+        raise HarnessError(
+            f"image folder {dataset.image_dir} {data_set} not found; {dataset.remedy}"
+        )
+    if not any((dataset.image_dir / name).exists() for name in names):
+        found = where_else(dataset.image_dir, names)
+        raise HarnessError(
+            f"image folder {dataset.image_dir} {data_set} has none of its {len(names)} images, the "
+            f"first is {names[0]}; {found or dataset.remedy}"
+        )
+
+
+def where_else(folder: Path, missing: Sequence[str]) -> str:
+    """Say where images lie that are not where their names say; empty: nowhere near.
+
+    Looked at are the sub-folders of `folder`, and `folder` itself for names with sub-folders.
+    """
+    wanted: dict[str, list[str]] = {}
+    for name in missing:
+        wanted.setdefault(name.rpartition("/")[2], []).append(name)
+    below = [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if path.name in wanted and path.is_file()
+    ]
+    found: dict[str, str] = {}
+    for place in below:
+        alike = wanted[place.rpartition("/")[2]]
+        whole = [name for name in alike if place.endswith(f"/{name}")]
+        if whole or len(alike) == 1:
+            found.setdefault((whole or alike)[0], place)
+    if not found:
+        return ""
+    name, place = next(iter(found.items()))
+    said = f"{len(found)} of them are found elsewhere in that folder, {name} as {place}"
+    inner = {place.removesuffix(name) for name, place in found.items()}
+    if len(inner) == 1 and (one := inner.pop()).endswith("/"):
+        return f"{said}: move them up, or take {folder / one} as the image folder"
+    return f"{said}: move them, or write their folders into the names in annotations and map"
 
 
 def known_names() -> list[str]:
@@ -146,7 +263,7 @@ def check_annotated(dataset: Dataset) -> None:
         return
     images = load_annotations(dataset.annotations)["images"]
     known = positions_by_name(images, dataset.annotations)
-    missing = [name for name in load_map(dataset.map_file) if name not in known]
+    missing = [name for name in check_map(dataset) if name not in known]
     if missing:
         raise HarnessError(
             f"{dataset.annotations} lacks {len(missing)} images of {dataset.map_file}, the first "

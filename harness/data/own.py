@@ -12,7 +12,13 @@ from pathlib import Path
 from engine.data.coco import load_annotations, positions_by_name
 from engine.support.files import write_atomically
 from engine.support.progress import Progress
-from harness.data.dataset import BENCHMARK_SETS, MAPS, check_image_name, known_dataset
+from harness.data.dataset import (
+    BENCHMARK_SETS,
+    MAPS,
+    check_image_name,
+    known_dataset,
+    where_else,
+)
 from harness.data.oddities import annotation_oddities, size_oddities
 from harness.data.transform import BadImageError, decode
 from harness.errors import HarnessError
@@ -103,7 +109,7 @@ def add_dataset(
         raise HarnessError(f"{calibration_images if val else annotations}: no images")
     files = [images / one for one in val]
     files += [calibration_images / one for one in cal] if calibration_images else []
-    shapes = _decoded(files, progress)
+    shapes = _decoded(files, images, progress)
     of_val = {one: shapes[images / one] for one in val}
     objects = Counter(entry["category_id"] for entry in content["annotations"])
     categories = {str(one["name"]): objects[one["id"]] for one in content["categories"]}
@@ -144,10 +150,16 @@ def _images_below(folder: Path) -> list[str]:
     )
 
 
-def _decoded(files: Sequence[Path], progress: Progress | None) -> dict[Path, tuple[int, int]]:
-    """Height and width of each image; every one that cannot be used is counted, the first named."""
+def _decoded(
+    files: Sequence[Path], images: Path, progress: Progress | None
+) -> dict[Path, tuple[int, int]]:
+    """Height and width of each image; every one that cannot be used is counted, the first named.
+
+    What is missing is of `images`, where annotations name it; calibration is what is there.
+    """
     shapes: dict[Path, tuple[int, int]] = {}
     bad: list[str] = []
+    missing: list[Path] = []
     for number, path in enumerate(files, 1):
         try:
             if not path.is_file():
@@ -156,14 +168,18 @@ def _decoded(files: Sequence[Path], progress: Progress | None) -> dict[Path, tup
             shapes[path] = height, width
         except BadImageError as error:
             bad.append(f"{path} ({error})")
+            if not path.exists():
+                missing.append(path)
         except OSError as error:
             bad.append(f"{path} (cannot be read: {error.strerror})")
         if progress is not None:
             progress(number, len(files))
     if bad:
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        found = where_else(images, [path.relative_to(images).as_posix() for path in missing])
         raise HarnessError(
             f"{len(bad)} of {len(files)} images cannot be used: {', '.join(bad[:_NAMED])}{more}"
+            f"{f'; {found}' if found else ''}"
         )
     return shapes
 

@@ -35,11 +35,12 @@ from engine.data.preprocessed import (
     transform_settings,
     unfinished,
 )
+from engine.errors import EngineError
 from engine.protocol import InputSpec
 from engine.support.documents import parse_json
 from engine.support.files import file_sha256, write_atomically
 from harness.artefacts import TRANSFORM_CODE, Say, code_sha256
-from harness.data.dataset import Dataset, load_map
+from harness.data.dataset import Dataset, assumed, check_images, load_map, where_else
 from harness.data.pool import Job, run
 from harness.data.sets import name_to_write, publish, remove_others, take_over
 from harness.data.transform import Source
@@ -94,19 +95,15 @@ def preprocess(
     Raises
     ------
     HarnessError
-        Bad images (after all others are done; counted, and listed in ``bad_images.txt``), no
-        image folder, a folder of something else or a finished set under the name, a disk without
-        room for all (nothing is written then) or full, a worker that died.
+        Bad images (after all others are done; counted, and listed in ``bad_images.txt``), not one
+        of the images there, a folder of something else or a finished set under the name, a disk
+        without room for all (nothing is written then) or full, a worker that died.
     EngineError
         An unusable spec.
     """
     if workers < 1:
         raise HarnessError(f"{workers} workers; at least 1 is needed")
-    load_map(dataset.map_file)
-    if not dataset.image_dir.is_dir():
-        raise HarnessError(
-            f"image folder {dataset.image_dir} not found; download the data set {dataset.name}"
-        )
+    check_images(dataset)
     settings = _settings(spec)
     out_dir = name_to_write(out_dir)
     partial = unfinished(out_dir)
@@ -236,7 +233,12 @@ def open_current(dataset: Dataset, spec: InputSpec, directory: Path) -> Preproce
     HarnessError
         The map lists other images, or in another order; images have changed.
     """
-    found = load_preprocessed(directory, spec, dataset.name)
+    try:
+        found = load_preprocessed(directory, spec, dataset.name)
+    except EngineError as error:
+        if not directory.exists() and (hint := assumed(dataset.name.rpartition("-")[0])):
+            raise HarnessError(f"{error}; {hint}") from error
+        raise
     again = f"run {preprocess_command(dataset.name)} again"
     bad = {entry["file"] for entry in found.manifest["bad"]}
     try:
@@ -275,9 +277,12 @@ def _settings(spec: InputSpec) -> dict[str, Any]:
 def _describe_bad(bad: Mapping[str, str], total: int, image_dir: Path, out_dir: Path) -> str:
     named = ", ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:_NAMED])
     rest = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    found = where_else(image_dir, [name for name in bad if not (image_dir / name).exists()])
+    hint = f"{found}; " if found else ""
     return (
         f"{len(bad)} of {total} images in {image_dir} cannot be used: {named}{rest}; all are "
-        f"listed in {out_dir / BAD_IMAGES}; restore them, or leave them out with --skip-bad"
+        f"listed in {out_dir / BAD_IMAGES}; {hint}restore them, or leave "
+        "them out with --skip-bad"
     )
 
 

@@ -31,8 +31,14 @@ from harness.artefacts import (
     stale,
     version,
 )
-from harness.benchmarks import BENCHMARKS
-from harness.data.dataset import check_annotated, known_dataset, preprocessed_dir
+from harness.benchmarks import BENCHMARKS, benchmark_of_file
+from harness.data.dataset import (
+    check_annotated,
+    check_images,
+    check_map,
+    known_dataset,
+    preprocessed_dir,
+)
 from harness.data.record import images_artefact
 from harness.errors import HarnessError
 
@@ -72,6 +78,8 @@ class Route:
         Name of its data set; see `harness.data.dataset.known_dataset`.
     image_size
         Side of the checkpoint's input image; None: what it says itself, or a guess that is said.
+    entry
+        Entry of the checkpoint that holds the weights; None: what export-onnx finds and says.
     """
 
     benchmark: str
@@ -80,6 +88,7 @@ class Route:
     say: Say
     dataset: str
     image_size: int | None = None
+    entry: str | None = None
 
 
 def route_of(
@@ -90,11 +99,28 @@ def route_of(
     *,
     dataset: str | None = None,
     image_size: int | None = None,
+    entry: str | None = None,
 ) -> Route:
     """Return the route of a benchmark; weights and data set are its own where none are given."""
     known = BENCHMARKS[benchmark]
     own = build_dir / known.weights if known.models else known.weights
-    return Route(benchmark, weights or own, build_dir, say, dataset or known.dataset, image_size)
+    return Route(
+        benchmark, weights or own, build_dir, say, dataset or known.dataset, image_size, entry
+    )
+
+
+def check_data(route: Route, *splits: str) -> None:
+    """Make sure that the data set has splits, before hours of work for others.
+
+    Raises
+    ------
+    HarnessError
+        See `check_images`; once preprocessed, images need not be there any more.
+    """
+    for split in splits:
+        data = known_dataset(route.dataset, split, route.build_dir)
+        made = (route.build_dir / "preprocessed_data" / data.name).exists()
+        (check_map if made else check_images)(data)
 
 
 def build_onnx(route: Route) -> Path:
@@ -103,19 +129,23 @@ def build_onnx(route: Route) -> Path:
     Raises
     ------
     HarnessError
-        When the weights are missing, or a command fails (it has said why).
+        When the weights are missing or of another detector, or a command fails (it has said why).
     """
+    known = BENCHMARKS[route.benchmark]
     if not route.weights.is_file():
         how = "the demo's are in the repository"
-        if BENCHMARKS[route.benchmark].models:
+        if known.models:
             how = f"put them there (harness download model --benchmark {route.benchmark})"
         raise HarnessError(f"{route.weights}: no such weights; {how}, or name yours with WEIGHTS")
     folder = route.build_dir / "onnx"
     detector = route.weights
     if detector.suffix == ".onnx" and route.image_size is not None:
         raise HarnessError(f"{detector} has its image size; leave out --image-size")
+    if detector.suffix == ".onnx" and route.entry is not None:
+        raise HarnessError(f"{detector} is no checkpoint with entries; leave out --entry")
     if detector.suffix != ".onnx":
-        size = [] if route.image_size is None else ["--image-size", str(route.image_size)]
+        options = [] if route.image_size is None else ["--image-size", str(route.image_size)]
+        options += [] if route.entry is None else ["--entry", route.entry]
         detector = folder / f"{route.benchmark}.onnx"
         exported = Artefact(
             "export-onnx",
@@ -123,16 +153,22 @@ def build_onnx(route: Route) -> Path:
             {
                 "weights": file_sha256(route.weights),
                 "image size": str(route.image_size or "the checkpoint's own"),
-                "code": code_sha256("export/*.py"),
+                **({} if route.entry is None else {"entry": route.entry}),
+                "code": code_sha256("export/*.py", "export/*/*.py"),
                 "torch": version("torch"),
             },
         )
         make(
             exported,
             lambda: _command(
-                "export", "--weights", route.weights, "-o", detector, "--force", *size
+                "export", "--weights", route.weights, "-o", detector, "--force", *options
             ),
             route.say,
+        )
+    if (found := benchmark_of_file(detector, known)).detector != known.detector:
+        raise HarnessError(
+            f"{route.weights} is of {found.detector}, the benchmark {route.benchmark} of "
+            f"{known.detector}: --benchmarks={found.name}"
         )
     surgered = Artefact(
         "graph-surgery",
@@ -201,6 +237,7 @@ def build_int8(route: Route, form: Form = "fp32") -> Quantized:
     from engine.report import warn
     from graph_surgery.files import save
 
+    check_data(route, "cal")
     detector = load_detector(build_onnx(route))
     with naming(detector.path):
         placement = find_placement(detector.model)
@@ -335,6 +372,7 @@ def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> 
             "code": code_sha256(
                 "engine/backends/tensorrt/build.py",
                 "engine/backends/tensorrt/plan.py",
+                "graph_surgery/nms_body.py",
                 "graph_surgery/nms_function.py",
             ),
         },

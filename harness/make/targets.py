@@ -20,6 +20,7 @@ from harness.make.route import (
     build_engine,
     build_int8,
     build_onnx,
+    check_data,
     int8_form,
     preprocess,
 )
@@ -64,6 +65,7 @@ def calibrate(routes: Sequence[Route], _: RunArgs) -> None:
 def preprocess_data(routes: Sequence[Route], _: RunArgs) -> None:
     """Preprocess both splits; the INT8 images need the scale of the calibration."""
     for route in routes:
+        check_data(route, "val")
         val_images(route, build_int8(route).path)
 
 
@@ -89,6 +91,7 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
     tests: list[Test] = []
     root: Path | None = None
     for route in routes:
+        check_data(route, "val", "cal")
         config, settings = _settings(route, arguments)
         if config.engine == "triton" and arguments.urls is None and config.url is None:
             find_server(route.build_dir)  # missing, it is missed before hours of preparation

@@ -22,7 +22,7 @@ from harness.benchmarks import DEFAULT
 from harness.errors import HarnessError, RunFailedError
 from harness.loadgen.settings import Offline, Server, Settings
 from harness.loadgen.test import Outcome, run_test
-from harness.make.route import Route, build_engine, build_int8, int8_form
+from harness.make.route import Route, build_engine, build_int8, check_data, int8_form
 from harness.make.system_config import (
     CONFIGS,
     DEFAULT_VERSION,
@@ -105,6 +105,7 @@ def tune(route: Route, tuning: Tuning) -> Tuned:
     RunFailedError
         When a trial fails.
     """
+    check_data(route, "val", "cal")
     model = build_int8(route, int8_form(tuning.engine, tuning.device)).path
     images = val_images(route, model)
     onnx = tuning.engine in ONNX_BACKENDS

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.table import Table
@@ -13,7 +16,7 @@ from rich.text import Text
 
 from graph_surgery.terminal import new_console
 from harness.errors import HarnessError
-from harness.results.report import Runs
+from harness.results.report import Runs, find_results, root_of
 from harness.results.result import RunResult
 
 _FIGURES = ("latency_ms", "batch_latency_ms", "accuracy", "errors", "warnings", "asked")
@@ -51,6 +54,32 @@ def facts(runs: Runs) -> list[Fact]:
 def per_cent(before: float, after: float) -> str:
     """Change in per cent; empty where there is none to tell."""
     return f"{100 * (after / before - 1):+.1f} %" if before else ""
+
+
+def two_sides(directories: Sequence[Path]) -> tuple[Runs, Runs]:
+    """Runs of two folders; or the two that one folder holds, the older first.
+
+    Raises
+    ------
+    HarnessError
+        When they are not two; names those of one folder.
+    """
+    if len(directories) > 2:
+        raise HarnessError(f"--compare takes two runs, these are {len(directories)}")
+    if len(directories) == 2:
+        return find_results(directories[:1]), find_results(directories[1:])
+    (folder,) = directories
+    sides: dict[Path, list[tuple[Path, RunResult]]] = {}
+    for directory, result in sorted(find_results(directories), key=lambda one: one[1].finished):
+        sides.setdefault(root_of(directory, result), []).append((directory, result))
+    if len(sides) != 2:
+        newest = " ".join(quote(os.path.relpath(root)) for root in list(sides)[-2:])
+        hint = f"; the newest two: harness report --compare {newest}" if len(sides) > 2 else ""
+        raise HarnessError(
+            f"--compare takes two runs, {folder} holds {len(sides)}{hint or ': name another, too'}"
+        )
+    first, second = sides.values()
+    return first, second
 
 
 def paired(first: Runs, second: Runs) -> dict[Key, Runs]:
@@ -121,7 +150,7 @@ def print_comparison(first: Runs, second: Runs) -> None:
 
 def _table(title: str, first: RunResult, second: RunResult) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for column in ("A", "B", "B - A", ""):
         table.add_column(column, justify="right", no_wrap=True)
     if first.valid is not None or second.valid is not None:

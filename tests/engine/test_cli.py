@@ -322,6 +322,17 @@ def test_build_options_reach_the_builder(tmp_path, monkeypatch):
     assert calls[2][3] == BuildOptions(device=1)
 
 
+def test_what_takes_a_calibration_set_asks_for_one(demo, tmp_path):
+    model, cache = demo / "demo.nms.onnx", demo / "cache.json"
+    for words in (
+        ["calibrate", model, "-o", tmp_path / "c.json", "--data"],
+        ["quantize", model, cache, tmp_path / "o.onnx", "--check"],
+        ["sensitivity", model, cache, "--data"],
+    ):
+        with pytest.raises(EngineError, match="--dataset NAME --cal_only` first"):
+            engine(*words, tmp_path)
+
+
 def test_unfit_data_is_refused(demo, tmp_path):
     files = [demo / "demo.onnx", demo / "demo.nms.onnx"]
     with pytest.raises(EngineError, match="holds no preprocessed images"):

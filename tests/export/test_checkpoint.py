@@ -23,8 +23,8 @@ from tests.support import ROOT, attempt
 FOREIGN_MODULE = """
     import sys, types, torch
     from safetensors.torch import load_file
-    from export.config import SSDConfig
-    from export.model import SSDResNet34
+    from export.ssd_resnet34.config import SSDConfig
+    from export.ssd_resnet34.model import SSDResNet34
 
     # The class lives in a module that only this process has, as models.ssd_r34 of the reference.
     for name in ("models", "models.ssd_r34"):
@@ -163,7 +163,7 @@ def test_pickle_cannot_change_a_function_or_write_a_source_patch(tmp_path):
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (b"(ios\nsystem\n.", "no tensor in it"),  # INST without arguments only makes an object
+        (b"(ios\nsystem\n.", "no weights in it"),  # INST without arguments only makes an object
         (b"(X\x02\x00\x00\x00lsios\nsystem\n.", r"calls (posix|nt|os)\.system"),  # INST
         (b"(cos\nsystem\nX\x02\x00\x00\x00lso.", r"calls (posix|nt|os)\.system"),  # OBJ
         (b"cos\nsystem\n(X\x02\x00\x00\x00lst\x81.", "not an|holds|no tensor"),  # NEWOBJ
@@ -269,11 +269,32 @@ def test_plain_zip_is_no_checkpoint(tmp_path):
         read_checkpoint(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("m.onnx", b"\x08\x0a", "unknown format: no checkpoint but an ONNX model, which needs no"),
+        ("w.pth", b"hello\n", "unknown format: no checkpoint but a text"),
+        ("w.pth", b"", "unknown format: no checkpoint but an empty file"),
+        (
+            "w.pth",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "unknown format: no checkpoint but a pointer",
+        ),
+        ("w.pth", pickle.dumps({"a": 1}), "unknown format; expected"),
+        ("w.pth", b"\x00\x01", "unknown format; expected"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_by_its_kind(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ExportError, match=f"{name}: {said}"):
+        read_checkpoint(tmp_path / name)
+
+
 def test_missing_file_and_foreign_content(tmp_path):
     with pytest.raises(ExportError, match="No such file"):
         read_checkpoint(tmp_path / "none.pth")
     torch.save({"epoch": 3}, tmp_path / "w.pth")
-    with pytest.raises(ExportError, match="'epoch' is no tensor"):
+    with pytest.raises(ExportError, match=r"no weights in it; it holds epoch \(int\)"):
         read_checkpoint(tmp_path / "w.pth")
     torch.save([torch.ones(1)], tmp_path / "w.pth")
     with pytest.raises(ExportError, match="holds a list"):

@@ -18,6 +18,7 @@ import uuid
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -210,7 +211,62 @@ def test_parameters_with_attributes(tmp_path):
 
 def test_which_weights_are_meant_is_not_guessed(tmp_path):
     torch.save({"a": network(), "b": network().state_dict()}, tmp_path / "w.pth")
-    with pytest.raises(ExportError, match="weights under a, b: save the one that is meant"):
+    with pytest.raises(ExportError, match="weights under a, b: say with --entry which are meant"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_an_entry_of_several_is_chosen(tmp_path):
+    """Of those of YOLO, timm and DeepSpeed, and of one whose name has dots."""
+    plain, averaged = network().state_dict(), {n: t + 1 for n, t in network().state_dict().items()}
+    for key, value, entry in (
+        ("ema", averaged, "ema"),
+        ("state_dict_ema", averaged, "state_dict_ema"),
+        ("model_ema", {"module": averaged, "n": 3}, "model_ema"),
+        ("model_ema", {"module": averaged, "n": 3}, "model_ema.module"),
+        ("a.b", averaged, "a.b"),
+    ):
+        torch.save({"epoch": 3, "model": plain, key: value}, tmp_path / "w.pth")
+        first = read_checkpoint(tmp_path / "w.pth")
+        assert torch.equal(first.tensors["0.weight"], plain["0.weight"])
+        assert first.entry.endswith(f"; --entry takes other weights: {key}")
+        chosen = read_checkpoint(tmp_path / "w.pth", entry=entry)
+        assert chosen.keys.startswith(entry)
+        assert chosen.tensors.keys() == averaged.keys()
+        assert torch.equal(chosen.tensors["0.weight"], averaged["0.weight"])
+    with pytest.raises(ExportError, match="no entry emma in it; those that hold weights: model, a"):
+        read_checkpoint(tmp_path / "w.pth", entry="emma")
+    torch.save(network(), tmp_path / "w.pth")
+    with pytest.raises(ExportError, match="no entry _modules in it"):
+        read_checkpoint(tmp_path / "w.pth", entry="_modules")
+    save_file(plain, tmp_path / "w.safetensors")
+    with pytest.raises(ExportError, match="has no entries; leave out --entry"):
+        read_checkpoint(tmp_path / "w.safetensors", entry="ema")
+
+
+def optimizer():
+    found = torch.optim.Adam(network().parameters())
+    for parameter in found.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    found.step()
+    return found.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("saved", "found"),
+    [
+        (dict, "nothing"),
+        (lambda: None, "nothing"),
+        (lambda: [torch.ones(1)], "a list"),
+        (lambda: {"epoch": 3, "optimizer": optimizer()}, r"epoch \(int\), optimizer \(dict\)"),
+        (optimizer, r"state \(dict\), param_groups \(list\)"),
+        (lambda: {"model": {}, "epoch": 3}, r"model \(empty dict\), epoch \(int\)"),
+        (lambda: {"ema": None}, r"ema \(NoneType\)"),
+        (lambda: {str(n): n for n in range(12)}, r"0 \(int\), .*9 \(int\) and 2 more"),
+    ],
+)
+def test_what_is_there_instead_of_weights(tmp_path, saved, found):
+    torch.save(saved(), tmp_path / "w.pth")
+    with pytest.raises(ExportError, match=f"no weights in it; it holds {found}; needed is a state"):
         read_checkpoint(tmp_path / "w.pth")
 
 

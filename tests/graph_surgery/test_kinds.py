@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from engine.errors import EngineError
 from engine.load import load_engine
@@ -16,6 +17,7 @@ from engine.model import load_detector
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 from graph_surgery.kinds import other_kind
+from harness.cli.main import app
 
 WEIGHTS = {"weight": torch.zeros(3)}
 
@@ -61,8 +63,35 @@ def test_every_reader_says_what_it_is(kind, write, tmp_path):
     for read in (load_detector, lambda path: load_engine("onnxruntime", path)):
         with pytest.raises(EngineError, match=f"not an ONNX model but an? {kind}"):
             read(path)
-    with pytest.raises(EngineError, match=f"beside it, and no engine but an? {kind}"):
+    with pytest.raises(EngineError, match=f"no model or engine but an? {kind}"):
         load_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [
+        (
+            "my.pth",
+            "export-onnx --weights my.pth -o my.onnx and graph-surgery nms my.onnx my.nms.onnx",
+        ),
+        (
+            "a b.onnx",
+            "export-onnx --weights 'a b.onnx' -o 'a b-exported.onnx' and "
+            "graph-surgery nms 'a b-exported.onnx' 'a b-exported.nms.onnx'",
+        ),
+    ],
+)
+def test_the_commands_for_a_checkpoint_can_be_copied(name, commands, tmp_path, monkeypatch):
+    """None of them writes over the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": WEIGHTS}, name)
+    done = CliRunner().invoke(app, ["predict", name, name])
+    assert str(done.exception).endswith(f"but a checkpoint: {commands} make a model of it")
+
+
+def test_a_folder_is_no_model(tmp_path):
+    with pytest.raises(EngineError, match=": a folder, no model or engine file"):
+        load_manifest(tmp_path)
 
 
 def test_what_is_unknown_stays_so(tmp_path):

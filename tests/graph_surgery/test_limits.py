@@ -95,12 +95,12 @@ def test_functions_that_no_memory_holds(tmp_path):
     assert load(path).functions
 
 
-@pytest.mark.parametrize("version", ["2", "", 3, 1.5, [1, 2]])
+@pytest.mark.parametrize("version", ["3", "", 3, 1.5, [1, 2]])
 def test_a_version_of_the_plugin_that_is_not_known(version):
     model = insert_nms(detector(UNCAPPED)).model
     node = nms_node(model)
     (old,) = (one for one in node.attribute if one.name == "plugin_version")
     node.attribute.remove(old)
     node.attribute.append(helper.make_attribute("plugin_version", version))
-    with pytest.raises(SurgeryError, match=r"plugin_version=.*known is '1'"):
+    with pytest.raises(SurgeryError, match=r"plugin_version=.*known are '1' and '2'"):
         insert_nms(model)

@@ -121,7 +121,8 @@ def test_softmax_body_has_no_sigmoid_and_the_reverse():
     """An engine reads the attributes, ONNX Runtime the body: each body holds one of the two."""
     kinds = {"Softmax", "Sigmoid"}
     for flag, kind in ((False, "Softmax"), (True, "Sigmoid")):
-        body = nms_function(6, 18, sigmoid=flag).node
+        flags = SIGMOID if flag else {}
+        body = nms_function(replace(SSD, **flags), 18).node
         assert [node.op_type for node in body if node.op_type in kinds] == [kind]
 
 
@@ -232,4 +233,4 @@ def test_node_carries_what_nvidia_and_tensorrt_read():
 
 def test_old_opset_is_refused():
     with pytest.raises(SurgeryError, match="opset 18"):
-        nms_function(6, 17)
+        nms_function(SSD, 17)

@@ -20,6 +20,7 @@ from tests.support.graphs import (
     detector,
     nms_node,
 )
+from tests.support.nms_cases import with_attributes
 
 
 def test_no_class_beside_the_background_is_refused(monkeypatch):
@@ -143,7 +144,7 @@ def break_surgered(model: onnx.ModelProto, fault: str) -> None:
     elif fault == "another opset":
         model.opset_import[0].version += 1
     elif fault == "another number of levels":
-        function.CopyFrom(nms_function(2, 18))
+        function.CopyFrom(nms_function(with_attributes([(1, 1, 1)] * 2), 18))
     elif fault == "no attributes":
         del node.attribute[:]
     elif fault == "attribute of another type":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from tests.support.plugin_cases import (
     create,
     given_fields,
     make,
+    nvidias,
     refused,
     wanted,
 )
@@ -125,7 +126,7 @@ REALS = st.one_of(st.floats(width=32), st.sampled_from([-0.01, 0.0, 1.0, 1.01, n
 
 @given(name=st.sampled_from(sorted(KINDS)), data=st.data())
 def test_any_value_is_taken_or_refused_by_name(driver, name, data):
-    values = asdict(SSD)
+    values = nvidias(SSD)
     if name == "inputOrder":
         values[name] = data.draw(st.tuples(INTEGERS, INTEGERS, INTEGERS))
     else:

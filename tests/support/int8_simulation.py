@@ -7,7 +7,6 @@ points of a placement) and how coarse (the scales of a calibration).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from engine.quantization.cache import Calibration
 from engine.quantization.placement import find_placement
-from graph_surgery.nms_function import OP_TYPE
+from graph_surgery.nms_function import OP_TYPE, NmsAttributes
 from tests.support import nms_oracle
 
 NEAR = 1e-3
@@ -58,7 +57,7 @@ def heads(
     """
     placement = find_placement(model)
     scales = {name: step(scale) for name, scale in calibration.scales.items()}
-    points = {(point.node, point.input): scales[point.tensor] for point in placement.points}
+    points = {(point.node, point.input): scales[point.source] for point in placement.points}
     known = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     scale = scales[placement.image] if images.dtype == np.int8 else np.float32(1)
     known |= {"": None, placement.image: images * scale}
@@ -97,11 +96,14 @@ def rows(model: onnx.ModelProto, tensors: list[np.ndarray]) -> list[np.ndarray]:
     node = next(node for node in model.graph.node if node.op_type == OP_TYPE)
     known = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     own = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    levels, images = own["numLayers"], len(tensors[0])
+    named = {name: own[name] for name in NmsAttributes.__dataclass_fields__ if name in own}
+    attributes = NmsAttributes(**(named | {"inputOrder": tuple(own["inputOrder"])}))
+    levels, images = attributes.numLayers, len(tensors[0])
     loc, conf = (
         np.concatenate([x.reshape(images, size, -1) for x in part], axis=2)
-        for part, size in ((tensors[:levels], 4), (tensors[levels:], own["numClasses"]))
+        for part, size in ((tensors[:levels], 4), (tensors[levels:], attributes.numClasses))
     )
     priors = known[node.input[-1]]
-    detections, counts = nms_oracle.nms_opt(SimpleNamespace(**own), priors, loc, conf)
+    grids = [(x.shape[1] // 4, *x.shape[2:]) for x in tensors[:levels]]
+    detections, counts = nms_oracle.nms_opt(attributes, priors, loc, conf, grids)
     return [found[:count, 1:] for found, count in zip(detections, counts, strict=True)]

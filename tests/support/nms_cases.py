@@ -114,7 +114,7 @@ SPECIAL_DELTAS = [np.nan, np.inf, -np.inf, 6e4, -6e4]
 
 
 @st.composite
-def cases(draw):
+def cases(draw, *, version=1):
     """A configuration and head tensors made of few distinct columns, so that ties abound."""
     levels = draw(
         st.lists(
@@ -123,16 +123,24 @@ def cases(draw):
             max_size=3,
         )
     )
-    classes = draw(st.integers(1, 6))
+    classes, ours = draw(st.integers(1, 6)), {}
+    if version == 2:
+        ours = {
+            "levelTopK": draw(st.integers(0, 8)),
+            "clipBeforeNms": draw(st.integers(0, 1)),
+            "bboxXformClip": draw(st.sampled_from([0.0, 0.05, 0.3])),
+        }
+    cap = len(levels) * ours.get("levelTopK", 0)
     attributes = with_attributes(
         levels,
         numClasses=classes,
-        topK=draw(st.integers(1, 12)),
+        topK=cap or draw(st.integers(1, 12)),
         keepTopK=draw(st.integers(1, 20)),
         confidenceThreshold=draw(st.sampled_from([0.0, 0.0523, 0.2137, 0.5171])),
         nmsThreshold=draw(st.sampled_from([0.1371, 0.3719, 0.5333, 1.0])),
         backgroundLabelId=draw(st.integers(-1, classes - 1)),
         **draw(st.sampled_from([{}, SIGMOID])),
+        **ours,
     )
     batch, count = draw(st.integers(1, 5)), sum(a * h * w for a, h, w in levels)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -164,7 +172,9 @@ def is_decided(attributes, priors, loc, conf) -> bool:
         return False
     if attributes.nmsThreshold == 1:
         return True
-    boxes = decode(loc, priors)
+    boxes = decode(loc, priors, attributes.bboxXformClip)
+    if attributes.clipBeforeNms:
+        boxes = boxes.clip(0, 1)
     return not any(
         abs(iou(a, b) - attributes.nmsThreshold) < 1e-4
         for image in boxes

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from graph_surgery.nms_function import NmsAttributes
+from graph_surgery.nms_function import OURS, NmsAttributes
 from tests.support.nms_cases import SSD
 from tests.support.plugin_driver import (
     FLOAT,
@@ -22,7 +22,11 @@ from tests.support.plugin_driver import (
 )
 
 FLOATS = ("confidenceThreshold", "nmsThreshold")
-KINDS = {name: FLOAT32 if name in FLOATS else INT32 for name in NmsAttributes.__dataclass_fields__}
+KINDS = {
+    name: FLOAT32 if name in FLOATS else INT32
+    for name in NmsAttributes.__dataclass_fields__
+    if name not in OURS  # the plugin is of version 1
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,15 @@ class Given:
         return Field(name, data, self.kind, count if self.length is None else self.length)
 
 
+def nvidias(attributes: NmsAttributes) -> dict:
+    """The attributes of version 1."""
+    return {name: value for name, value in asdict(attributes).items() if name in KINDS}
+
+
 def given_fields(attributes: NmsAttributes = SSD, **kinds) -> list[Given]:
     return [
         Given(name, kinds.get(name, KINDS[name]), value)
-        for name, value in asdict(attributes).items()
+        for name, value in nvidias(attributes).items()
     ]
 
 
@@ -65,7 +74,7 @@ def make(driver, attributes=SSD):
 def wanted(attributes) -> dict:
     """What `read_fields` finds for a plugin with these attributes."""
     result = {}
-    for name, value in asdict(attributes).items():
+    for name, value in nvidias(attributes).items():
         values = np.atleast_1d(np.array(value, NUMPY[KINDS[name]])).tolist()
         result[name] = (KINDS[name], len(values), values)
     return result

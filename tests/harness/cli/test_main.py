@@ -271,7 +271,10 @@ def test_an_interrupted_run_says_so(preprocessed, number):
         (["run", "grey.onnx", "--pictures", "2"], "add --test_mode AccuracyOnly"),
         (["run", "grey.onnx", "--resume"], "name it, --log-dir"),
         (["run", "none.onnx", "--log-dir", "logs", "--system", "box"], "exists; choose another"),
-        (["report", "logs", "--compare"], "--compare takes two runs, these are 1"),
+        (
+            ["report", "logs", "--compare"],
+            "--compare takes two runs, logs holds 1: name another, too",
+        ),
         (["report", "logs", "--csv", "--json"], "give one of --json, --csv"),
         (["accuracy", "none.json"], "give either --dataset or --annotations"),
         (["report", "."], "no result.json"),

@@ -163,6 +163,43 @@ def test_bad_annotations(tmp_path: Path, change: dict[str, object], problem: str
         load_annotations(path)
 
 
+TEXT_IDS = {
+    "images": [IMAGE | {"id": one, "file_name": f"{one}.jpg"} for one in ("street-1", "yard")],
+    "annotations": [BOX | {"image_id": "yard", "category_id": "c1"}],
+    "categories": [{"id": "c1", "name": "cat"}, {"id": "c2", "name": "dog"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            {"annotations": [BOX | {"image_id": "street_1", "category_id": "c1"}]},
+            r"1 annotations have a image_id that 'images' does not hold, the first is 'street_1' "
+            r"of annotations\[0\]; the nearest id there is 'street-1'$",
+        ),
+        (
+            {"annotations": [*TEXT_IDS["annotations"], BOX | {"image_id": "yard"}]},
+            r"1 annotations have a category_id .*, the first is 9 of annotations\[1\]; ids there",
+        ),
+        # 1 would be the number of the first image, and pass
+        ({"annotations": [BOX | {"image_id": 1, "category_id": "c1"}]}, "the first is 1 of annot"),
+        ({"images": TEXT_IDS["images"] * 2}, "id 'street-1' occurs more than once in 'images'"),
+        (
+            {"images": [*TEXT_IDS["images"], IMAGE]},
+            r"images\[0\]: id is 'street-1', not a whole number, as ids are unless all of a list",
+        ),
+    ],
+)
+def test_text_ids_that_are_wrong(tmp_path: Path, change: dict[str, object], problem: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(TEXT_IDS))
+    assert load_annotations(path)["annotations"][0]["image_id"] == 2
+    path.write_text(json.dumps(TEXT_IDS | change))
+    with pytest.raises(EngineError, match=problem):
+        load_annotations(path)
+
+
 def test_unreadable_annotations(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="not found"):
         load_annotations(tmp_path / "a.json")

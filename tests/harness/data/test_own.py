@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,6 +18,7 @@ from harness.cli.main import app
 from harness.data.dataset import known_dataset, load_map
 from harness.data.own import add_dataset
 from harness.errors import HarnessError
+from tests.support.grey import grey_detector
 
 NAMES = ("north/1.jpg", "south/1.jpg", "b c.png")
 
@@ -65,7 +69,9 @@ def test_maps_and_links_are_written_and_all_is_said(place):
     assert "label 1: cat, 0 objects\n  label 2: dog, 3 objects" in done.output
     assert "1 categories have no object, as 'cat'" in done.output
     assert "1 images in mine are not in a.json and are left out" in done.output
-    assert 'make run WEIGHTS=FILE RUN_ARGS="--dataset traffic"' in done.output
+    assert (
+        'make run WEIGHTS=FILE RUN_ARGS="--dataset traffic --test_mode=AccuracyOnly"' in done.output
+    )
     val, cal = (known_dataset("traffic", split, place / "build") for split in ("val", "cal"))
     assert load_map(val.map_file) == NAMES
     assert load_map(cal.map_file) == ("y/x.jpg", "z.jpg")
@@ -117,6 +123,84 @@ def test_what_is_wrong_is_refused_before_anything_is_written(place, spoil, messa
         add_dataset("traffic", place / "mine", place / "a.json", None, place / "b", force=False)
     assert not list(place.rglob("*_map.txt"))
     assert not (place / "b").exists()
+
+
+def test_without_calibration_images_nothing_is_made_for_int8(place, monkeypatch):
+    """The command that is named brings them, and keeps images and annotations."""
+    assert add().exit_code == 0
+    monkeypatch.setattr("harness.make.route._command", lambda *_: pytest.fail("something is made"))
+    (place / "my.pth").touch()
+    lines = []
+    for target in ("run", "calibrate", "preprocess_data", "generate_engines"):
+        options = ["--dataset", "traffic", "--weights", "my.pth"]
+        done = CliRunner().invoke(app, ["make", target, *options])
+        lines.append(str(done.exception))
+    lines.append(str(CliRunner().invoke(app, ["preprocess", "--dataset", "traffic"]).exception))
+    assert not (place / "build/preprocessed_data").exists()
+    (said,) = set(lines)
+    assert said.startswith("data set traffic has no calibration images, which INT8 needs")
+    command = said.partition("`")[2].partition("`")[0].replace("DIR", "others")
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.exception
+    assert "traffic: 3 images" in done.output
+    assert "2 calibration images" in done.output
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_images_are_missed_before_the_work_with_the_data_set_and_its_remedy(place, folder):
+    assert add("--calibration-images", "others").exit_code == 0
+    for split in ("val", "cal"):
+        data = place / "build/data/traffic" / split
+        data.unlink()
+        if folder == "empty":
+            data.mkdir()
+        done = CliRunner().invoke(app, ["preprocess", "--dataset", "traffic"])
+        assert "of the data set traffic " in str(done.exception)
+        assert "`harness dataset add traffic" in str(done.exception)
+        assert not (place / "build/preprocessed_data").exists()
+        if folder == "empty":
+            data.rmdir()
+        data.symlink_to(place / ("mine" if split == "val" else "others"))
+
+
+@pytest.mark.parametrize("command", ["preprocess", "run"])
+def test_the_data_set_that_is_taken_without_a_name_is_said(place, command):
+    assert add().exit_code == 0
+    grey_detector(place / "grey.onnx")
+    done = CliRunner().invoke(app, [command, "grey.onnx"])
+    assert str(done.exception).endswith(
+        "; coco is what is taken without --dataset NAME, others are: demo, traffic"
+    )
+    done = CliRunner().invoke(app, [command, "grey.onnx", "--dataset", "traffic"])
+    assert "without --dataset" not in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("images", "names", "message"),
+    [
+        (".", NAMES[:2], "2 of them .* north/1.jpg as mine/north/1.jpg: .* take mine as the image"),
+        (
+            "mine",
+            ["1.jpg", "x/b c.png"],
+            "2 of them .*, x/b c.png as b c.png: .* write their folders",
+        ),
+        ("mine", ["gone.jpg"], r"missing\)$"),
+    ],
+)
+def test_images_in_other_folders_are_found(place, images, names, message):
+    """By both commands that look for them."""
+    write(place, names)
+    with pytest.raises(HarnessError, match=message):
+        add_dataset("traffic", Path(images), place / "a.json", None, place / "b", force=False)
+    (place / "data_maps/traffic").mkdir(parents=True)
+    (place / "data_maps/traffic/val_map.txt").write_text("".join(f"{one}\n" for one in names))
+    (place / "build/data/traffic").mkdir(parents=True)
+    (place / "build/data/traffic/val").symlink_to(place / images)
+    done = CliRunner().invoke(app, ["preprocess", "--dataset", "traffic", "--val_only"])
+    said = re.sub(r"build/data/traffic/val/?(?=mine)", "", str(done.exception))
+    if "gone" not in names[0]:
+        assert re.search(message, said)
+    assert ("found elsewhere" in said) == ("gone" not in names[0])
 
 
 @pytest.mark.parametrize("name", ["coco", "demo", "../x", "a/b", "", ".", "-x"])

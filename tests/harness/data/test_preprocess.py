@@ -261,7 +261,7 @@ def test_unusable_specs(tmp_path: Path, spec: InputSpec, problem: str) -> None:
 def test_missing_image_folder(tmp_path: Path) -> None:
     (tmp_path / "map.txt").write_text("a.jpg\n")
     dataset = Dataset("test", tmp_path / "nowhere", tmp_path / "map.txt", None)
-    with pytest.raises(HarnessError, match="nowhere not found"):
+    with pytest.raises(HarnessError, match="nowhere of the data set test not found"):
         run(dataset, tmp_path / "out")
 
 

@@ -243,6 +243,23 @@ def test_the_hint_names_the_data_set(tmp_path: Path) -> None:
         load_preprocessed(tmp_path / "none", B, "demo-val")
 
 
+def test_a_set_for_calibration_is_made_with_cal_only(tmp_path: Path) -> None:
+    """Whatever the set was that does not do, and those that are near are named."""
+    dataset = make_dataset(tmp_path, {"a.png": photo(40, 50)})
+    run(type(dataset)("traffic-val", dataset.image_dir, dataset.map_file, None), tmp_path / "out")
+    spec = InputSpec("image", (3, 24, 24), "float32")
+    command = "harness preprocess MODEL --dataset {} --cal_only"
+    with pytest.raises(EngineError, match=f"takes .*; run `{command.format('traffic')}`$"):
+        load_preprocessed(tmp_path / "out", spec, split="cal")
+    fp32 = command.format("traffic").replace("--cal_only", "--val_only --formats fp32")
+    with pytest.raises(EngineError, match=f"takes .*; run `{fp32}`$"):
+        load_preprocessed(tmp_path / "out", spec)
+    for place in (tmp_path / "none", tmp_path):
+        said = f"run `{command.format('NAME')}` first; there are sets in {tmp_path / 'out'}$"
+        with pytest.raises(EngineError, match=said):
+            load_preprocessed(place, spec, split="cal")
+
+
 def test_a_folder_of_the_user_that_is_called_like_a_set_stays(tmp_path):
     dataset = make_dataset(tmp_path, {"a.png": np.zeros((9, 9, 3), np.uint8)})
     mine = tmp_path / "out-202611301200"

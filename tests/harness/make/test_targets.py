@@ -113,12 +113,14 @@ def test_make_help_lists_every_target_that_is_for_people():
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
-def test_image_size_goes_from_make_to_the_route(monkeypatch):
-    show = "--eval=show: ; @echo $$IMAGE_SIZE $$WEIGHTS"
-    command = ["make", "-f", ROOT / "Makefile", show, "show", "IMAGE_SIZE=512", "WEIGHTS=my.pth"]
+def test_image_size_and_entry_go_from_make_to_the_route(monkeypatch):
+    show = "--eval=show: ; @echo $$IMAGE_SIZE $$ENTRY $$WEIGHTS"
+    given = ["IMAGE_SIZE=512", "WEIGHTS=my.pth", "ENTRY=ema"]
+    command = ["make", "-f", ROOT / "Makefile", show, "show", *given]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    size, weights = done.stdout.split()
+    size, entry, weights = done.stdout.split()
     monkeypatch.setenv("IMAGE_SIZE", size)
+    monkeypatch.setenv("ENTRY", entry)
     monkeypatch.setenv("WEIGHTS", weights)
     asked = {}
 
@@ -130,7 +132,8 @@ def test_image_size_goes_from_make_to_the_route(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["harness", "make", "onnx", "--benchmarks", BENCHMARK])
     with pytest.raises(SystemExit):
         main()
-    assert asked == {"dataset": None, "image_size": 512, "weights": Path("my.pth")}
+    expected = {"dataset": None, "image_size": 512, "entry": "ema", "weights": Path("my.pth")}
+    assert asked == expected
 
 
 def make(*arguments):
@@ -192,10 +195,10 @@ def test_engines_of_a_built_backend(tmp_path, monkeypatch):
     plugin.write_bytes(b"library")
     build_engine(route, model, "tensorrt", 8)
     assert calls[2:] == [(8, 8, (plugin,))]
-    assert "rebuilt because plugin changed" in lines[-1]
+    assert "rebuilding because plugin changed" in lines[-1]
     trt.__version__ = "11.5"
     build_engine(route, model, "tensorrt", 8)
-    assert "rebuilt because backend changed" in lines[-1]
+    assert "rebuilding because backend changed" in lines[-1]
 
 
 def test_fast_is_nvidias():

@@ -5,12 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import onnx
 import pytest
 
 import harness.make.route
+from graph_surgery.replace import insert_nms
 from harness.benchmarks import BENCHMARKS
 from harness.errors import HarnessError
 from harness.make.route import build_onnx, route_of
+from tests.support.graphs import UNCAPPED, detector
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
@@ -27,7 +30,7 @@ class StoppedError(Exception):
 
 
 @pytest.mark.parametrize(("size", "given"), [(None, None), (640, "640")])
-def test_the_image_size_reaches_the_export(tmp_path, monkeypatch, size, given):
+def test_image_size_and_entry_reach_the_export(tmp_path, monkeypatch, size, given):
     weights = tmp_path / "my.pth"
     weights.touch()
     commands = []
@@ -37,7 +40,9 @@ def test_the_image_size_reaches_the_export(tmp_path, monkeypatch, size, given):
         raise StoppedError
 
     monkeypatch.setattr(harness.make.route, "_command", command)
-    route = route_of("ssd-resnet34-demo", weights, tmp_path, lambda _: None, image_size=size)
+    entry = "ema" if size else None
+    options = {"image_size": size, "entry": entry}
+    route = route_of("ssd-resnet34-demo", weights, tmp_path, lambda _: None, **options)
     with pytest.raises(StoppedError):
         build_onnx(route)
     ((room, *arguments),) = commands
@@ -45,10 +50,25 @@ def test_the_image_size_reaches_the_export(tmp_path, monkeypatch, size, given):
     options = dict(pairwise(arguments))
     assert options["--weights"] == weights
     assert options.get("--image-size") == given
+    assert options.get("--entry") == entry
 
 
-def test_an_onnx_file_has_its_image_size(tmp_path):
+@pytest.mark.parametrize("given", [{"image_size": 640}, {"entry": "ema"}])
+def test_an_onnx_file_has_its_image_size_and_no_entries(tmp_path, given):
     (tmp_path / "my.onnx").touch()
-    route = route_of("ssd-resnet34", tmp_path / "my.onnx", tmp_path, print, image_size=640)
-    with pytest.raises(HarnessError, match="leave out --image-size"):
+    route = route_of("ssd-resnet34", tmp_path / "my.onnx", tmp_path, print, **given)
+    option = f"--{next(iter(given)).replace('_', '-')}"
+    with pytest.raises(HarnessError, match=f"leave out {option}"):
+        build_onnx(route)
+
+
+def test_weights_of_another_detector_are_refused(tmp_path):
+    """Their runs would be called by the wrong name."""
+    model = insert_nms(detector(UNCAPPED)).model
+    onnx.helper.set_model_props(model, {"detector": "retinanet"})
+    onnx.save(model, tmp_path / "my.onnx")
+    route = route_of("ssd-resnet34", tmp_path / "my.onnx", tmp_path, print)
+    with pytest.raises(
+        HarnessError, match=r"of retinanet, .* of ssd-resnet34: --benchmarks=retina"
+    ):
         build_onnx(route)

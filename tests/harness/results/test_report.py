@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import replace
+import json
+import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from harness.errors import HarnessError
-from harness.results.compare import paired, print_comparison
+from harness.results.compare import paired, print_comparison, two_sides
 from harness.results.report import OURS, find_results, print_table, to_csv
-from harness.results.result import RunResult
+from harness.results.result import RESULT, RunResult
 from tests.harness.results.test_result import SAMPLE
 
 LONG = {"model": "a-model-of-a-very-long-name-" * 3 + "[/x].onnx", "backend": "onnxruntime"}
@@ -152,3 +154,34 @@ def test_what_cannot_be_compared_is_refused(run):
         paired([run], other)
     with pytest.raises(HarnessError, match="twice"):
         paired([run], [run, (FOLDER.parent, run[1])])
+
+
+def test_a_folder_of_two_runs_is_compared_the_older_with_the_newer(tmp_path):
+    def leave(name, minute, *scenarios):
+        for scenario in scenarios:
+            finished = f"2026-01-01T00:0{minute}:00+00:00"
+            done = result(scenario=scenario, finished=finished, accuracy=None)
+            folder = tmp_path / name / "box" / "ssd-resnet34" / scenario / "PerformanceOnly"
+            folder.mkdir(parents=True)
+            (folder / RESULT).write_text(json.dumps(asdict(done)))
+
+    leave("z, the first", 1, "Offline", "Server")
+    with pytest.raises(HarnessError, match=f"{tmp_path} holds 1: name another, too"):
+        two_sides([tmp_path])
+    leave("a, the second", 2, "Server")
+    first, second = two_sides([tmp_path])
+    assert [one.scenario for _, one in first] == ["Offline", "Server"]
+    assert all("z, the first" in str(folder) for folder, _ in first)
+    assert [(folder.parents[3].name, one.scenario) for folder, one in second] == [
+        ("a, the second", "Server")
+    ]
+    named = two_sides([tmp_path / "a, the second", tmp_path / "z, the first"])
+    assert named == (second, first)
+    leave("c", 3, "Server")
+    with pytest.raises(HarnessError, match=r"holds 3; the newest two: .*") as error:
+        two_sides([tmp_path])
+    (_, _, command) = str(error.value).partition("--compare takes")[2].partition("--compare ")
+    both = two_sides([Path(one) for one in shlex.split(command)])
+    assert [side[0][0].parents[3].name for side in both] == ["a, the second", "c"]
+    with pytest.raises(HarnessError, match="these are 3"):
+        two_sides([tmp_path] * 3)
