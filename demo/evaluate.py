@@ -14,10 +14,9 @@ import typer
 
 from demo.categories import CATEGORIES
 from demo.glyphs import DemoError
+from export.architecture import Network
 from export.checkpoint import infer_config, load_model, read_checkpoint
 from export.errors import ExportError
-from export.model import SSDResNet34
-from export.postprocess import PostProcess
 
 DATA = Path(__file__).with_name("data")
 MEAN = (0.485, 0.456, 0.406)
@@ -26,29 +25,29 @@ STD = (0.229, 0.224, 0.225)
 _BATCH = 8
 
 
-def _load(path: Path, side: int) -> torch.Tensor:
-    """Read and preprocess a picture as the benchmark does: float32 [3, side, side]."""
+def _load(path: Path, shape: tuple[int, int]) -> torch.Tensor:
+    """Read and preprocess a picture as the benchmark does: float32 [3, height, width]."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
         raise DemoError(
             f"{path}: cannot read the picture; make it with python -m demo.make_dataset"
         )
     rgb = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_BGR2RGB)
-    resized = cv2.resize(rgb, (side, side), interpolation=cv2.INTER_LINEAR)
+    resized = cv2.resize(rgb, shape[::-1], interpolation=cv2.INTER_LINEAR)
     normalised = (resized / 255 - np.array(MEAN)) / np.array(STD)
     return torch.from_numpy(normalised.astype(np.float32).transpose(2, 0, 1))
 
 
 @torch.inference_mode()
-def detect(model: SSDResNet34, data: Path, device: torch.device) -> list[dict[str, Any]]:
+def detect(model: Network, data: Path, device: torch.device) -> list[dict[str, Any]]:
     """Detections on the validation pictures, as a COCO results list."""
     images = json.loads((data / "annotations" / "instances_val.json").read_text())["images"]
-    postprocess = PostProcess(model.config).to(device)
+    postprocess = model.postprocess().to(device)
     model.eval()
     results = []
     for start in range(0, len(images), _BATCH):
         part = images[start : start + _BATCH]
-        batch = [_load(data / "val" / i["file_name"], model.config.image_size) for i in part]
+        batch = [_load(data / "val" / i["file_name"], model.config.image_shape) for i in part]
         detections, counts = postprocess(*model(torch.stack(batch).to(device)))
         for image, rows, count in zip(part, detections.cpu(), counts.tolist(), strict=True):
             for _, top, left, bottom, right, score, label in rows[:count].tolist():
@@ -57,7 +56,7 @@ def detect(model: SSDResNet34, data: Path, device: torch.device) -> list[dict[st
                 results.append(
                     {
                         "image_id": image["id"],
-                        "category_id": CATEGORIES[int(label) - 1].id,
+                        "category_id": CATEGORIES[int(label) - postprocess.background].id,
                         "bbox": [x, y, w, h],
                         "score": score,
                     }
@@ -82,7 +81,7 @@ def coco_map(results: list[dict[str, Any]], annotations: Path) -> dict[str, floa
     return {name: float(v) for name, v in zip(names, evaluation.stats[:6], strict=True)}
 
 
-def evaluate(model: SSDResNet34, data: Path, device: torch.device) -> dict[str, float]:
+def evaluate(model: Network, data: Path, device: torch.device) -> dict[str, float]:
     """COCO metrics of a model on the validation pictures under ``data``; see `coco_map`."""
     results = detect(model, data, device)
     return coco_map(results, data / "annotations" / "instances_val.json")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
-from export.default_boxes import VARIANCES
+from export.ssd_resnet34.default_boxes import VARIANCES
 
 IGNORED = -1
 """Class of a box whose inside is neither object nor background (a crowd)."""

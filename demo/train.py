@@ -17,12 +17,11 @@ from demo.evaluate import DATA, MEAN, STD, evaluate
 from demo.glyphs import ATLAS, DemoError
 from demo.objective import match, multibox_loss
 from demo.scene_pool import ScenePool, SceneSource, augment
-from export.checkpoint import CONFIG_KEY
-from export.config import SSDConfig
-from export.default_boxes import default_boxes
 from export.errors import ExportError
-from export.model import SSDResNet34
-from export.postprocess import join_levels
+from export.ssd_resnet34 import SSD_RESNET34
+from export.ssd_resnet34.config import SSDConfig
+from export.ssd_resnet34.default_boxes import default_boxes
+from export.ssd_resnet34.model import SSDResNet34
 
 WARM_UP = 0.03
 """Share of the time budget over which the learning rate rises to its peak."""
@@ -88,6 +87,7 @@ class Trainer:
         self.model = SSDResNet34(config).to(device)
         self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.average = Average(self.model)
+        self.postprocess = self.model.postprocess()
         self.priors = torch.from_numpy(default_boxes(config)).to(device)
         self.mean = torch.tensor(MEAN, device=device)[:, None, None] * 255
         self.std = torch.tensor(STD, device=device)[:, None, None] * 255
@@ -127,8 +127,8 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loc, conf = self.model(pixels)
         loc_loss, conf_loss = multibox_loss(
-            join_levels(loc, 4).float(),
-            join_levels(conf, self.model.config.num_classes).float(),
+            self.postprocess.join(loc, 4).float(),
+            self.postprocess.join(conf, self.model.config.num_classes).float(),
             match(boxes, classes, self.priors),
         )
         self.optimiser.zero_grad(set_to_none=True)
@@ -186,7 +186,7 @@ def save_weights(model: SSDResNet34, path: Path) -> None:
         for name, value in model.state_dict().items()
     }
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={CONFIG_KEY: model.config.to_json()})
+    save_file(tensors, partial, metadata={SSD_RESNET34.config_key: model.config.to_json()})
     partial.chmod(0o644)
     partial.replace(path)
 

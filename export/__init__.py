@@ -1,1 +1,1 @@
-"""SSD-ResNet34 in PyTorch and its export to ONNX. The only room that imports torch."""
+"""Detectors in PyTorch and their export to ONNX. The only room that imports torch."""

@@ -5,22 +5,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from export.config import BOXES_PER_CELL, SSDConfig
+from export.architecture import Architecture, Network
+from export.architectures import by_name, by_weights
+from export.config import Config
 from export.errors import ExportError, needed_packages
-from export.model import SSDResNet34
 from export.names import names_from_json
 from export.unpickle import LEGACY_MAGIC, load_pickle
 from export.weights import Weights, find_weights, shown
 from graph_surgery.names import NAMES_KEY
-
-CONFIG_KEY = "ssd_config"
-"""Metadata key of the configuration, in .safetensors checkpoints and in the ONNX file."""
 
 _COMPARED = 20
 """Unexpected names of which the nearest is told: comparing one with all takes milliseconds."""
@@ -37,8 +35,10 @@ class Checkpoint:
     ----------
     path, sha256
         The file and the SHA-256 of its bytes.
+    architecture
+        The detector that they are of.
     tensors
-        Name to tensor, not yet checked against a model.
+        Name in its network to tensor, not yet checked against one.
     config
         The configuration that the file itself states, if it does.
     names
@@ -49,23 +49,25 @@ class Checkpoint:
 
     path: Path
     sha256: str
+    architecture: Architecture
     tensors: Mapping[str, Tensor]
-    config: SSDConfig | None
+    config: Config | None
     names: tuple[str, ...] = ()
     entry: str = ""
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
     """Read a .safetensors file or any ``torch.save`` file (by content, not by suffix).
 
     Nothing in the file is executed. A PyTorch file may hold a whole pickled module of any class
     path, or a state dict, alone or with what training scripts keep beside it; which entry holds
-    the weights, and what wrappers put before their names, `export.weights` finds out.
+    the weights, and what wrappers put before their names, `export.weights` finds out. `model` is
+    the name of the detector; without it, the file's configuration or its names tell.
 
     Raises
     ------
     ExportError
-        Missing, truncated, unknown or unsafe file.
+        Missing, truncated, unknown or unsafe file; a detector that there is not.
     """
     try:
         with path.open("rb") as file:
@@ -74,7 +76,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ExportError(f"{path}: cannot read the weights ({error.strerror})") from error
-    config = None
+    metadata: Mapping[str, str] = {}
     if head.startswith((b"PK\x03\x04", LEGACY_MAGIC)):
         found: list[Weights] = []
 
@@ -85,8 +87,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors = load_pickle(path, choose)
         names, entry = found[0].names, found[0].said
     elif head[8:9] == b"{":
-        tensors, config, names = _read_safetensors(path)
-        entry = ""
+        tensors, metadata = _read_safetensors(path)
+        names, entry = names_from_json(metadata.get(NAMES_KEY, "")), ""
     else:
         raise ExportError(
             f"{path}: unknown format; expected .safetensors or a file of torch.save "
@@ -95,12 +97,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
     checked = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     if not checked:
         raise ExportError(f"{path}: not a state_dict: no tensor in it")
-    return Checkpoint(path, digest, checked, config, names, entry)
+    architecture = by_name(model) if model else by_weights(checked, metadata)
+    owned = {architecture.own_name(name): value for name, value in checked.items()}
+    if len(owned) < len(checked):
+        raise ExportError(f"{path}: a tensor stands there under two names")
+    config, key = None, architecture.config_key
+    try:
+        config = architecture.config.from_json(metadata[key]) if metadata.get(key) else None
+    except ExportError as error:
+        raise ExportError(f"{path}: {key} in its metadata: {error}") from error
+    return Checkpoint(path, digest, architecture, owned, config, names, entry)
 
 
-def _read_safetensors(
-    path: Path,
-) -> tuple[dict[str, object], SSDConfig | None, tuple[str, ...]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, object], dict[str, str]]:
     with needed_packages():
         from safetensors import SafetensorError, safe_open
 
@@ -111,38 +120,27 @@ def _read_safetensors(
             tensors: dict[str, object] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ExportError(f"{path}: truncated or corrupt ({error})") from error
-    text = metadata.get(CONFIG_KEY)
-    try:
-        config = SSDConfig.from_json(text) if text else None
-    except ExportError as error:
-        raise ExportError(f"{path}: {CONFIG_KEY} in its metadata: {error}") from error
-    return tensors, config, names_from_json(metadata.get(NAMES_KEY, ""))
+    return tensors, metadata
 
 
-def infer_config(checkpoint: Checkpoint, image_size: int | None = None) -> SSDConfig:
+def infer_config(checkpoint: Checkpoint, image_shape: tuple[int, int] | None = None) -> Config:
     """Configuration of a checkpoint: what it states, else what its shapes tell.
 
-    Width and classes are read off the weights. The image size cannot be; it is `image_size`, else
-    what the file states, else 1200.
+    Widths and classes are read off the weights. The image's height and width cannot be; they are
+    `image_shape`, else what the file states, else the MLPerf model's.
 
     Raises
     ------
     ExportError
-        When no model can have that image size.
+        When no model can have that image.
     """
-    stem = checkpoint.tensors.get("model.layer1.0.weight")
-    conf = checkpoint.tensors.get("conf.0.bias")
-    config = replace(
-        checkpoint.config or SSDConfig(), **({"image_size": image_size} if image_size else {})
-    )
-    if stem is not None and stem.ndim == 4 and stem.shape[0] % 2 == 0:
-        config = replace(config, width=stem.shape[0])
-    if conf is not None and conf.ndim == 1 and conf.shape[0] >= 2 * BOXES_PER_CELL[0]:
-        config = replace(config, num_classes=conf.shape[0] // BOXES_PER_CELL[0])
-    return config  # what does not tell is listed by check_tensors
+    config = checkpoint.config or checkpoint.architecture.config()
+    if image_shape:
+        config = config.resized(*image_shape)
+    return config.inferred(checkpoint.tensors)  # what does not tell is listed by check_tensors
 
 
-def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
+def check_tensors(checkpoint: Checkpoint, config: Config) -> None:
     """Compare names, shapes and values with a model of `config`.
 
     Raises
@@ -152,7 +150,8 @@ def check_tensors(checkpoint: Checkpoint, config: SSDConfig) -> None:
         type, and tensor with NaN or infinite values.
     """
     with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in SSDResNet34(config).state_dict().items()}
+        state = checkpoint.architecture.network(config).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     missing = [n for n in expected if n not in found and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in found if n not in expected]
@@ -195,7 +194,7 @@ def _finite(tensor: Tensor) -> Tensor:
     return (tensor.float() if small else tensor).isfinite()
 
 
-def load_model(checkpoint: Checkpoint, config: SSDConfig) -> SSDResNet34:
+def load_model(checkpoint: Checkpoint, config: Config) -> Network:
     """Build the model in eval mode with the checkpoint's weights as float32.
 
     Raises
@@ -204,7 +203,7 @@ def load_model(checkpoint: Checkpoint, config: SSDConfig) -> SSDResNet34:
         See `check_tensors`.
     """
     check_tensors(checkpoint, config)
-    model = SSDResNet34(config)
+    model = checkpoint.architecture.network(config)
     # num_batches_tracked only matters for training and old checkpoints lack it
     model.load_state_dict(dict(checkpoint.tensors), strict=False)
     return model.eval()

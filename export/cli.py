@@ -15,31 +15,50 @@ from graph_surgery.errors import SurgeryError
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
+def _image_shape(text: str) -> tuple[int, int]:
+    """Height and width of ``800`` or ``600x800``."""
+    height, x, width = text.partition("x")
+    try:
+        return int(height), int(width if x else height)
+    except ValueError:
+        raise ExportError(f"--image-size {text}: neither SIDE nor HEIGHTxWIDTH") from None
+
+
 @app.command()
 def export_onnx(
     weights: Annotated[
         Path, typer.Option(help=".safetensors, or any file of torch.save with the weights")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
-    image_size: Annotated[
-        int | None,
+    *,
+    model: Annotated[
+        str | None,
         typer.Option(
-            help="Side of the input image.",
-            show_default="the checkpoint's own, else 1200, which is said to be a guess",
+            help="ssd-resnet34 or retinanet.", show_default="what the names of the weights tell"
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIDE|HEIGHTxWIDTH",
+            help="Size of the input image.",
+            show_default="the checkpoint's own, else the MLPerf model's, said to be a guess",
         ),
     ] = None,
     names: Annotated[
         Path | None,
         typer.Option(
             help="Class names, one a line.",
-            show_default="the checkpoint's own, COCO's for 81 classes",
+            show_default="the checkpoint's own, COCO's for as many classes",
         ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output where it is another file")
     ] = False,
 ) -> None:
-    """Export SSD-ResNet34 weights to one ONNX file: image in, detections out.
+    """Export the weights of a detector to one ONNX file: image in, detections out.
+
+    Detectors are MLPerf's SSD-ResNet34 and RetinaNet, of any width, number of classes and size.
 
     The file has a dynamic batch, folded batch norms and standard operators only. Before it is
     written, PyTorch and ONNX Runtime run it on the same images and must agree.
@@ -52,42 +71,48 @@ def export_onnx(
         import onnx
         import onnxscript  # noqa: F401  # what is missing is missed before the work
 
-        from export import checkpoint, onnx_export
+        from export import agreement, checkpoint, onnx_export
         from export.names import choose_names
         from graph_surgery.files import check_output, save
 
+    image_shape = _image_shape(image_size) if image_size else None
     check_output(output, [weights, *([names] if names else [])])
     start = time.monotonic()
 
     def say(text: str) -> None:
         typer.echo(f"[{time.monotonic() - start:5.1f} s] {text}")
 
-    loaded = checkpoint.read_checkpoint(weights)
-    config = checkpoint.infer_config(loaded, image_size)
-    class_names, source = choose_names(names, loaded.names, config.num_classes)
+    loaded = checkpoint.read_checkpoint(weights, model)
+    config = checkpoint.infer_config(loaded, image_shape)
+    class_names, source = choose_names(
+        names, loaded.names, config.num_classes, background=loaded.architecture.background
+    )
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
     entry = f" ({loaded.entry})" if loaded.entry else ""
     say(f"read {weights}{entry}: {config}, {config.num_priors} default boxes")
-    if image_size is None and loaded.config is None:
+    if image_shape is None and loaded.config is None:
+        guess = "x".join(map(str, config.image_shape))
         say(
-            f"image size: guessed {config.image_size}, which the weights do not tell; if it is "
+            f"image size: guessed {guess}, which the weights do not tell; if it is "
             "another: --image-size"
         )
     say(f"class names: {len(class_names)}, {source}" if class_names else f"class names: {source}")
-    facts = onnx_export.metadata(loaded, config.to_json(), class_names)
+    facts = onnx_export.metadata(loaded, config, class_names)
     if output.exists() and not force:
         onnx_export.check_record(output, facts)
-    model = onnx_export.export_detector(detector)
-    say(f"exported {len(model.graph.node)} nodes, opset {onnx_export.OPSET}; onnx.checker passed")
-    agreement = onnx_export.compare_with_onnxruntime(detector, model)
+    exported = onnx_export.export_detector(detector)
     say(
-        f"PyTorch and ONNX Runtime agree: loc {agreement.loc:.1e} and conf {agreement.conf:.1e} of "
-        f"their spread, {agreement.detections} detections, boxes within {agreement.box:.1e}, "
-        f"scores within {agreement.score:.1e}"
+        f"exported {len(exported.graph.node)} nodes, opset {onnx_export.OPSET}; onnx.checker passed"
     )
-    model = onnx_export.without_heads(model)
-    onnx.helper.set_model_props(model, facts)
-    written = save(model, output, overwrite=force)
+    proof = agreement.compare_with_onnxruntime(detector, exported)
+    say(
+        f"PyTorch and ONNX Runtime agree: loc {proof.loc:.1e} and conf {proof.conf:.1e} of "
+        f"their spread, {proof.detections} detections, boxes within {proof.box:.1e}, "
+        f"scores within {proof.score:.1e}"
+    )
+    exported = onnx_export.without_heads(exported)
+    onnx.helper.set_model_props(exported, facts)
+    written = save(exported, output, overwrite=force)
     size = f"{output.stat().st_size / 2**20:.1f} MiB"
     say(f"wrote {output} ({size})" if written else f"{output} is up to date")
 

@@ -11,9 +11,9 @@ from graph_surgery.names import COCO, read_names
 
 
 def choose_names(
-    file: Path | None, own: Sequence[str], num_classes: int
+    file: Path | None, own: Sequence[str], num_classes: int, *, background: bool
 ) -> tuple[tuple[str, ...], str]:
-    """Choose the names of the labels 1, 2…, and say whose they are.
+    """Choose the names of a detector's labels, and say whose they are.
 
     Parameters
     ----------
@@ -21,13 +21,13 @@ def choose_names(
         Of the user, which counts before all others.
     own
         The checkpoint's; none: COCO's, if the number of classes is COCO's.
-    num_classes
-        Classes with background.
+    num_classes, background
+        Classes, and whether the first is the background, which has no name.
 
     Returns
     -------
     names
-        ``num_classes - 1`` of them, or none when nobody has any.
+        One of each class but the background, or none when nobody has any.
     source
         For people.
 
@@ -38,22 +38,23 @@ def choose_names(
     ExportError
         When there are more or fewer names than classes.
     """
+    labels = num_classes - background
     if file is not None:
         names, source = read_names(file), str(file)
     elif own and not all(name and name.isprintable() for name in own):
         return (), "the checkpoint's own are empty or have control characters; give --names FILE"
     elif own:
         names, source = list(own), "the checkpoint's own"
-    elif num_classes == len(COCO) + 1:
+    elif labels == len(COCO):
         names, source = list(COCO), f"COCO's, for {num_classes} classes; others: --names FILE"
     else:
         return (), "none known; give them with --names FILE"
-    if len(names) == num_classes and names[0].strip("_").lower() == "background":
+    if background and len(names) == num_classes and names[0].strip("_").lower() == "background":
         del names[0]
-    if len(names) != num_classes - 1:
+    if len(names) != labels:
         raise ExportError(
-            f"{len(names)} class names ({source}), the model has {num_classes} classes, with "
-            f"background: give {num_classes - 1} names, one a line, as --names FILE"
+            f"{len(names)} class names ({source}), the model has {num_classes} classes"
+            f"{', with background' * background}: give {labels} names, one a line, as --names FILE"
         )
     return tuple(names), source
 

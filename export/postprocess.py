@@ -1,34 +1,43 @@
-"""Decoding and NMS in PyTorch: head tensors to detections, as NMS_OPT_TRT defines them.
+"""What the postprocesses of all detectors share: PyTorch modules from head tensors to detections.
 
 Two steps have no PyTorch operator with the semantics we need: a top-k whose ties go to the lower
-index, and greedy NMS over many independent rows. They are custom operators, so that the exporter
+index, and greedy NMS in many independent rows. They are custom operators, so that the exporter
 can translate each into the one ONNX operator that means it (`onnx_export`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.config import SSDConfig
-from export.default_boxes import VARIANCES, default_boxes
+from export.config import Config
+from graph_surgery.rounding import Rules
 
-SCORE_THRESHOLD = 0.05
-IOU_THRESHOLD = 0.5
-TOP_K = 200
-"""Thresholds and the cap per class (before suppression) and per image; MLCommons ssd_r34.py."""
+Floats = NDArray[np.float32]
 
 
-@torch.library.custom_op("ssd_resnet34::stable_topk", mutates_args=())
+@torch.library.custom_op("detectors::stable_topk", mutates_args=())
 def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Take the `k` largest along the last axis, descending; equal values in index order.
 
-    Returns values and int64 indices, each [..., k].
+    Returns float32 values and int64 indices, each [..., k]; `values` are float32 without NaN.
     """
-    top, index = torch.sort(values, dim=-1, descending=True, stable=True)
-    return top[..., :k].clone(), index[..., :k].clone()
+    # One number holds value and place, so that none is equal: a stable sort of all takes minutes
+    # where there are millions. A float's bits are in the order of the floats once those of the
+    # negative are flipped; adding 0 makes one of the two zeros.
+    bits = (values + 0.0).view(torch.int32)
+    bits = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    keys = (
+        bits.to(torch.int64).mul_(2**32).sub_(torch.arange(values.shape[-1], device=values.device))
+    )
+    index = keys.topk(k, dim=-1).indices
+    return values.gather(-1, index), index
 
 
 @stable_topk.register_fake
@@ -37,36 +46,42 @@ def _(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.new_empty(shape), values.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("ssd_resnet34::greedy_nms", mutates_args=())
+@torch.library.custom_op("detectors::greedy_nms", mutates_args=())
 def greedy_nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float
 ) -> Tensor:
-    """Greedy NMS in each of R independent rows of K boxes.
+    """Greedy NMS in each of C independent rows of K scores, for R sets of K boxes.
 
     Parameters
     ----------
     boxes
         float32 [R, K, 4], ltrb.
     scores
-        float32 [R, K], descending in each row.
+        float32 [R, C, K]. The highest comes first; of equal ones, that of the lower index.
     iou_threshold, score_threshold
         A box is dropped when its IoU with a kept one is larger, or its score is not larger.
 
     Returns
     -------
-    bool [R, K], True where the box is kept.
+    bool [R, C, K], True where the box is kept.
     """
-    keep = scores > score_threshold
-    candidates = int(keep.sum(dim=1).amax())  # the first ones of a row; few reach the threshold
-    boxes = boxes[:, :candidates]
-    lt = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
-    rb = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
-    overlap = (rb - lt).clamp(min=0).prod(-1)
-    area = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
-    iou = overlap / (area[:, :, None] + area[:, None, :] - overlap)
-    suppresses = iou > iou_threshold  # False for the NaN of two empty boxes
-    for i in range(candidates - 1):
-        keep[:, i + 1 : candidates] &= ~(keep[:, i, None] & suppresses[:, i, i + 1 :])
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    counts = (scores > score_threshold).sum(dim=2)
+    which, row = counts.nonzero(as_tuple=True)
+    most = int(counts.amax())  # few reach the threshold
+    ranked, order = scores[which, row].sort(dim=1, descending=True, stable=True)
+    order = order[:, :most]
+    kept = ranked[:, :most] > score_threshold
+    candidates = boxes[which[:, None], order]
+    areas = (candidates[..., 2:] - candidates[..., :2]).clamp(min=0).prod(-1)
+    for i in range(most - 1):
+        box, others = candidates[:, i, None], candidates[:, i + 1 :]
+        lt, rb = torch.maximum(box[..., :2], others[..., :2]), box[..., 2:].minimum(others[..., 2:])
+        overlap = (rb - lt).clamp(min=0).prod(-1)
+        iou = overlap / (areas[:, i, None] + areas[:, i + 1 :] - overlap)
+        # the NaN of two empty boxes is not larger
+        kept[:, i + 1 :] &= ~(kept[:, i, None] & (iou > iou_threshold))
+    keep[which[:, None], row[:, None], order] = kept
     return keep
 
 
@@ -75,68 +90,113 @@ def _(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: floa
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
-def join_levels(levels: Sequence[Tensor], rows: int) -> Tensor:
-    """Join head tensors [N, rows * A_i, g_i, g_i] over the levels to [N, rows, P]."""
-    return torch.cat([level.reshape(level.shape[0], rows, -1) for level in levels], dim=2)
+def finite(values: Tensor, dim: int) -> Tensor:
+    """Whether all values along an axis are finite: only then each times 0 is 0."""
+    return (values * 0.0).sum(dim=dim) == 0
 
 
-class PostProcess(nn.Module):
-    """Head tensors of all levels to detections."""
+def to_rows(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the detections that an image keeps.
 
-    def __init__(self, config: SSDConfig) -> None:
+    Parameters
+    ----------
+    boxes, scores, labels
+        float32 [N, keep, 4] ltrb in fractions of the image and clipped to it; float32 [N, keep],
+        descending, not positive behind the last detection; int64 [N, keep].
+
+    Returns
+    -------
+    detections
+        float32 [N, keep, 7]: image index, ymin, xmin, ymax, xmax, score, label; rows that are not
+        used are (image index, 0, 0, 0, 0, 0, -1).
+    num_detections
+        int32 [N].
+    """
+    found = scores > 0
+    rows = torch.cat([boxes[..., [1, 0, 3, 2]], scores[..., None]], dim=2)
+    rows = torch.where(found[..., None], rows, 0.0)
+    label = torch.where(found, labels.to(rows.dtype), -1.0)[..., None]
+    image = torch.arange(rows.shape[0], device=rows.device, dtype=rows.dtype)[:, None, None]
+    detections = torch.cat([image.expand(-1, rows.shape[1], 1), rows, label], dim=2)
+    return detections, found.sum(dim=1, dtype=torch.int32)
+
+
+class PostProcess(nn.Module, ABC):
+    """Head tensors of all levels to detections.
+
+    Attributes
+    ----------
+    rules
+        Thresholds and caps.
+    activation
+        ONNX operator that makes scores of logits.
+    background
+        Whether class 0 is the background, which is not detected.
+    anchor_major
+        Whether a head's channels are anchor by anchor; otherwise coordinate by coordinate and
+        class by class.
+    bound
+        Largest dw and dh, as exponents; 0: none.
+    silent
+        Logit of a class that shows nothing, where another class of the prior shows something.
+    """
+
+    rules: ClassVar[Rules]
+    activation: ClassVar[str]
+    background: ClassVar[bool]
+    anchor_major: ClassVar[bool]
+    bound: ClassVar[float] = 0.0
+    silent: ClassVar[float]
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.num_classes = config.num_classes
-        priors = torch.from_numpy(default_boxes(config)).T.contiguous()
-        self.centre: Tensor
-        self.size: Tensor
-        self.register_buffer("centre", priors[:2], persistent=False)
-        self.register_buffer("size", priors[2:], persistent=False)
+        self.config = config
 
+    @abstractmethod
     def decode(self, loc: Tensor) -> Tensor:
-        """Deltas [N, 4, P] to boxes [N, P, 4]: ltrb, normalised, not clipped."""
-        centre = loc[:, :2] * VARIANCES[0] * self.size + self.centre
-        half = torch.exp(loc[:, 2:] * VARIANCES[2]) * self.size / 2
-        return torch.cat([centre - half, centre + half], dim=1).transpose(1, 2)
+        """Deltas [N, 4, P] to boxes [N, P, 4]: ltrb, in fractions of the image, not clipped."""
 
+    @abstractmethod
+    def logits(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logits of the one class of a prior that is not `silent`, for its scores."""
+
+    @abstractmethod
     def forward(self, loc: Sequence[Tensor], conf: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Decode, suppress, sort.
 
         Parameters
         ----------
         loc, conf
-            Head tensors per level, see `SSDResNet34.forward`.
+            Head tensors per level, as the network gives them.
 
         Returns
         -------
         detections
-            float32 [N, 200, 7]: image index, ymin, xmin, ymax, xmax, score, label; DESIGN rules.
+            float32 [N, keep, 7], see `to_rows`.
         num_detections
             int32 [N].
         """
-        boxes = self.decode(join_levels(loc, 4))
-        logits = join_levels(conf, self.num_classes)
-        batch = boxes.shape[0]
-        # A NaN or infinite value anywhere voids its prior, not its image.
-        valid = boxes.isfinite().all(dim=2) & logits.isfinite().all(dim=1)
-        scores = torch.where(valid[:, None], logits.softmax(dim=1)[:, 1:], 0.0)
 
-        scores, index = stable_topk(scores, TOP_K)  # [N, C - 1, TOP_K]; P is never smaller
-        boxes = boxes.gather(1, index.reshape(batch, -1, 1).expand(-1, -1, 4))
-        keep = greedy_nms(
-            boxes.reshape(-1, TOP_K, 4), scores.reshape(-1, TOP_K), IOU_THRESHOLD, SCORE_THRESHOLD
-        )
+    def join(self, levels: Sequence[Tensor], rows: int) -> Tensor:
+        """Head tensors [N, A_i * rows, h_i, w_i] to [N, rows, P]: level, anchor, y, x."""
+        return torch.cat([self.flat(level, rows) for level in levels], dim=2)
 
-        # Flat order is class, then rank in the class: what ties must follow.
-        survivors = torch.where(keep.reshape(batch, -1), scores.reshape(batch, -1), -1.0)
-        scores, index = stable_topk(survivors, TOP_K)
-        boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4)).clip(0.0, 1.0)
-        label = (torch.div(index, TOP_K, rounding_mode="floor") + 1).to(boxes.dtype)
-        found = scores > 0
-        rows = torch.cat([boxes[..., [1, 0, 3, 2]], scores[..., None]], dim=2)
-        rows = torch.where(found[..., None], rows, 0.0)
-        image = torch.arange(batch, device=rows.device, dtype=rows.dtype)[:, None, None]
-        detections = torch.cat(
-            [image.expand(-1, rows.shape[1], 1), rows, torch.where(found, label, -1.0)[..., None]],
-            dim=2,
-        )
-        return detections, found.sum(dim=1, dtype=torch.int32)
+    def flat(self, level: Tensor, rows: int) -> Tensor:
+        """One level's head tensor [N, A * rows, h, w] to [N, rows, A * h * w]."""
+        if not self.anchor_major:
+            return level.reshape(level.shape[0], rows, -1)
+        by_anchor = level.reshape(level.shape[0], level.shape[1] // rows, rows, -1)
+        return by_anchor.transpose(1, 2).flatten(2)
+
+    def split(self, joined: Floats) -> list[Floats]:
+        """Undo `join`: [N, rows, P] to the head tensors of all levels."""
+        batch, rows, _ = joined.shape
+        sizes = [anchors * height * width for anchors, height, width in self.config.levels]
+        parts = []
+        for part, (anchors, height, width) in zip(
+            np.split(joined, np.cumsum(sizes)[:-1], axis=2), self.config.levels, strict=True
+        ):
+            level = part.reshape(batch, rows, anchors, height, width)
+            level = level.swapaxes(1, 2) if self.anchor_major else level
+            parts.append(np.ascontiguousarray(level.reshape(batch, -1, height, width)))
+        return parts

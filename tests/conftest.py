@@ -95,7 +95,7 @@ def driver(trt_plugin_library, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_model():
     """A narrow SSD-ResNet34 at 400x400 with random weights and sane activations."""
-    from export.config import SSDConfig
+    from export.ssd_resnet34.config import SSDConfig
     from tests.support.random_model import random_model
 
     return random_model(SSDConfig(image_size=400, width=4))

@@ -153,6 +153,18 @@ def test_rooms(package):
     assert not any(targets - ground for name, targets in found.items() if name in ground)
 
 
+def test_the_list_of_detectors_alone_knows_them():
+    """What loads and exports works from the description of a detector."""
+    detectors = ("export.retinanet", "export.ssd_resnet34")
+    knowing = {
+        module
+        for module, path in MODULES.items()
+        if module.startswith("export.") and not module.startswith(detectors)
+        if any(one.startswith(detectors) for one in imported(path))
+    }
+    assert knowing == {"export.architectures"}
+
+
 def test_only_export_needs_torch_to_be_imported():
     """And no module imports what is heavy or optional before it is needed."""
     heavy = {"torch", "tensorrt", "tensorrt_rtx", "cudnn", "tritonclient", "cuda"}

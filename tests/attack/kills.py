@@ -85,7 +85,7 @@ def prepare(place: Path) -> None:
     """Make a small benchmark with a model, images and runs, on which every command works."""
     from safetensors.torch import save_file
 
-    from export.config import SSDConfig
+    from export.ssd_resnet34.config import SSDConfig
     from tests.support.random_model import random_model
     from tests.support.small_benchmark import small_benchmark
 

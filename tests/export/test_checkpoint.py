@@ -23,8 +23,8 @@ from tests.support import ROOT, attempt
 FOREIGN_MODULE = """
     import sys, types, torch
     from safetensors.torch import load_file
-    from export.config import SSDConfig
-    from export.model import SSDResNet34
+    from export.ssd_resnet34.config import SSDConfig
+    from export.ssd_resnet34.model import SSDResNet34
 
     # The class lives in a module that only this process has, as models.ssd_r34 of the reference.
     for name in ("models", "models.ssd_r34"):

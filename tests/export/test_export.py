@@ -8,18 +8,19 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from export.agreement import compare_with_onnxruntime
 from export.checkpoint import infer_config, load_model, read_checkpoint
-from export.config import SSDConfig
-from export.default_boxes import default_boxes
 from export.errors import ExportError
-from export.model import SSDResNet34
 from export.onnx_export import (
     Detector,
-    compare_with_onnxruntime,
     export_detector,
     fold_batch_norms,
 )
-from export.postprocess import PostProcess, greedy_nms, stable_topk
+from export.postprocess import greedy_nms, stable_topk
+from export.ssd_resnet34.config import SSDConfig
+from export.ssd_resnet34.default_boxes import default_boxes
+from export.ssd_resnet34.model import SSDResNet34
+from export.ssd_resnet34.postprocess import SSDPostProcess
 
 MLPERF = SSDConfig()
 GRIDS, SHAPES = (50, 25, 13, 7, 3, 3), (4, 6, 6, 6, 4, 4)
@@ -105,14 +106,16 @@ def test_greedy_nms_by_hand():
     boxes = torch.tensor(
         [[[0, 0, 2, 1], [0, 0, 1, 1], [0.5, 0, 2.5, 1], [1.5, 0, 3.5, 1], [9, 9, 9, 9]]]
     ).float()  # IoU with the first: 1, 0.5, 0.6, 0.14, 0
-    scores = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.05]])
-    assert greedy_nms(boxes, scores, 0.5, 0.05).tolist() == [[True, True, False, True, False]]
+    scores = torch.tensor([[[0.9, 0.8, 0.7, 0.6, 0.05]]])
+    assert greedy_nms(boxes, scores, 0.5, 0.05).tolist() == [[[True, True, False, True, False]]]
 
 
 @pytest.mark.parametrize("case", [1, 2, 3])
 def test_postprocess_gives_the_golden_detections(golden, case):
     data = np.load(golden / f"nms_{case}.npz")
-    detections, count = PostProcess(MLPERF)(split_levels(data["loc"]), split_levels(data["conf"]))
+    detections, count = SSDPostProcess(MLPERF)(
+        split_levels(data["loc"]), split_levels(data["conf"])
+    )
     rows = detections[0, : count[0]].numpy()
     assert rows[:, 6].tolist() == data["labels"].tolist()
     np.testing.assert_allclose(rows[:, 5], data["scores"], atol=1e-5)
@@ -130,7 +133,9 @@ def test_postprocess_voids_broken_priors_only(golden):
     broken = rng.choice(busy, 40, replace=False)
     reference_conf = conf.copy()
     reference_conf[0, broken] = 1e4  # background with certainty: the prior has no candidate
-    expected, expected_count = PostProcess(MLPERF)(split_levels(loc), split_levels(reference_conf))
+    expected, expected_count = SSDPostProcess(MLPERF)(
+        split_levels(loc), split_levels(reference_conf)
+    )
     bad = [np.nan, np.inf, -np.inf, np.nan]
     for i, prior in enumerate(broken):
         if i % 2:
@@ -138,7 +143,7 @@ def test_postprocess_voids_broken_priors_only(golden):
         else:
             loc[rng.integers(4), prior] = [np.nan, np.inf][i // 2 % 2]
     loc[3, broken[0]] = 1e5  # finite, but its exponential is not
-    detections, count = PostProcess(MLPERF)(split_levels(loc), split_levels(conf))
+    detections, count = SSDPostProcess(MLPERF)(split_levels(loc), split_levels(conf))
     assert count.tolist() == expected_count.tolist()
     np.testing.assert_allclose(detections, expected, atol=1e-6)
 
@@ -172,7 +177,7 @@ def test_exported_file_equals_pytorch(exported, small_model, small_images, batch
     session = ort.InferenceSession(exported, providers=["CPUExecutionProvider"])
     detections, count = session.run(None, {"image": images})
     with torch.inference_mode():
-        postprocess = PostProcess(small_model.config)
+        postprocess = SSDPostProcess(small_model.config)
         wanted, wanted_count = postprocess(*small_model(torch.from_numpy(images)))
     assert count.tolist() == wanted_count.tolist()
     assert count.min() > 0

@@ -7,17 +7,16 @@ import onnx
 import pytest
 import torch
 
-import export.onnx_export
-import export.postprocess
-from export.config import SSDConfig
+import export.agreement
+import export.ssd_resnet34.postprocess
+from export.agreement import compare_detections, compare_with_onnxruntime
 from export.errors import ExportError
-from export.model import SSDResNet34
 from export.onnx_export import (
     Detector,
-    compare_detections,
-    compare_with_onnxruntime,
     export_detector,
 )
+from export.ssd_resnet34.config import SSDConfig
+from export.ssd_resnet34.model import SSDResNet34
 from graph_surgery.rounding import NOTHING, compare
 
 
@@ -50,7 +49,7 @@ def count_differences(monkeypatch):
         counts.append(len(bare.lacking) + len(bare.excess))
         return compare(first, second, doubtful)
 
-    monkeypatch.setattr(export.onnx_export, "compare", counted)
+    monkeypatch.setattr(export.agreement, "compare", counted)
     return counts
 
 
@@ -86,13 +85,13 @@ def test_the_check_notices_another_threshold(small, position, value):
 
 
 def test_the_check_notices_another_rule_for_equal_scores(small, monkeypatch):
-    stable_topk = export.postprocess.stable_topk
+    stable_topk = export.ssd_resnet34.postprocess.stable_topk
 
     def later_first(values, k):
         top, index = stable_topk(values.flip(-1), k)
         return top, values.shape[-1] - 1 - index
 
-    monkeypatch.setattr(export.postprocess, "stable_topk", later_first)
+    monkeypatch.setattr(export.ssd_resnet34.postprocess, "stable_topk", later_first)
     with pytest.raises(ExportError, match="has no equal in"):
         compare_with_onnxruntime(*small)
 

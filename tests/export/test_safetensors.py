@@ -19,13 +19,13 @@ def test_float8_weights_are_the_numbers_that_they_are(small_checkpoint, tmp_path
     }
     save_file(small, tmp_path / "w.safetensors")
     read = read_checkpoint(tmp_path / "w.safetensors")
-    model = load_model(read, infer_config(read, 400))
+    model = load_model(read, infer_config(read, (400, 400)))
     for name, value in model.state_dict().items():
         assert torch.equal(value.float(), small[name].float()), name
     small["conf.0.bias"][0] = float("nan")
     save_file(small, tmp_path / "w.safetensors")
     with pytest.raises(ExportError, match=r"not finite conf\.0\.bias: 1 of"):
-        load_model(read_checkpoint(tmp_path / "w.safetensors"), infer_config(read, 400))
+        load_model(read_checkpoint(tmp_path / "w.safetensors"), infer_config(read, (400, 400)))
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_a_checkpoint_brings_its_own(names, key, small_model, tmp_path) -> None:
     path = tmp_path / "own.pth"
     torch.save({"model": small_model.state_dict(), key: names}, path)
     assert read_checkpoint(path).names == tuple(OWN)
-    assert choose_names(None, OWN, 81) == (tuple(OWN), "the checkpoint's own")
+    assert choose_names(None, OWN, 81, background=True) == (tuple(OWN), "the checkpoint's own")
 
 
 def test_what_is_no_list_of_names_is_none(small_model, tmp_path) -> None:
@@ -98,12 +98,12 @@ def test_safetensors_bring_their_own(small_model, tmp_path) -> None:
 def test_a_users_file_comes_first_and_must_fit(tmp_path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("cat\ndog\n", encoding="utf-8-sig")
-    assert choose_names(file, OWN, 3) == (("cat", "dog"), str(file))
+    assert choose_names(file, OWN, 3, background=True) == (("cat", "dog"), str(file))
     file.write_text("__background__\ncat\ndog\n")
-    assert choose_names(file, OWN, 3)[0] == ("cat", "dog")
+    assert choose_names(file, OWN, 3, background=True)[0] == ("cat", "dog")
     for classes in (2, 5, 81):
         with pytest.raises(ExportError, match=f"3 class names .* {classes} classes"):
-            choose_names(file, OWN, classes)
+            choose_names(file, OWN, classes, background=True)
     with pytest.raises(ExportError, match=r"80 class names .*--names FILE"):
-        choose_names(None, OWN, 91)
-    assert choose_names(None, (), 91)[0] == ()
+        choose_names(None, OWN, 91, background=True)
+    assert choose_names(None, (), 91, background=True)[0] == ()

@@ -22,9 +22,9 @@ from engine.model import load_detector
 from engine.quantization.calibration import calibrate
 from engine.quantization.placement import find_placement
 from engine.quantization.quantize import quantize
-from export.config import SSDConfig
-from export.default_boxes import default_boxes
-from export.model import SSDResNet34
+from export.ssd_resnet34.config import SSDConfig
+from export.ssd_resnet34.default_boxes import default_boxes
+from export.ssd_resnet34.model import SSDResNet34
 from graph_surgery.cli import main
 from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.verify import NETWORK_TOLERANCE

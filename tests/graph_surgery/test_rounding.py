@@ -145,6 +145,29 @@ def test_the_last_that_counts_is_undecided(cut):
     assert undecided_priors(boxes, [0.9, 0.8, 0.8, 0.6], [0, 1, 1, 2], rules) == []
 
 
+def test_the_last_of_a_level_is_undecided():
+    """Two of each level count, of all its classes together; the lower class comes first."""
+    rules = Rules(0.05, 0.5, top_k=0, keep=200, level_top_k=2)
+    apart = boxes_at(0, 2, 4, 6, 8)
+    scores = np.array([[0.9, 0.0, 0.8, 0.9, 0.0], [0.0, 0.8, 0.0, 0.7, 0.6]])
+
+    def found(scores, same=None):
+        same = np.arange(10).reshape(2, 5) if same is None else same
+        known = undecided(apart, scores, same, rules, levels=(3, 2))
+        return [tuple(row) for row in known.rows[:, [4, 5]]], known.least, known.most
+
+    # level 0: 0.9, then 0.8 of class 0 or of class 1; level 1: 0.9, then 0.7
+    assert found(scores) == ([(0.8, 0), (0.8, 1)], 3, 5)
+    tied = np.array([[1, 0, 2, 1, 0], [0, 2, 0, 3, 4]])
+    assert found(scores, tied) == ([], 4, 4)
+
+
+def test_an_overlap_within_the_image_is_undecided():
+    boxes = np.array([[0.5, 0, 1.5, 1], [0.75, 0, 3, 1]])
+    assert undecided_priors(boxes, [0.9, 0.8]) == []
+    assert undecided_priors(boxes, [0.9, 0.8], rules=replace(RULES, clip=True)) == [0.8]
+
+
 ROWS = np.array([[0, 0, 1, 1, 0.9, 3], [2, 0, 3, 1, 0.9, 3], [4, 0, 5, 1, 0.5, 1]])
 
 

@@ -105,22 +105,21 @@ def legacy_export(model, batch: int | None) -> onnx.ModelProto:
         def integers(*values):
             return g.op("Constant", value_t=torch.tensor(values))
 
-        rows = g.op("Shape", scores)
+        shape = g.op("Shape", scores)
         selected = g.op(
             "NonMaxSuppression",
             boxes,
-            g.op("Unsqueeze", scores, integers(1)),
-            g.op("Gather", rows, integers(1)),
+            scores,
+            g.op("Gather", shape, integers(2)),
             number(overlap),
             number(threshold),
         )
-        where = g.op("Gather", selected, integers(0, 2), axis_i=1)
         ones = g.op("Expand", integers(1), g.op("Shape", selected, start_i=0, end_i=1))
-        kept = g.op("ScatterND", g.op("Expand", integers(0), rows), where, ones)
+        kept = g.op("ScatterND", g.op("Expand", integers(0), shape), selected, ones)
         return g.op("Cast", kept, to_i=onnx.TensorProto.BOOL)
 
-    torch.onnx.register_custom_op_symbolic("ssd_resnet34::stable_topk", topk, 17)
-    torch.onnx.register_custom_op_symbolic("ssd_resnet34::greedy_nms", nms, 17)
+    torch.onnx.register_custom_op_symbolic("detectors::stable_topk", topk, 17)
+    torch.onnx.register_custom_op_symbolic("detectors::greedy_nms", nms, 17)
     file = io.BytesIO()
     size = model.config.image_size
     with warnings.catch_warnings():
@@ -130,14 +129,13 @@ def legacy_export(model, batch: int | None) -> onnx.ModelProto:
             (torch.zeros(batch or 2, 3, size, size),),
             file,
             input_names=["image"],
-            output_names=["detections", "num_detections", "loc", "conf"],
+            output_names=["detections", "num_detections"],
             dynamic_axes=None if batch else {"image": {0: "batch"}},
             opset_version=17,
             dynamo=False,
         )
     exported = onnx.load_from_string(file.getvalue())
-    for name in ("loc", "conf"):
-        exported.graph.output.remove(next(o for o in exported.graph.output if o.name == name))
+    del exported.graph.output[2:]
     return exported
 
 
@@ -167,9 +165,9 @@ def test_our_export(exported, small_model, small_images, exporter):
 
 def test_golden_detections_before_and_after(golden):
     """The full-size postprocessing behind a narrow network, fed with the golden head tensors."""
-    from export.config import SSDConfig
-    from export.model import SSDResNet34
     from export.onnx_export import Detector, export_detector, without_heads
+    from export.ssd_resnet34.config import SSDConfig
+    from export.ssd_resnet34.model import SSDResNet34
 
     model = without_heads(export_detector(Detector(SSDResNet34(SSDConfig(width=2))).eval()))
     new = insert_nms(model).model

@@ -27,14 +27,14 @@ def test_predictions_are_those_of_pytorch(demo_surgered, tmp_path):
 
     from demo.evaluate import _load
     from export.checkpoint import infer_config, load_model, read_checkpoint
-    from export.postprocess import PostProcess
+    from export.ssd_resnet34.postprocess import SSDPostProcess
 
     done = harness(tmp_path, "predict", demo_surgered, *IMAGES, "-o", "out", "--score", "0.6")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / PREDICTIONS).read_text())
     weights = read_checkpoint(ROOT / "demo" / "ssd-resnet34-demo.safetensors")
     model = load_model(weights, infer_config(weights)).eval()
-    postprocess = PostProcess(model.config)
+    postprocess = SSDPostProcess(model.config)
     seen = 0
     for number, image in enumerate(IMAGES, start=1):
         with torch.inference_mode():

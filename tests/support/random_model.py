@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from export.config import SSDConfig
-from export.model import SSDResNet34
+from export.ssd_resnet34.config import SSDConfig
+from export.ssd_resnet34.model import SSDResNet34
 
 
 def random_model(config: SSDConfig) -> SSDResNet34:

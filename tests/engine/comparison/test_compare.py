@@ -225,12 +225,12 @@ class TorchRunner(BaseRunner):
     def infer_impl(self, feed_dict):
         import torch
 
-        from export.postprocess import PostProcess
+        from export.ssd_resnet34.postprocess import SSDPostProcess
 
         self.inference_time = 0.0
         with torch.no_grad():
             loc, conf = self.model(torch.from_numpy(feed_dict[IMAGES]))
-            detections, count = PostProcess(self.model.config)(loc, conf)
+            detections, count = SSDPostProcess(self.model.config)(loc, conf)
         heads = {f"loc_{i}": x.numpy() for i, x in enumerate(loc)}
         heads |= {f"conf_{i}": x.numpy() for i, x in enumerate(conf)}
         return heads | {"detections": detections.numpy(), "num_detections": count.numpy()}

@@ -56,7 +56,7 @@ def model(size, images, tmp_path_factory):
     """A detector of full width in INT8."""
     from safetensors.torch import save_file
 
-    from export.config import SSDConfig
+    from export.ssd_resnet34.config import SSDConfig
     from tests.support.random_model import random_model
 
     folder = tmp_path_factory.mktemp("wide")

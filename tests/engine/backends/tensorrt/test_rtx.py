@@ -27,9 +27,9 @@ pytestmark = NEEDS_RTX
 @pytest.fixture(scope="module")
 def full_int8(tmp_path_factory):
     """The MLPerf network, 1200x1200, random weights, INT8 and FP16."""
-    from export.config import SSDConfig
-    from export.model import SSDResNet34
     from export.onnx_export import Detector, export_detector, without_heads
+    from export.ssd_resnet34.config import SSDConfig
+    from export.ssd_resnet34.model import SSDResNet34
 
     folder = tmp_path_factory.mktemp("full")
     onnx.save(without_heads(export_detector(Detector(SSDResNet34(SSDConfig())))), folder / "f.onnx")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from export.config import BOXES_PER_CELL, EXTRA_BLOCKS, HEAD_STRIDE, SSDConfig
+from export.architecture import Network
+from export.ssd_resnet34.config import BOXES_PER_CELL, EXTRA_BLOCKS, HEAD_STRIDE, SSDConfig
+from export.ssd_resnet34.postprocess import SSDPostProcess
 
 
 class BasicBlock(nn.Module):
@@ -60,8 +62,10 @@ class Backbone(nn.Module):
         return features
 
 
-class SSDResNet34(nn.Module):
+class SSDResNet34(Network):
     """The detector without decoding and NMS: images to head tensors."""
+
+    config: SSDConfig
 
     def __init__(self, config: SSDConfig) -> None:
         super().__init__()
@@ -95,18 +99,9 @@ class SSDResNet34(nn.Module):
                 nn.init.xavier_uniform_(head.weight)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Run backbone and heads.
+        """Run backbone and heads; see `Network.forward`.
 
-        Parameters
-        ----------
-        images
-            float32 [N, 3, S, S], RGB, normalised with ImageNet mean and deviation.
-
-        Returns
-        -------
-        loc, conf
-            Per level [N, 4 * A, g, g] (channel = coordinate * A + shape) and
-            [N, num_classes * A, g, g] (channel = class * A + shape), logits.
+        Channels are coordinate * A + shape, and class * A + shape.
         """
         features = [self.model(images)]
         for block in self.additional_blocks:
@@ -114,3 +109,7 @@ class SSDResNet34(nn.Module):
         loc = [head(f) for head, f in zip(self.loc, features, strict=True)]
         conf = [head(f) for head, f in zip(self.conf, features, strict=True)]
         return loc, conf
+
+    def postprocess(self) -> SSDPostProcess:
+        """What makes detections of the head tensors."""
+        return SSDPostProcess(self.config)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from export.config import ASPECT_RATIOS, SSDConfig
+from export.ssd_resnet34.config import ASPECT_RATIOS, SSDConfig
 
 SCALES_AT_300 = (21, 45, 99, 153, 207, 261, 315)
 """Default-box scales in pixels of a 300x300 image; scaled to the image size and truncated."""
