@@ -131,13 +131,12 @@ def build_onnx(route: Route) -> Path:
     HarnessError
         When the weights are missing or of another detector, or a command fails (it has said why).
     """
-    known = BENCHMARKS[route.benchmark]
+    folder, known = route.build_dir / "onnx", BENCHMARKS[route.benchmark]
     if not route.weights.is_file():
         how = "the demo's are in the repository"
         if known.models:
             how = f"put them there (harness download model --benchmark {route.benchmark})"
         raise HarnessError(f"{route.weights}: no such weights; {how}, or name yours with WEIGHTS")
-    folder = route.build_dir / "onnx"
     detector = route.weights
     if detector.suffix == ".onnx" and route.image_size is not None:
         raise HarnessError(f"{detector} has its image size; leave out --image-size")
