@@ -15,13 +15,13 @@ from torch import Tensor
 
 from demo.evaluate import DATA, MEAN, STD, evaluate
 from demo.glyphs import ATLAS, DemoError
-from demo.objective import match, multibox_loss
+from demo.recipes import RECIPES, Recipe
 from demo.scene_pool import ScenePool, SceneSource, augment
+from export.architecture import Architecture, Network
+from export.architectures import by_name
+from export.config import Config
 from export.errors import ExportError
 from export.ssd_resnet34 import SSD_RESNET34
-from export.ssd_resnet34.config import SSDConfig
-from export.ssd_resnet34.default_boxes import default_boxes
-from export.ssd_resnet34.model import SSDResNet34
 
 WARM_UP = 0.03
 """Share of the time budget over which the learning rate rises to its peak."""
@@ -36,6 +36,7 @@ LOG_EVERY = 50
 class Plan:
     """A training run: the command's arguments, see `train`."""
 
+    model: str
     width: int
     image_size: int
     minutes: float
@@ -57,7 +58,7 @@ def learning_rate(progress: float, peak: float) -> float:
 class Average:
     """Exponential moving average of a model's parameters and batch-norm statistics."""
 
-    def __init__(self, model: SSDResNet34) -> None:
+    def __init__(self, model: Network) -> None:
         # Both dictionaries refer to live tensors, which training changes in place.
         self._present = model.state_dict()
         self.state = {name: value.clone() for name, value in self._present.items()}
@@ -79,16 +80,17 @@ class Average:
 class Trainer:
     """Model, optimiser and average, and one step of training them."""
 
-    def __init__(self, config: SSDConfig, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, config: Config, device: torch.device) -> None:
+        self.recipe = recipe
         self.device = device
         # Channels last is for CUDA: on CPUs, PyTorch 2.13 crashes in it below 16 channels.
         cuda = device.type == "cuda"
         self.layout = torch.channels_last if cuda else torch.contiguous_format
-        self.model = SSDResNet34(config).to(device)
+        self.model = recipe.architecture.network(config).to(device)
         self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.average = Average(self.model)
         self.postprocess = self.model.postprocess()
-        self.priors = torch.from_numpy(default_boxes(config)).to(device)
+        self.priors = torch.cat([self.postprocess.centre, self.postprocess.size]).T.to(device)
         self.mean = torch.tensor(MEAN, device=device)[:, None, None] * 255
         self.std = torch.tensor(STD, device=device)[:, None, None] * 255
         decayed: list[Tensor] = [p for p in self.model.parameters() if p.ndim > 1]
@@ -111,7 +113,7 @@ class Trainer:
         images
             float32 [N, 3, S, S], RGB in 0..255.
         boxes, classes
-            See `demo.objective.match`.
+            See `demo.objective.overlaps`.
         lr
             Learning rate of this step.
 
@@ -126,10 +128,10 @@ class Trainer:
         # On a CPU bfloat16 would only be slower.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loc, conf = self.model(pixels)
-        loc_loss, conf_loss = multibox_loss(
+        loc_loss, conf_loss = self.recipe.loss(
             self.postprocess.join(loc, 4).float(),
             self.postprocess.join(conf, self.model.config.num_classes).float(),
-            match(boxes, classes, self.priors),
+            self.recipe.match(boxes, classes, self.priors),
         )
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loc_loss + conf_loss)
@@ -138,9 +140,9 @@ class Trainer:
         self.average.update()
         return torch.stack([loc_loss, conf_loss]).detach()
 
-    def averaged(self) -> SSDResNet34:
+    def averaged(self) -> Network:
         """Return a new model that holds the average."""
-        model = SSDResNet34(self.model.config).to(self.device)
+        model = self.recipe.architecture.network(self.model.config).to(self.device)
         model.load_state_dict(self.average.state)
         return model.eval()
 
@@ -177,7 +179,7 @@ def _read_resume(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_weights(model: SSDResNet34, path: Path) -> None:
+def save_weights(model: Network, architecture: Architecture, path: Path) -> None:
     """Write a .safetensors file: FP16 weights, and the configuration as metadata."""
     from safetensors.torch import save_file
 
@@ -186,7 +188,7 @@ def save_weights(model: SSDResNet34, path: Path) -> None:
         for name, value in model.state_dict().items()
     }
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={SSD_RESNET34.config_key: model.config.to_json()})
+    save_file(tensors, partial, metadata={architecture.config_key: model.config.to_json()})
     partial.chmod(0o644)
     partial.replace(path)
 
@@ -195,7 +197,8 @@ def run(
     plan: Plan, atlas: Path, resume: Path | None, log: Path | None
 ) -> tuple[Trainer, dict[str, Any]]:
     """Train for the plan's time; returns the trainer and a summary of the run."""
-    config = SSDConfig(image_size=plan.image_size, num_classes=81, width=plan.width)
+    recipe = RECIPES[plan.model]
+    config = recipe.config(plan.image_size, plan.width)
     state = _read_resume(resume) if resume else {}
     seen_before = int(state.get("images_seen", 0))
     # A resumed run must see new scenes, so the key of its random streams depends on the past.
@@ -204,7 +207,7 @@ def run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(plan.seed + seen_before)
-    trainer = Trainer(config, device)
+    trainer = Trainer(recipe, config, device)
     if resume:
         trainer.restore(resume, state)
     pool.start(device, minimum=4 * plan.batch)
@@ -259,11 +262,16 @@ app = typer.Typer(add_completion=False)
 def train(  # noqa: PLR0917 - each is a named option of the command line
     out: Annotated[Path, typer.Option("-o", "--out", help="the .safetensors to write")],
     atlas: Annotated[Path, typer.Option(help="pictures, from python -m demo.glyphs")] = ATLAS,
+    model: Annotated[str, typer.Option(help="detector, as export-onnx names it")] = (
+        SSD_RESNET34.name
+    ),
     width: Annotated[int, typer.Option(help="channels of the first convolution")] = 16,
     image_size: Annotated[int, typer.Option(help="side of the network's input")] = 400,
     minutes: Annotated[float, typer.Option(help="training time; the schedule fits it")] = 8.0,
     batch: Annotated[int, typer.Option(help="images per step")] = 128,
-    lr: Annotated[float, typer.Option(help="peak learning rate")] = 2e-3,
+    lr: Annotated[
+        float | None, typer.Option(help="peak learning rate", show_default="the detector's")
+    ] = None,
     workers: Annotated[int, typer.Option(help="processes that compose scenes")] = 15,
     pool: Annotated[int, typer.Option(help="scenes kept on the device")] = 16384,
     seed: Annotated[int, typer.Option(help="selects the random streams")] = 0,
@@ -274,13 +282,15 @@ def train(  # noqa: PLR0917 - each is a named option of the command line
     data: Annotated[Path, typer.Option(help="validation data, evaluated at the end")] = DATA,
 ) -> None:
     """Train, then write OUT, OUT's .resume.pt (float32) and .json (summary with mAP)."""
-    plan = Plan(width, image_size, minutes, batch, lr, workers, pool, seed)
+    recipe = RECIPES[by_name(model).name]
+    peak = recipe.lr if lr is None else lr
+    plan = Plan(model, width, image_size, minutes, batch, peak, workers, pool, seed)
     trainer, summary = run(plan, atlas, resume, log)
-    model = trainer.averaged()
-    save_weights(model, out)
+    averaged = trainer.averaged()
+    save_weights(averaged, recipe.architecture, out)
     trainer.save(out.with_suffix(".resume.pt"), summary["images_seen"])
     try:
-        summary["metrics"] = evaluate(model, data, trainer.device)
+        summary["metrics"] = evaluate(averaged, data, trainer.device)
     except ImportError as error:
         print(f"not evaluated here ({error}); run python -m demo.evaluate {out}")
     out.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")

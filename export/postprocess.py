@@ -139,6 +139,8 @@ class PostProcess(nn.Module, ABC):
         Largest dw and dh, as exponents; 0: none.
     silent
         Logit of a class that shows nothing, where another class of the prior shows something.
+    centre, size
+        Of the priors: float32 [2, P], x and y, in fractions of the image.
     """
 
     rules: ClassVar[Rules]
@@ -147,6 +149,8 @@ class PostProcess(nn.Module, ABC):
     anchor_major: ClassVar[bool]
     bound: ClassVar[float] = 0.0
     silent: ClassVar[float]
+    centre: Tensor
+    size: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -37,8 +37,6 @@ class RetinaNetPostProcess(PostProcess):
     def __init__(self, config: RetinaNetConfig) -> None:
         super().__init__(config)
         lt, rb = np.split(anchors(config).T, 2)
-        self.centre: Tensor
-        self.size: Tensor
         for name, values in (("centre", (lt + rb) / 2), ("size", rb - lt)):
             rows = torch.from_numpy(values.astype(np.float32))
             self.register_buffer(name, rows, persistent=False)

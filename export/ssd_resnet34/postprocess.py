@@ -32,8 +32,6 @@ class SSDPostProcess(PostProcess):
     def __init__(self, config: SSDConfig) -> None:
         super().__init__(config)
         priors = torch.from_numpy(default_boxes(config)).T.contiguous()
-        self.centre: Tensor
-        self.size: Tensor
         self.register_buffer("centre", priors[:2], persistent=False)
         self.register_buffer("size", priors[2:], persistent=False)
 

@@ -16,9 +16,10 @@ from demo.categories import CATEGORIES
 from demo.evaluate import coco_map
 from demo.glyphs import ATLAS, FONT, Atlas, DemoError, render
 from demo.make_dataset import IMAGES, MIN_PER_CATEGORY, make_split
-from demo.objective import IGNORED, encode, match, multibox_loss
+from demo.objective import IGNORED, encode
 from demo.scene_pool import augment, to_sample
 from demo.scenes import scenes, stream
+from demo.ssd_objective import ENCODING, match, multibox_loss
 from export.ssd_resnet34.config import SSDConfig
 from export.ssd_resnet34.default_boxes import default_boxes
 from export.ssd_resnet34.postprocess import SSDPostProcess
@@ -356,7 +357,7 @@ def test_encoding_is_the_inverse_of_the_network_s_decoding():
     start = torch.rand(2, len(priors), 2, generator=generator) * 0.7
     size = torch.rand(2, len(priors), 2, generator=generator) * 0.3 + 0.02
     boxes = torch.cat([start, start + size], dim=2)
-    decoded = SSDPostProcess(config).decode(encode(boxes, priors).transpose(1, 2))
+    decoded = SSDPostProcess(config).decode(encode(boxes, priors, ENCODING).transpose(1, 2))
     assert torch.allclose(decoded, boxes, atol=1e-5)
 
 
