@@ -91,8 +91,8 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
     tests: list[Test] = []
     root: Path | None = None
     for route in routes:
-        check_data(route, "val", "cal")
         config, settings = _settings(route, arguments)
+        check_data(route, "val", "cal")
         if config.engine == "triton" and arguments.urls is None and config.url is None:
             find_server(route.build_dir)  # missing, it is missed before hours of preparation
         model = build_int8(route, int8_form(config.builder, config.device)).path
