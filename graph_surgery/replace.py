@@ -14,6 +14,7 @@ from graph_surgery.batch import BATCH, free_batch
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import export_graph, import_graph, namer
 from graph_surgery.heads import OPERATOR
+from graph_surgery.names import DETECTOR_KEY
 from graph_surgery.network import (
     BATCH_NORM,
     channels_first,
@@ -40,6 +41,9 @@ from graph_surgery.verify import same_network, verify_network, verify_tail
 PRIORS = "nms_priors"
 """Name of the initialiser that holds the priors; a longer one where it is taken."""
 
+
+LEVEL_CUTTING = "retinanet"
+"""What a detector is called that does not say so, of those whose levels have a cut of their own."""
 
 UNIT_KEY = "box_units"
 """Metadata: the unit of boxes, of a model whose boxes were in pixels."""
@@ -124,6 +128,9 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
         )
     if tail.attributes.backgroundLabelId < 0:
         changes.append("no class is the background: labels count from 0")
+    if tail.attributes.levelTopK:
+        metadata = {entry.key: entry.value for entry in new_model.metadata_props}
+        onnx.helper.set_model_props(new_model, {DETECTOR_KEY: LEVEL_CUTTING} | metadata)
     changes += _by_level(tail)
     if layout.by_cell:
         changes.append(

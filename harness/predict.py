@@ -78,15 +78,18 @@ def find_images(places: Sequence[str]) -> tuple[Path, ...]:
         files = [file for path in paths for file in _images_of(Path(path))]
         if not files:
             above = Path(place).parent
-            below = _images_of(above) if above.name and above.is_dir() else ()
-            hint = (
-                f"; below {above} are some, as {next(iter(below))}: name {above}" if below else ""
-            )
+            beside = _beside(above) if above.name and above.is_dir() else None
+            hint = f"; in {above} are some, as {beside}: name {above}" if beside else ""
             raise HarnessError(
                 f"{place}: no such image, nor a folder or pattern that has some{hint}"
             )
         found |= dict.fromkeys(files)
     return tuple(found)
+
+
+def _beside(folder: Path) -> Path | None:
+    """One of the images of a folder, not of those in it, which may be a disk."""
+    return next((file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES), None)
 
 
 def _images_of(path: Path) -> Iterable[Path]:

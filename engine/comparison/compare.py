@@ -338,11 +338,12 @@ class _Detections:
         found = []
         for kept in self._rows:
             rows = np.concatenate(kept)
-            if len(rows) and rows[:, 6].max() >= categories + truth.first_label:
-                raise EngineError(
-                    f"label {rows[:, 6].max():g} was detected, the annotations have "
-                    f"{categories} categories"
-                )
+            for label in (rows[:, 6].min(initial=np.inf), rows[:, 6].max(initial=-np.inf)):
+                if len(rows) and not 0 <= label - truth.first_label < categories:
+                    raise EngineError(
+                        f"label {label:g} was detected, the annotations have {categories} "
+                        f"categories, the first of label {truth.first_label}"
+                    )
             rows[:, 6] += 1 - truth.first_label
             value = coco_stats(truth.content, truth.images, rows)["AP"]
             found.append(value if value >= 0 else math.nan)

@@ -118,7 +118,13 @@ def compare_files(
         files = preprocessed.files[:limit]
         count = len(files)
         if annotations is not None:
-            truth = load_truth(annotations, files, first_label(a.manifest))
+            first_a, first_b = first_label(a.manifest), first_label(b.manifest)
+            if first_a != first_b:
+                raise EngineError(
+                    f"labels of {first} count from {first_a}, those of {second} from {first_b}: "
+                    "these are different networks"
+                )
+            truth = load_truth(annotations, files, first_a)
 
     def held(reference: Opened, truth: Truth | None, what: str) -> Comparison:
         images = _noise(count, shape) if preprocessed is None else _read(preprocessed, count)

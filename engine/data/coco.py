@@ -224,7 +224,7 @@ def coco_evaluation(
         Its images that are evaluated, each once; those without detections count.
     rows
         float32 [R, 7]: position in `images`, ymin, xmin, ymax, xmax (normalised), score, label;
-        label L is the L-th category, 0 the background.
+        label L is the L-th category, 0 the background, whatever the model's own count from.
 
     Returns
     -------

@@ -60,9 +60,9 @@ def add(
         f"{name}: {len(added.val)} images, {low[1]}x{low[0]} to {high[1]}x{high[0]}, {objects} "
         f"objects in {len(added.categories)} categories; {len(added.cal)} calibration images"
     )
-    for label, (category, count) in enumerate(added.categories.items(), 1):
+    for number, (category, count) in enumerate(added.categories.items(), 1):
         shown = category if category.isprintable() else ascii(category)
-        typer.echo(f"  label {label}: {shown}, {count} objects")
+        typer.echo(f"  category {number}: {shown}, {count} objects")
     for oddity in added.oddities:
         typer.echo(f"warning: {oddity}", err=True)
     if not added.cal:

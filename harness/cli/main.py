@@ -207,7 +207,7 @@ def run(
     if resume and log_dir is None:
         raise HarnessError("--resume goes on in the folder of an earlier run: name it, --log-dir")
     described = benchmark_of_file(model)
-    machine = None if config is None else config_of(config)
+    machine = None if config is None else config_of(config, described.detector)
     overrides = {
         "batch_size": batch,
         "target_qps": target_qps,

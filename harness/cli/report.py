@@ -56,8 +56,9 @@ def accuracy(
         raise HarnessError(f"{dataset} has no annotations")
     if (log.parent / SAMPLES).exists():
         files = load_map(log.parent / SAMPLES)
-    if (log.parent / RESULT).exists():
-        first = first_label(read_result(log.parent / RESULT).engine)
+    if labels_from is None and (log.parent / RESULT).exists():
+        engine = read_result(log.parent / RESULT).engine
+        labels_from = first_label(engine) if "first_label" in engine else None
     result = evaluate(log, annotations, files, first if labels_from is None else labels_from)
     for name, value in result.stats.items():
         typer.echo(f"{name:>6} {value:.4f}")

@@ -69,8 +69,8 @@ def check_classes(dataset: Dataset, model: Path) -> None:
     categories, (count, _) = load_annotations(dataset.annotations)["categories"], _classes(model)
     if count is not None and count > len(categories):
         raise HarnessError(
-            f"the model has {count} classes besides background, {dataset.annotations} "
-            f"{len(categories)} categories: label L is the L-th of them, and some have none; "
+            f"the model detects {count} classes, {dataset.annotations} has {len(categories)} "
+            "categories: they go together by their order, and some classes have none; "
             "list all categories of the model there, also those without an object"
         )
 
@@ -146,7 +146,7 @@ def size_oddities(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
 
 
 def class_oddities(categories: Sequence[str], count: int | None, names: Sequence[str]) -> list[str]:
-    """Compare a model's classes with the annotations' categories: label L is the L-th of each.
+    """Compare a model's classes with the annotations' categories: they go together by their order.
 
     Parameters
     ----------
@@ -159,18 +159,18 @@ def class_oddities(categories: Sequence[str], count: int | None, names: Sequence
     """
     if count is not None and count != len(categories):
         return [
-            f"the model has {count} classes besides background, the annotations {len(categories)} "
-            "categories; label L stands for the L-th category, also where the first is unused"
+            f"the model detects {count} classes, the annotations have {len(categories)} "
+            "categories; they go together by their order, also where the first is unused"
         ]
     pairs = [(str(a), str(b)) for a, b in zip(names, categories, strict=False)]
-    label = next((n for n, (a, b) in enumerate(pairs, 1) if _plain(a) != _plain(b)), None)
-    if label is None:
+    number = next((n for n, (a, b) in enumerate(pairs, 1) if _plain(a) != _plain(b)), None)
+    if number is None:
         return []
     differ = sum(_plain(a) != _plain(b) for a, b in pairs)
     return [
         f"{differ} of {len(pairs)} classes are named otherwise in the annotations, the first is "
-        f"label {label}: {pairs[label - 1][0]!a} in the model, {pairs[label - 1][1]!a} there; "
-        "label L stands for the L-th category"
+        f"number {number}: {pairs[number - 1][0]!a} in the model, {pairs[number - 1][1]!a} there; "
+        "they go together by their order"
     ]
 
 

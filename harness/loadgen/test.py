@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
-from engine.protocol import Engine
+from engine.protocol import Engine, first_label
 from engine.support.files import write_atomically
 from engine.support.progress import Progress
 from harness.benchmarks import DEFAULT
@@ -84,7 +84,7 @@ def run_test(
     timeout_s: float,
     progress: Progress | None = None,
     audit: Audit | None = None,
-    labels: range = ANY_LABEL,
+    labels: range | None = None,
     detector: str = DEFAULT.detector,
 ) -> Outcome:
     """Run one LoadGen test and read its logs back.
@@ -108,8 +108,9 @@ def run_test(
     audit
         Compliance test that the run belongs to.
     labels
-        Those that a detection may have. An accuracy run checks the labels, the order of images,
-        scores and corners in every batch, a performance run in one of 50 ms.
+        Those that a detection may have; None: any from the engine's first on. An accuracy run
+        checks the labels, the order of images, scores and corners in every batch, a performance
+        run in one of 50 ms.
     detector
         LoadGen's name of the model.
 
@@ -133,7 +134,7 @@ def run_test(
         streams=settings.streams,
         one_by_one=isinstance(settings, SingleStream | MultiStream),
         check_all=mode == "AccuracyOnly",
-        labels=labels,
+        labels=labels or range(first_label(engines[0].manifest), ANY_LABEL.stop),
     )
     total = len(source.files)
     warm_up = [index % total for index in range(batch)]

@@ -29,6 +29,7 @@ from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from engine.load import BACKENDS
 from engine.support.documents import checked, one_of, read_toml
 from engine.support.environment import cpu_name, gpu_name
+from harness.benchmarks import BENCHMARKS
 from harness.data.dataset import SHIPPED
 from harness.errors import HarnessError, as_harness_error
 from harness.loadgen.settings import check_tables
@@ -197,19 +198,23 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
     return _config(path, files[path], version)
 
 
-def config_of(path: Path) -> SystemConfig | None:
+def config_of(path: Path, detector: str) -> SystemConfig | None:
     """Return the default version of a file; None where it has no [system], as one of settings.
 
     Raises
     ------
     HarnessError
-        When it cannot be read or understood.
+        When it cannot be read or understood, or is for a benchmark of another detector.
     """
     with as_harness_error():
         document = read_toml(path)
     if "system" not in document:
         return None
-    return _config(path, read_config_file(path), DEFAULT_VERSION)
+    file = read_config_file(path)
+    known = BENCHMARKS.get(file.system.benchmark)
+    if known is not None and known.detector != detector:
+        raise HarnessError(f"{path} is for {known.name}, and the model is of {detector}")
+    return _config(path, file, DEFAULT_VERSION)
 
 
 def _named(path: Path, benchmark: str, version: str) -> SystemConfig:

@@ -138,8 +138,8 @@ def read_result(path: Path) -> RunResult:
     return result
 
 
-_SINCE = ("keep_top_k", "outputs", "first_label")
-"""What manifests did not always say."""
+_SINCE = ("keep_top_k", "outputs")
+"""What manifests did not say before 0.2."""
 
 _PREPARED = ("max_batch", "batch_sizes", "kernels")
 """What cuDNN makes ready for the scenarios of a command; a plan of other sizes is another file."""
@@ -151,6 +151,8 @@ _PLACES = ("gpus",)
 def engine_difference(then: Mapping[str, Any], manifest: Mapping[str, Any]) -> str | None:
     """What makes an engine another one than that of a result, as ``key was A and is B now``."""
     now: dict[str, Any] = json.loads(json.dumps(manifest))
+    # labels were taken so, right or not, by results that do not say it
+    then, now = {"first_label": 1, **then}, {"first_label": 1, **now}
     unsaid = {key for key in _SINCE if key not in then}
     for key in {**then, **now}:
         known = key in {*unsaid, *_PREPARED, *_PLACES}

@@ -89,7 +89,7 @@ def test_a_system_configuration_of_all_its_keys(tmp_path):
     lines = [f"{key} = {value}" for key, value in values.items()]
     path = tmp_path / "mine.toml"
     path.write_text("\n".join(["[system]", *lines[:2], "[default]", *lines[2:]]))
-    assert config_of(path).devices == (0, 1)
+    assert config_of(path, "ssd-resnet34").devices == (0, 1)
 
 
 def test_a_description_of_all_its_keys(tmp_path):

@@ -35,6 +35,7 @@ def test_onnx_runtime_runs_it(file):
     assert detections.shape == (2, KIND.keep, 7)
     assert (count > 0).all()
     assert engine.manifest["keep_top_k"] == KIND.keep
+    assert engine.manifest["first_label"] == 0
     assert load_detector(file).keep_top_k == KIND.keep
 
 

@@ -169,6 +169,12 @@ def test_inspect_tells_what_it_found(surgered):
     assert facts["anchors"].startswith("378, 3, 3, 3 a cell")
 
 
+def test_what_does_not_say_its_detector_is_a_retinanet(exported):
+    """Else its runs would be called by another's name, and judged on another data set."""
+    metadata = insert_nms(exported.model).model.metadata_props
+    assert {entry.key: entry.value for entry in metadata}["detector"] == "retinanet"
+
+
 @pytest.mark.parametrize("damage", ["levelTopK", "plugin_version"])
 def test_attributes_of_ours_that_are_not_whole_are_refused(damage):
     model = insert_nms(retina()).model

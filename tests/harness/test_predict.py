@@ -108,7 +108,7 @@ def test_labels_without_names_are_numbers(place):
     [
         (["shots", "none"], "none: no such image"),
         (["x*.png"], "x*.png: no such image"),
-        (["shots/*.webp"], "below shots are some, as shots/"),
+        (["shots/*.webp"], "in shots are some, as shots/"),
         (["shots/a.png", "--names", "short"], "short: cannot read the names"),
         (["shots/a.png", "--engine", "triton", "--url", "a:1,b:2"], "one server"),
         (["shots/a.png", "--engine", "tpu"], "unknown engine 'tpu'"),

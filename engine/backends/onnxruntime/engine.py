@@ -118,7 +118,9 @@ def _first_label(model: Path) -> int:
     """See `engine.model.Detector`; nobody asks Triton's process for it, which has no onnx."""
     try:
         from engine.model import load_detector
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
         return 1
     return load_detector(model).first_label
 

@@ -116,9 +116,9 @@ def test_another_size_of_images():
         (2, ("Cat", "DOG"), None),
         (2, (), None),
         (None, (), None),
-        (3, (), "3 classes besides background, the annotations 2 categories"),
-        (1, ("cat",), "1 classes besides background"),
-        (2, ("dog", "cat"), "2 of 2 classes are named otherwise.* label 1: 'dog' in the model"),
+        (3, (), "detects 3 classes, the annotations have 2 categories"),
+        (1, ("cat",), "detects 1 classes"),
+        (2, ("dog", "cat"), "2 of 2 classes are named otherwise.* number 1: 'dog' in the model"),
     ],
 )
 def test_classes_and_categories(count, names, said):

@@ -66,7 +66,7 @@ def test_maps_and_links_are_written_and_all_is_said(place):
     done = add("--calibration-images", "others")
     assert done.exit_code == 0, done.exception
     assert "traffic: 3 images, 40x30 to 40x30, 3 objects in 2 categories; 2 calib" in done.output
-    assert "label 1: cat, 0 objects\n  label 2: dog, 3 objects" in done.output
+    assert "category 1: cat, 0 objects\n  category 2: dog, 3 objects" in done.output
     assert "1 categories have no object, as 'cat'" in done.output
     assert "1 images in mine are not in a.json and are left out" in done.output
     assert (
@@ -169,7 +169,7 @@ def test_the_data_set_that_is_taken_without_a_name_is_said(place, command):
     grey_detector(place / "grey.onnx")
     done = CliRunner().invoke(app, [command, "grey.onnx"])
     assert str(done.exception).endswith(
-        "; coco is what is taken without --dataset NAME, others are: demo, traffic"
+        "; coco is what is taken without --dataset NAME, others are: demo, openimages, traffic"
     )
     done = CliRunner().invoke(app, [command, "grey.onnx", "--dataset", "traffic"])
     assert "without --dataset" not in str(done.exception)

@@ -109,6 +109,20 @@ def test_server_waits_for_company(tmp_path, delay, grown):
     assert (np.median(batches) > 3) == grown
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_labels_count_from_the_engines_first(tmp_path, first):
+    """As `harness tune` runs it, without annotations."""
+    engine = FakeEngine(fault="background")
+    engine.manifest = {"backend": "fake", "first_label": first}
+    settings = short("Offline", target_qps=1.0)
+    given = (engine,), Memory(TOTAL), settings, "AccuracyOnly", tmp_path
+    if first == 0:
+        run_test(*given, timeout_s=30)
+        return
+    with pytest.raises(RunFailedError, match=r"a label outside 1\.\."):
+        run_test(*given, timeout_s=30)
+
+
 def test_a_stale_audit_config_has_no_effect(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "audit.config").write_text("*.*.mode = 1\n")

@@ -242,9 +242,11 @@ def test_a_file_by_its_path(write, tmp_path):
     )
     path = made.rename(tmp_path / "mine.toml")
     config = system_config(MODEL, "default", str(path))
-    assert config == config_of(path)
+    assert config == config_of(path, "ssd-resnet34")
     assert (config.name, config.source, config.threads) == ("mine", path, 3)
     assert settings_from(config.tables, ["Offline"], {})[0].batch == 5
+    with pytest.raises(HarnessError, match="for ssd-resnet34, and the model is of retinanet"):
+        config_of(path, "retinanet")
     with pytest.raises(
         HarnessError, match=r"mine\.toml is for ssd-resnet34, not for ssd-resnet34-demo"
     ):
@@ -255,7 +257,7 @@ def test_a_file_by_its_path(write, tmp_path):
         system_config(MODEL, "default", "none.toml")
     settings = tmp_path / "settings.toml"
     settings.write_text("min_duration_ms = 5")
-    assert config_of(settings) is None
+    assert config_of(settings, "ssd-resnet34") is None
 
 
 def test_all_stands_for_every_name():

@@ -339,6 +339,8 @@ def test_what_a_result_from_before_does_not_say_is_not_compared(place, tmp_path)
     compared(place, tmp_path, {}, says)
     with pytest.raises(HarnessError, match="another engine: keep_top_k was 200 and is 100"):
         compared(place, tmp_path, {**says, "keep_top_k": 200}, says)
+    with pytest.raises(HarnessError, match="another engine: first_label was 1 and is 0"):
+        compared(place, tmp_path, says, {**says, "first_label": 0})
 
 
 def test_runs_of_two_commands_go_together(place, tmp_path):
