@@ -171,7 +171,7 @@ def test_inspect_tells_what_it_found(surgered):
 
 def test_what_does_not_say_its_detector_is_a_retinanet(exported):
     """Else its runs would be called by another's name, and judged on another data set."""
-    metadata = insert_nms(exported.model).model.metadata_props
+    metadata = exported.model.metadata_props
     assert {entry.key: entry.value for entry in metadata}["detector"] == "retinanet"
 
 
