@@ -55,7 +55,8 @@ def run_command(
         if "\n" in said or not said:  # the help, where no argument was given
             error.show()
         else:
-            complain(name, f"{said.rstrip('.')}; see '{error.ctx.command_path} --help'")
+            path = error.ctx.command_path if error.ctx else program or name
+            complain(name, f"{said.rstrip('.')}; see '{path} --help'")
         sys.exit(2)
     except errors as error:
         complain(name, f"{error}{_elsewhere(str(error), sys.argv[1:])}")
