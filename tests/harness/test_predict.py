@@ -38,7 +38,7 @@ def test_predictions_are_those_of_pytorch(demo_surgered, tmp_path):
     seen = 0
     for number, image in enumerate(IMAGES, start=1):
         with torch.inference_mode():
-            rows, counts = postprocess(*model(_load(image, 400)[None]))
+            rows, counts = postprocess(*model(_load(image, (400, 400))[None]))
         expected = [row for row in rows[0, : counts[0]].tolist() if row[5] >= 0.6]
         ours = [one for one in found if one["image_id"] == number]
         height, width = cv2.imread(str(image)).shape[:2]
