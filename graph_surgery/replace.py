@@ -31,6 +31,7 @@ from graph_surgery.nms_function import (
     add_nms,
     nms_function,
 )
+from graph_surgery.normalisation import check_normalised, take_out_normalisation
 from graph_surgery.pattern import find_nms_node, find_tail, read_surgered
 from graph_surgery.protobuf import check, convert, inputs, opset_of
 from graph_surgery.sizes import fold_sizes
@@ -76,8 +77,9 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     Functions of the model are inlined, and what ONNX Runtime's optimiser fused is taken apart.
     Channels of the heads, and of images, are put in order, batch norms are folded into their
     convolutions, a model older than opset 18 is converted to it, and a fixed batch becomes dynamic,
-    unless the network computes with it; old and new network are run on the same images and must
-    agree, too. Inputs that nothing reads are left out.
+    unless the network computes with it. ImageNet's normalisation of images is taken out: they are
+    normalised before. Old and new network are run on the same images and must agree, too. Inputs
+    that nothing reads are left out.
 
     Parameters
     ----------
@@ -88,7 +90,8 @@ def insert_nms(model: onnx.ModelProto) -> SurgeryResult:
     ------
     SurgeryError
         When no tail, or not one that the operator can express, is found, or the proof fails;
-        when the model has an NMS_OPT_TRT node that is not as this function makes it.
+        when the model has an NMS_OPT_TRT node that is not as this function makes it; when the graph
+        normalises its images by other numbers than ImageNet's.
     """
     given = inline_functions(model)
     inlined, unfused = given is not model, unfuse(given)
@@ -205,7 +208,17 @@ def _adapt_network(
             f"images [N, H, W, C] became [N, C, H, W], as engines take them: {', '.join(images)}"
         )
     channels = _ordered(tail)
-    verify = functools.partial(verify_network, old, channels=channels, images=images)
+    new, normalisation = take_out_normalisation(new)
+    maps = {}
+    if normalisation is not None:
+        maps[normalisation.image] = normalisation.scale, normalisation.shift
+        changes.append(
+            "the graph normalised its images itself, by ImageNet's mean and deviation of pixels in "
+            f"0..{normalisation.top}: taken out, images are normalised before"
+        )
+    verify = functools.partial(
+        verify_network, old, channels=channels, images=images, normalised=maps
+    )
     if (batch := tail.heads.batch) is not None:
         free = free_batch(new, batch)
         try:
@@ -215,8 +228,8 @@ def _adapt_network(
         else:
             new = free
             changes.append(f"the batch, fixed at {batch}, became dynamic")
-    turned = channels or images
-    if difference is None and (turned or not same_network(old, new, names)):
+    changed = channels or images or maps
+    if difference is None and (changed or not same_network(old, new, names)):
         difference = verify(new, names, batch or 1, runs=1)
     if difference is not None:
         changes.append(
@@ -250,6 +263,7 @@ def _check_surgered(model: onnx.ModelProto, graph: gs.Graph, node: gs.Node) -> N
         raise SurgeryError(f"the graph has {count} {OP_TYPE} nodes, not one: {again}")
     try:
         attributes = read_surgered(graph, node).attributes
+        check_normalised(graph)
     except SurgeryError as error:
         raise SurgeryError(f"the graph was operated on before, but {error}; {again}") from error
     functions = [f for f in model.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]

@@ -23,6 +23,7 @@ from graph_surgery.samples import proof_images
 from graph_surgery.tail import DetectionTail
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 BOXES = f"{DOMAIN}.{OP_TYPE}.{OPERATOR_BOXES.name}"
 """The operator's boxes before it clips them, [N, 4, P], given away for the proof."""
@@ -219,6 +220,7 @@ def verify_network(
     runs: int,
     channels: Mapping[str, NDArray[np.intp]] = MappingProxyType({}),
     images: Container[str] = (),
+    normalised: Mapping[str, tuple[Doubles, Doubles]] = MappingProxyType({}),
 ) -> float:
     """Run the networks in front of the heads on random images.
 
@@ -234,6 +236,8 @@ def verify_network(
         Tensors whose channels the new network has in another order: which of the old ones each is.
     images
         Inputs [N, H, W, C] of the old network that are [N, C, H, W] now.
+    normalised
+        Scale and shift, [C] each, of inputs x that the new network takes as scale * x + shift.
 
     Returns
     -------
@@ -252,7 +256,11 @@ def verify_network(
             tensor = given.type.tensor_type
             shape = [size.dim_value or batch for size in tensor.shape.dim]
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-            feeds[-1][given.name] = rng.normal(size=shape).astype(dtype)
+            drawn = rng.normal(size=shape)  # as the new network takes it
+            if given.name in normalised:
+                scale, shift = _by_channel(given.name, normalised, images)
+                drawn = (drawn - shift) / scale
+            feeds[-1][given.name] = drawn.astype(dtype)
     run_old, run_new = (Runner(part(model, inputs(model), names)) for model in (old, new))
     moving = {given.name for given in inputs(old)}
     for node in old.graph.node:
@@ -262,6 +270,9 @@ def verify_network(
     left = {given.name for given in inputs(new)}
     expected |= {name: expected[name][:, places] for name, places in channels.items()}
     joined = _joined(feeds, moving)
+    for name in normalised:
+        scale, shift = _by_channel(name, normalised, images)
+        joined[name] = (joined[name] * scale + shift).astype(joined[name].dtype)
     actual = run_new(
         {
             name: value.transpose(0, 3, 1, 2) if name in images else value
@@ -286,6 +297,15 @@ def verify_network(
     if not worst <= NETWORK_TOLERANCE:
         raise SurgeryError(f"the network's outputs change by {worst:.2g} of their spread")
     return worst
+
+
+def _by_channel(
+    name: str, maps: Mapping[str, tuple[Doubles, Doubles]], last: Container[str]
+) -> tuple[Doubles, Doubles]:
+    """Scale and shift of an image, as they are applied to [N, C, H, W], or to [N, H, W, C]."""
+    scale, shift = maps[name]
+    shape = -1 if name in last else (-1, 1, 1)
+    return scale.reshape(shape), shift.reshape(shape)
 
 
 def _joined(parts: Sequence[Arrays], moving: Container[str]) -> Arrays:

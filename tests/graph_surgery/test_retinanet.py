@@ -8,11 +8,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from engine.protocol import InputSpec
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 from graph_surgery.inspect import read_tail
 from graph_surgery.replace import insert_nms
 from graph_surgery.survey import survey
+from harness.data.transform import transform
 from tests.support.graphs import nms_node
 from tests.support.retina_graphs import ANCHORS, Retina, retina
 from tests.support.retinanet_golden import anchor_priors, check_golden, retinanet_attributes
@@ -29,15 +31,25 @@ def exported(request, golden):
     return insert_nms(load(path))
 
 
+def preprocessed(images: np.ndarray) -> np.ndarray:
+    """What `harness preprocess` makes of RGB images uint8 [N, 3, H, W]; files hold BGR."""
+    made = np.empty(images.shape, np.float32)
+    spec = InputSpec("images", images.shape[1:], "float32")
+    for image, out in zip(images, made, strict=True):
+        transform(np.ascontiguousarray(image[::-1].transpose(1, 2, 0)), spec, out)
+    return made
+
+
 def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"images": images})
 
 
 def test_torchvision_detections_are_the_same(exported, golden):
-    """Three images, in a batch that was one, as PyTorch has them without any export."""
+    """Three images, in a batch that was one, as PyTorch has them of images / 255, not exported."""
     data = np.load(golden / "retinanet" / "torchvision_small.npz")
-    detections, count = run(exported.model, data["images_u8"].astype(np.float32) / 255)
+    images = preprocessed(data["images_u8"])
+    detections, count = run(exported.model, images)
     for i, (rows, used) in enumerate(zip(detections, count, strict=True)):
         expected = tuple(data[f"eager_{what}_{i}"] for what in ("boxes", "scores", "labels"))
         check_golden(rows[:used], expected, (256, 256), score=THROUGH_A_NETWORK)
@@ -60,6 +72,7 @@ def test_what_is_found_in_torchvisions_exports(exported, golden):
         "dw and dh are at most 4.13517",
         "an offset of their boxes, which rounds them",
         "the batch, fixed at 1, became dynamic",
+        "normalised its images itself, by ImageNet's mean and deviation of pixels in 0..1: taken",
     ):
         assert part in said
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from engine.data.preprocessed import MEAN, STD
 from tests.support.graphs import IMAGE, Builder
 from tests.support.habits import Habits
 
@@ -116,6 +117,10 @@ def _network(
         x = b.op("Transpose", x, perm=[0, 3, 1, 2])
     if habits.stem == "scaled":
         x = b.op("Div", b.op("Sub", x, b.floats(0.1)), b.floats(0.8))
+    if habits.stem == "normalised":
+        shape = [3] if habits.image == "NHWC, turned later" else [1, 3, 1, 1]
+        mean, deviation = (b.floats(np.reshape(one, shape)) for one in (MEAN, STD))
+        x = b.op("Div", b.op("Sub", x, mean), deviation)
     if habits.image == "NHWC, turned later":
         x = b.op("Transpose", b.op("Neg", x), perm=[0, 3, 1, 2])
     if habits.half:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 FORMS = {
     "opset": (11, 12, 13, 15, 17, 18, 21, 23),
     "image": ("NCHW", "NHWC", "NHWC, turned later"),
-    "stem": ("plain", "scaled"),
+    "stem": ("plain", "normalised", "scaled"),
     "norm": ("none", "plain", "behind Identity"),
     "active": ("Relu", "Clip", "LeakyRelu", "PRelu"),
     "block": ("none", "residual", "depthwise", "MaxPool"),
@@ -32,6 +32,7 @@ FORMS = {
 """Slots, and the forms that may stand there, the plain one first."""
 
 REFUSED = {
+    ("stem", "scaled"): "normalises its images",
     ("decode", "clamped"): "CENTER_SIZE",
     ("nms", "batched"): "offset",
     ("nms", "best class"): "best class",
