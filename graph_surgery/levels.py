@@ -81,9 +81,11 @@ def read_cut(graph: gs.Graph, model: onnx.ModelProto, cut: Cut) -> DetectionTail
     errors = []
     for heads in _pairs(list(reads(cut.host)), describe(cut.nms)):
         try:
-            return _read(graph, model, cut, heads)
+            found = places(HeadRunner(model, heads, _names(graph, cut, heads)), heads)
         except SurgeryError as error:
             errors.append(error)
+            continue
+        return _read(graph, model, cut, heads, found)
     raise errors[0]
 
 
@@ -111,8 +113,9 @@ def _pairs(ends: Sequence[gs.Tensor], what: str) -> list[Heads]:
     return paired
 
 
-def _read(graph: gs.Graph, model: onnx.ModelProto, cut: Cut, heads: Heads) -> DetectionTail:
-    found = places(HeadRunner(model, heads, _names(graph, cut, heads)), heads)
+def _read(
+    graph: gs.Graph, model: onnx.ModelProto, cut: Cut, heads: Heads, found: Sequence[Candidates]
+) -> DetectionTail:
     names = dict.fromkeys(name for place in reversed(found) for name in (place.scores, place.boxes))
     run = HeadRunner(model, heads, [*names])
     most = _cut(replace(found[0], run=run))
@@ -174,28 +177,39 @@ def _names(graph: gs.Graph, cut: Cut, heads: Heads) -> list[str]:
 
 
 def _cut(candidates: Candidates) -> int:
-    """How many of a level come in: so many as give the sum over all levels that is seen."""
-    heads = candidates.heads
-    logits = np.random.default_rng(0).uniform(2.0, 6.0, (heads.num_classes, heads.num_priors))
-    seen = int((candidates.entering(logits) > 0.5).sum())
+    """How many of a level come in, measured on each level alone and then on all of them.
+
+    Where no level is cut it is the size of the largest.
+    """
+    heads, rng = candidates.heads, np.random.default_rng(0)
     sizes = [heads.num_classes * level.priors for level in heads.levels]
-    for most in sorted([*_solutions(sizes, seen), max(sizes)]):
-        if sum(min(most, size) for size in sizes) == seen:
-            return int(most)
-    raise SurgeryError(
-        f"{seen} candidates come in of levels of {', '.join(map(str, sizes))}: that is no cut of "
-        "each level to the same number"
-    )
+    ends = np.cumsum([level.priors for level in heads.levels])
+
+    def entering(first: int, last: int) -> int:
+        logits = np.full((heads.num_classes, heads.num_priors), -30.0, np.float32)
+        high = rng.uniform(2.0, 6.0, (heads.num_classes, last - first))
+        logits[:, first:last] = high
+        return int((candidates.entering(logits) > 0.5).sum())
+
+    seen = [entering(first, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
+    cuts = [count for count, size in zip(seen, sizes, strict=True) if count < size]
+    most = max(cuts or sizes)
+    if seen != [min(most, size) for size in sizes]:
+        raise SurgeryError(
+            f"of levels of {_listed(sizes)} scores {_listed(seen)} come in: {OP_TYPE} cuts each "
+            "level to the same number (levelTopK)"
+        )
+    together = entering(0, heads.num_priors)
+    if together != sum(seen):
+        raise SurgeryError(
+            f"each level alone lets {_listed(seen)} scores in, all together {together} and not "
+            f"{sum(seen)}: {OP_TYPE} has no cut over all levels together"
+        )
+    return most
 
 
-def _solutions(sizes: Sequence[int], seen: int) -> list[int]:
-    """Cuts of each level that leave so many of all, where the smallest levels are not cut."""
-    ordered, found = sorted(sizes), []
-    for whole in range(len(ordered)):
-        rest, cut = seen - sum(ordered[:whole]), len(ordered) - whole
-        if rest > 0 and rest % cut == 0:
-            found.append(rest // cut)
-    return found
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _threshold(candidates: Candidates, most: int) -> float:

@@ -33,6 +33,10 @@ SECOND_SHARE = 0.37
 SMALL, LARGE = 0.1, 5.0
 """Standard deviations of a shift, in sizes of the prior, and of the logarithm of a stretch."""
 
+BEHIND = 8
+"""At most so many of a level's candidates are within the cut and of low score, and as many behind
+it."""
+
 TIED = 7
 """Candidates of equal score in a crowd; a topK of 200 ends within such a group."""
 
@@ -42,7 +46,8 @@ def proof_images(tail: DetectionTail) -> list[Image]:
 
     One without candidates; some with so few that each which survives is a detection; one with
     more than keepTopK detections; and, unless the tail caps its classes after suppression, one
-    with a class of more than topK candidates. The others keep every class below topK.
+    with a class of more than topK candidates. The others keep every class below topK. For a cut of
+    levels there are images in which it decides over rows: one for each level, and one for all.
 
     Raises
     ------
@@ -64,7 +69,7 @@ def proof_images(tail: DetectionTail) -> list[Image]:
     images.append(_with_runs(tail, _scores(tail, 2 * _runs(tail, 8 * keep), rng), rng))
     if not tail.capped_after_suppression:
         images.append(_crowd(tail, rng))
-    return images
+    return images + (_cut_images(tail, rng) if tail.attributes.levelTopK else [])
 
 
 def _foreground(tail: DetectionTail) -> list[int]:
@@ -134,6 +139,74 @@ def _crowd(tail: DetectionTail, rng: np.random.Generator) -> Image:
             _set_scores(tail, conf[:, prior], {label: rng.uniform(threshold, 1)})
         conf[:, tied] = conf[:, tied[:1]]
     return loc, conf
+
+
+def _cut_images(tail: DetectionTail, rng: np.random.Generator) -> list[Image]:
+    """Make images on which another cut gives other rows: of each level alone, and of all at once.
+
+    A level that is cut has levelTopK - k high scores on one box, and 2 k low ones apart: of the
+    high ones a row of each class comes out, of the low ones k. Another level has high scores alone,
+    on the same box, as many as may come in: with them a cut over all levels drops low scores.
+
+    A level is such another one, too, where its high scores need more classes than keepTopK has room
+    for, since what is within its cut then fills the rows, and where it is cut by so few that they
+    do not fit beside the low ones.
+    """
+    heads, most, keep = tail.heads, tail.attributes.levelTopK, tail.attributes.keepTopK
+    labels, levels = np.array(_foreground(tail)), heads.levels
+    least = max(1, min(BEHIND, most, keep // (4 * len(levels))))
+    room = min(len(labels), keep - least * len(levels))
+    if room < 1:
+        return []
+    boxes = np.zeros(heads.num_priors, np.intp)  # of each prior: the first, but of low scores
+    highs: list[NDArray[np.intp]] = []  # of each level [2, n]: class and prior
+    lows: list[NDArray[np.intp]] = []
+    start = 0
+    for level in levels:
+        priors = start + rng.permutation(level.priors)
+        start += level.priors
+        behind = max(0, min(least, len(labels) * level.priors - most))
+        apart = -(-2 * behind // len(labels))
+        near, count = priors[apart:], most - behind
+        if not behind or len(near) * room < count:
+            behind, near, count = 0, priors, min(most, len(priors) * room)
+        # More classes than it takes, for suppression in each to be small.
+        classes = max(min(room, len(levels)), -(-count // max(1, len(near))))
+        places = np.arange(count)
+        highs.append(np.stack([places % classes, near[places // classes]]))
+        places = np.arange(2 * behind)
+        lows.append(np.stack([places // max(1, apart), priors[places % max(1, apart)]]))
+        if behind:
+            boxes[priors[:apart]] = boxes.max() + 1 + np.arange(apart)
+    loc = _on_boxes(tail, boxes)
+    alone = [[index] for index, low in enumerate(lows) if low.size]
+    every = [[*range(len(levels))]] if len(levels) > 1 else []
+    images = []
+    for chosen in alone + every:
+        _, conf = _background(tail, rng)
+        for parts, best, worst in ((highs, 0.9, 0.5), (lows, 0.4, 0.1)):
+            label, prior = np.concatenate([parts[index] for index in chosen], axis=1)
+            above = rng.permutation(np.linspace(best, worst, len(prior)))
+            threshold = tail.attributes.confidenceThreshold
+            score = threshold + (1 - threshold) * above
+            conf[labels[label], prior] = np.log(score / (1 - score))
+        images.append((loc, conf))
+    return images
+
+
+def _on_boxes(tail: DetectionTail, boxes: NDArray[np.intp]) -> Floats:
+    """Deltas [4, P] that put each prior on one of some boxes that do not touch.
+
+    None is larger than the smallest prior, so that no bound of dw and dh is reached.
+    """
+    priors, variances = tail.priors.astype(np.float64).reshape(2, -1, 4)
+    sizes = priors[:, 2:] - priors[:, :2]
+    side = int(np.ceil(np.sqrt(boxes.max() + 1)))
+    centres = (np.stack([boxes % side, boxes // side], axis=1) + 0.5) / side
+    shift = (centres - (priors[:, :2] + priors[:, 2:]) / 2) / sizes
+    stretch = np.log(np.minimum(0.5 / side, sizes.min(axis=0)) / sizes)
+    loc = np.concatenate([shift, stretch], axis=1) / variances
+    return np.ascontiguousarray(loc.T, np.float32)
 
 
 def _set_scores(tail: DetectionTail, logits: Floats, scores: dict[int, float]) -> None:

@@ -1,7 +1,7 @@
 """The surgery on RetinaNets: torchvision's own exports, and graphs like the official one."""
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnx
@@ -12,6 +12,7 @@ from engine.protocol import InputSpec
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 from graph_surgery.inspect import read_tail
+from graph_surgery.pattern import find_tail
 from graph_surgery.replace import insert_nms
 from graph_surgery.survey import survey
 from harness.data.transform import transform
@@ -163,11 +164,46 @@ def test_a_file_after_its_surgery_is_left():
         (Retina(twist="small boxes dropped"), "come in|sigmoid|disagree"),
         (Retina(label=1), "disagree on labels alone"),
         (Retina(keep=10**6), "how many an image keeps is not known"),
+        (Retina(each=(50, 40, 30)), "50, 40, 30 come in: .* to the same number"),
+        (Retina(classes=4, each=(50, 40, 30)), "50, 40, 30 come in: .* to the same number"),
+        (Retina(each=(40, 40, 90)), "40, 40, 90 come in: .* to the same number"),
+        (Retina(most_of_all=90), "all together 90 and not 120: .* no cut over all levels"),
     ],
-    ids=lambda one: one.twist or f"{one.label} {one.keep}" if isinstance(one, Retina) else "",
+    ids=lambda one: one.twist or repr(one) if isinstance(one, Retina) else "",
 )
 def test_what_the_operator_does_not_do_is_refused(kind, said):
     with pytest.raises(SurgeryError, match=said):
+        insert_nms(retina(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        (Retina(each=(50, 40, 30)), 40),
+        (Retina(each=(40, 40, 41)), 40),
+        (Retina(most_of_all=90), 30),
+        (Retina(most_of_all=119), 40),
+        (Retina(), 39),
+        (Retina(), 41),
+        (Retina(classes=1, most=70), 71),  # of levels of 288, 72 and 18
+        (Retina(classes=1, most=71), 70),
+        (Retina(most=12, keep=10), 11),
+        (Retina(keep=10), 41),
+    ],
+    ids=repr,
+)
+def test_the_proof_alone_sees_another_cut(kind, read, monkeypatch):
+    """Whatever was measured before: on some image of the proof the cut decides over rows."""
+
+    def misread(graph, model):
+        tail = find_tail(graph, model)
+        levels = len(tail.heads.levels)
+        attributes = replace(tail.attributes, levelTopK=read, topK=levels * read)
+        return replace(tail, attributes=attributes)
+
+    monkeypatch.setattr("graph_surgery.levels._cut", lambda _: min(read, kind.most))
+    monkeypatch.setattr("graph_surgery.replace.find_tail", misread)
+    with pytest.raises(SurgeryError, match="disagree on the same head tensors"):
         insert_nms(retina(kind))
 
 

@@ -28,6 +28,8 @@ class Retina:
     width: int = 64
     classes: int = 5
     most: int = 40
+    each: tuple[int, ...] = ()  # the cut of each level, where it is not `most`
+    most_of_all: int = 0  # a cut over all levels behind that of each; 0: none
     keep: int = 30
     threshold: float = 0.1
     overlap: float = 0.45
@@ -129,26 +131,30 @@ def _tail(b: Builder, kind: Retina, cls: str, reg: str) -> list[str]:
         anchors = [part / np.float32([kind.width, kind.height] * 2) for part in anchors]
     ends = np.cumsum([len(part) for part in anchors])
     parts: list[list[str]] = [[], [], []]
-    for start, end, own in zip([0, *ends[:-1]], ends, anchors, strict=True):
-        logits, deltas = (
-            b.squeeze(b.columns(joined, int(start), int(end), 1), 0) for joined in (cls, reg)
-        )
-        for part, made in zip(parts, _level(b, kind, logits, deltas, own), strict=True):
+    cuts = kind.each or [kind.most] * len(anchors)
+    for start, end, own, most in zip([0, *ends[:-1]], ends, anchors, cuts, strict=True):
+        heads = [b.squeeze(b.columns(joined, int(start), int(end), 1), 0) for joined in (cls, reg)]
+        for part, made in zip(parts, _level(b, kind, heads, own, most), strict=True):
             part.append(made)
     boxes, scores, labels = (b.op("Concat", *part, axis=0) for part in parts)
+    if kind.most_of_all:
+        count = b.op("Min", b.const([kind.most_of_all]), b.op("Shape", scores))
+        scores, rank = b.op("TopK", scores, count, outputs=2, axis=0)
+        boxes, labels = (b.op("Gather", one, rank, axis=0) for one in (boxes, labels))
     keep = b.columns(_suppressed(b, kind, boxes, scores, labels), 0, kind.keep, 0)
     labels = b.op("Add", labels, b.const(kind.label)) if kind.label else labels
     return [b.op("Gather", one, keep, axis=0) for one in (boxes, scores, labels)]
 
 
-def _level(b: Builder, kind: Retina, logits: str, deltas: str, anchors: np.ndarray) -> list[str]:
-    """Boxes, scores and labels of the candidates of one level."""
+def _level(b: Builder, kind: Retina, heads: list[str], anchors: np.ndarray, most: int) -> list[str]:
+    """Boxes, scores and labels of the candidates of one level, of its logits and deltas."""
+    logits, deltas = heads
     activation = "HardSigmoid" if kind.twist == "other scores" else "Sigmoid"
     flat = b.op("Reshape", b.op(activation, logits), b.const([-1]))
     above = b.op("NonZero", b.op("Greater", flat, b.floats(kind.threshold)))
     index = b.squeeze(above, 0)
     scores = b.op("Gather", flat, index, axis=0)
-    count = b.op("Min", b.const([kind.most]), b.op("Shape", scores))
+    count = b.op("Min", b.const([most]), b.op("Shape", scores))
     best, rank = b.op("TopK", scores, count, outputs=2, axis=0)
     chosen = b.op("Gather", index, rank, axis=0)
     place = b.op("Div", chosen, b.const(kind.classes))

@@ -61,12 +61,17 @@ def retinanet_attributes(classes: int) -> NmsAttributes:
     )
 
 
-def load_tail(golden: Path, case: str) -> Tail:
-    """Read `tail_CASE.npz`; skip where it is not there."""
-    path = golden / "retinanet" / f"tail_{case}.npz"
+def reference(golden: Path, name: str) -> Path:
+    """A file of RetinaNet's golden data; the test is skipped where it is not there."""
+    path = golden / "retinanet" / name
     if not path.is_file():
         pytest.skip(f"{path.name} is not there")
-    data = np.load(path)
+    return path
+
+
+def load_tail(golden: Path, case: str) -> Tail:
+    """Read `tail_CASE.npz`; skip where it is not there."""
+    data = np.load(reference(golden, f"tail_{case}.npz"))
     cls = [_head(data, f"cls_{level}", "cls_fill") for level in LEVELS]
     reg = [_head(data, f"reg_{level}", "reg_fill") for level in LEVELS]
     if "image_size" in data:
@@ -109,7 +114,7 @@ def _rows(head: np.ndarray) -> np.ndarray:
 def anchor_priors(golden: Path, size, levels) -> np.ndarray:
     """The golden anchors, pixels in the order cell, anchor, as the operator's priors."""
     height, width = size
-    anchors = np.load(golden / "retinanet" / "anchors.npz")[f"a_{height}x{width}"]
+    anchors = np.load(reference(golden, "anchors.npz"))[f"a_{height}x{width}"]
     ends = np.cumsum([a * h * w for a, h, w in levels])[:-1]
     parts = [
         part.reshape(-1, ANCHORS, 4).transpose(1, 0, 2).reshape(-1, 4)

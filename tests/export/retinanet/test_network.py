@@ -13,14 +13,9 @@ from export.retinanet.anchors import anchors, pixel_anchors
 from export.retinanet.config import RetinaNetConfig
 from export.retinanet.model import RetinaNet
 from tests.support.retinanet import SMALL, formula_weights
+from tests.support.retinanet_golden import reference
 
 MLPERF = RetinaNetConfig()
-
-
-@pytest.fixture(scope="module")
-def reference(golden):
-    """The golden data of RetinaNet."""
-    return golden / "retinanet"
 
 
 def weights(state) -> dict[str, torch.Tensor]:
@@ -28,18 +23,18 @@ def weights(state) -> dict[str, torch.Tensor]:
     return {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
 
 
-def test_state_dict_is_the_references(reference):
+def test_state_dict_is_the_references(golden):
     with torch.device("meta"):
         state = weights(RetinaNet(MLPERF).state_dict())
-    expected = json.loads((reference / "state_dict.json").read_text())
+    expected = json.loads(reference(golden, "state_dict.json").read_text())
     assert [(name, list(t.shape), str(t.dtype)) for name, t in state.items()] == [
         (entry["name"], entry["shape"], f"torch.{entry['dtype']}") for entry in expected
     ]
 
 
 @pytest.mark.parametrize("height, width", [(800, 800), (256, 256), (200, 264)])
-def test_anchors_are_the_references(reference, height, width):
-    data = np.load(reference / "anchors.npz")
+def test_anchors_are_the_references(golden, height, width):
+    data = np.load(reference(golden, "anchors.npz"))
     config = MLPERF.resized(height, width)
     levels = pixel_anchors(config)
     assert [len(level.reshape(-1, 4)) for level in levels] == data[f"n_{height}x{width}"].tolist()
@@ -77,9 +72,9 @@ def test_json():
 
 
 @pytest.mark.slow
-def test_full_size_by_formula_weights(reference):
+def test_full_size_by_formula_weights(golden):
     """Sampled outputs of the heads, of all levels, with norms folded into convolutions."""
-    data = np.load(reference / "forward.npz")
+    data = np.load(reference(golden, "forward.npz"))
     model = RetinaNet(MLPERF)
     state = {n: formula_weights(n, tuple(t.shape)) for n, t in weights(model.state_dict()).items()}
     digest = hashlib.sha256(b"".join(array.tobytes() for array in state.values())).hexdigest()

@@ -1,5 +1,7 @@
 """RetinaNet's postprocess against torchvision's detections and a brute-force oracle."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from export.retinanet.config import RetinaNetConfig
 from export.retinanet.postprocess import RetinaNetPostProcess
 from tests.support.retinanet import SMALL, detect
+from tests.support.retinanet_golden import reference
 
 LEVELS = ("p3", "p4", "p5", "p6", "p7")
 
@@ -33,7 +36,7 @@ def golden_config(data) -> RetinaNetConfig:
 
 @pytest.mark.parametrize("case", [1, 2, 3, 4, pytest.param(800, marks=pytest.mark.slow)])
 def test_golden_detections(golden, case):
-    data = np.load(golden / "retinanet" / f"tail_{case}.npz")
+    data = np.load(reference(golden, f"tail_{case}.npz"))
     config = golden_config(data)
     with torch.inference_mode():
         found = RetinaNetPostProcess(config)(heads(data, "reg"), heads(data, "cls"))
@@ -57,7 +60,10 @@ def test_golden_detections(golden, case):
 
 @pytest.fixture
 def crowded():
-    """Heads of two images on which every rule decides: cuts, ties, clips, bounds, empty boxes."""
+    """Heads of two images on which every rule decides: cuts, ties, clips, bounds, empty boxes.
+
+    Of the first level 990 scores of one class lie on one box, so that its cut leaves few others.
+    """
     rng = np.random.default_rng(5)
     loc = rng.normal(0, 0.4, (2, 4, SMALL.num_priors))
     loc[:, 2:][rng.random((2, 2, SMALL.num_priors)) < 0.05] = 5  # beyond the bound
@@ -65,6 +71,12 @@ def crowded():
     conf = rng.choice(
         [-9.0, -2.0, -1.0, 0.5, 1.0], (2, 12, SMALL.num_priors), p=[0.9, 0.04, 0.03, 0.02, 0.01]
     )
+    postprocess = RetinaNetPostProcess(SMALL)
+    many = rng.choice(math.prod(SMALL.levels[0]), 990, replace=False)
+    centre, size = (part.numpy()[:, many] for part in (postprocess.centre, postprocess.size))
+    loc[:, :2, many] = (0.5 - centre) / size
+    loc[:, 2:, many] = np.log(0.25 / size)
+    conf[:, 3, many] = rng.uniform(2, 4, (2, 990))
     return loc.astype(np.float32), conf.astype(np.float32)
 
 
@@ -81,12 +93,21 @@ def test_equals_brute_force(crowded):
     scores[void[:, None].repeat(12, axis=1)] = np.nan
     sizes = [a * h * w for a, h, w in SMALL.levels]
     for image in range(2):
-        passing = (scores[image, :, : sizes[0]] > 0.05).sum()
-        assert passing > 1000  # the level's cut decides
         wanted = detect(boxes[image], scores[image], sizes)
         assert count[image] == len(wanted) == 300
         rows = [(r[5], r[6], *r[[2, 1, 4, 3]]) for r in detections[image]]
         assert rows == [(np.float32(s), label, *box) for s, label, _, box in wanted]
+
+
+@pytest.mark.parametrize("cut", [995, 1005])
+def test_another_cut_gives_other_rows(crowded, cut, monkeypatch):
+    """On these heads, so that the oracle above, which cuts to 1000, tells a wrong cut."""
+    postprocess = RetinaNetPostProcess(SMALL)
+    levels = [[torch.from_numpy(t) for t in postprocess.split(part)] for part in crowded]
+    rows, _ = postprocess(*levels)
+    monkeypatch.setattr("export.retinanet.postprocess.LEVEL_TOP_K", cut)
+    others, _ = postprocess(*levels)
+    assert all((one != other).any() for one, other in zip(rows, others, strict=True))
 
 
 def test_join_and_split(crowded):
