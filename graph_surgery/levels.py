@@ -23,7 +23,7 @@ from graph_surgery.nms_function import OP_TYPE, NmsAttributes
 from graph_surgery.probe import Decoded, activate
 from graph_surgery.rows import read_rows
 from graph_surgery.tail import DetectionTail, image_size, threshold, upper_bound
-from graph_surgery.walk import NMS, find_convs, find_heads, read_heads, suppressions
+from graph_surgery.walk import NMS, find_convs, find_heads, read_either_way, suppressions
 
 _MANY = 4
 """Tensors of more values than so many a prior hold scores of all classes, not candidates."""
@@ -102,15 +102,7 @@ def _pairs(ends: Sequence[gs.Tensor], what: str) -> list[Heads]:
         grids = sorted(by_grid, key=lambda grid: -np.prod([size or 0 for size in grid]))
         pairs = [sorted(by_grid[grid], key=lambda head: shape_of(head)[1] or 0) for grid in grids]
         first, second = [one for one, _ in pairs], [one for _, one in pairs]
-    paired, errors = [], []
-    for loc, conf in ((first, second), (second, first)):
-        try:
-            paired.append(read_heads(loc, conf))
-        except SurgeryError as error:
-            errors.append(error)
-    if not paired:
-        raise errors[0]
-    return paired
+    return read_either_way(first, second)
 
 
 def _read(

@@ -29,7 +29,7 @@ from graph_surgery.tail import (
     top_ks,
     upper_bound,
 )
-from graph_surgery.walk import find_heads, find_nms, read_heads
+from graph_surgery.walk import find_heads, find_nms, read_either_way, read_heads
 
 ATTRIBUTE_TYPES = {"int": int, "float": float, "tuple[int, int, int]": list}
 """How graphsurgeon gives the value of an attribute, by the annotation in `NmsAttributes`."""
@@ -115,20 +115,8 @@ def find_tail(graph: gs.Graph, model: onnx.ModelProto) -> DetectionTail:
 
 
 def pair_heads(ends: Sequence[gs.Tensor], what: str) -> list[Heads]:
-    """The heads of which boxes and scores are made, as `find_heads` finds them.
-
-    Two readings where the channels fit both ways round.
-    """
-    first, second = find_heads(ends, what)
-    paired, errors = [], []
-    for loc, conf in ((first, second), (second, first)):
-        try:
-            paired.append(read_heads(loc, conf))
-        except SurgeryError as error:
-            errors.append(error)
-    if not paired:
-        raise errors[0]
-    return paired
+    """The heads of which boxes and scores are made, as `find_heads` finds them."""
+    return read_either_way(*find_heads(ends, what))
 
 
 def _read_tail(

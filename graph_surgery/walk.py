@@ -157,6 +157,27 @@ def _head_of(join: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
     )
 
 
+def read_either_way(first: Sequence[gs.Tensor], second: Sequence[gs.Tensor]) -> list[Heads]:
+    """Read one of two lists of head tensors as loc and the other as conf.
+
+    Two readings where the channels fit both ways round.
+
+    Raises
+    ------
+    SurgeryError
+        When they fit neither way.
+    """
+    paired, errors = [], []
+    for loc, conf in ((first, second), (second, first)):
+        try:
+            paired.append(read_heads(loc, conf))
+        except SurgeryError as error:
+            errors.append(error)
+    if not paired:
+        raise errors[0]
+    return paired
+
+
 def read_heads(loc: Sequence[gs.Tensor], conf: Sequence[gs.Tensor]) -> Heads:
     """Pair the head tensors of each level.
 
