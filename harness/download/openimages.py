@@ -78,6 +78,11 @@ def download_openimages(build_dir: Path, mirror: str | None, notify: Notify) -> 
             write_atomically(annotations, text)
             job.record[new[0]] = sha256(text).hexdigest()
             save_record(folder, job.record)
+        if len(names) != _VAL_IMAGES:
+            notify(
+                f"{annotations} has {len(names)} images, the benchmark {_VAL_IMAGES}: what is "
+                "measured on them is not its mAP"
+            )
         write_atomically(val.map_file, "".join(f"{name}\n" for name in names).encode())
     return (
         Fetched(annotations, 1, len(new)),
