@@ -35,7 +35,10 @@ def fold_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
     convs = [name for node in model.graph.node if node.op_type == "Conv" for name in node.output]
     if not all(map(_is_fixed, inputs(model))) or not convs:
         return model
-    known = types(model)
+    try:
+        known = types(model)
+    except SurgeryError:
+        return model  # as below
     if all(name in known and _is_fixed(known[name]) for name in convs):
         return model
     moving = {value.name for value in inputs(model)}

@@ -18,6 +18,7 @@ from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import describe, import_graph
 from graph_surgery.heads import Heads, Layout
 from graph_surgery.nms_function import DOMAIN, OP_TYPE, NmsAttributes
+from graph_surgery.normalisation import take_out_normalisation
 from graph_surgery.pattern import (
     check_classes,
     find_nms_node,
@@ -81,7 +82,12 @@ def survey(model: onnx.ModelProto) -> Survey:
     except SurgeryError as error:
         return _in_parts(model, graph, facts, error)
     kind = "a detector that 'graph-surgery nms' takes, if old and new rows prove to be the same"
-    return _understood(tail, {"kind": kind} | facts, surgered=False)
+    known = _understood(tail, {"kind": kind} | facts, surgered=False)
+    try:
+        take_out_normalisation(model)
+    except SurgeryError as error:
+        return replace(known, missing=(*known.missing, str(error)))
+    return known
 
 
 def _file(model: onnx.ModelProto) -> Facts:

@@ -47,4 +47,4 @@ def test_without_a_package_that_exporting_needs(small_checkpoint, tmp_path, monk
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ExportError, match=rf"^{package} is missing; .* pip install '.*\[export\]'"):
-        export_onnx(small_checkpoint, tmp_path / "model.onnx")
+        export_onnx(weights=small_checkpoint, output=tmp_path / "model.onnx")

@@ -255,7 +255,7 @@ def test_a_set_for_calibration_is_made_with_cal_only(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=f"takes .*; run `{fp32}`$"):
         load_preprocessed(tmp_path / "out", spec)
     for place in (tmp_path / "none", tmp_path):
-        said = f"run `{command.format('NAME')}` first; there are sets in {tmp_path / 'out'}$"
+        said = f"run `{command.format('NAME')}` first; there are sets in {tmp_path / 'out'}"
         with pytest.raises(EngineError, match=said):
             load_preprocessed(place, spec, split="cal")
 

@@ -328,7 +328,7 @@ def test_an_onnx_file_as_weights_needs_no_export(place, monkeypatch):
 
 
 def test_missing_weights(place):
-    done = make(place, "calibrate", "--benchmarks=ssd-resnet34")
+    done = make(place, "calibrate", "--benchmarks=ssd-resnet34 --dataset=demo")
     assert done.returncode != 0
     assert "harness: error: " in done.stderr
     assert "resnet34-ssd1200.pytorch: no such weights" in done.stderr
