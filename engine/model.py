@@ -25,7 +25,7 @@ from engine.support.external import model_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
 from graph_surgery.names import NAMES_KEY, first_label
-from graph_surgery.nms_function import DOMAIN, OP_TYPE, VERSION_2
+from graph_surgery.nms_function import DOMAIN, OP_TYPE, VERSION_2, VERSIONS
 
 _DTYPES: dict[int, Literal["float32", "int8"]] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -146,7 +146,7 @@ class Detector:
         for node in self.model.graph.node:
             values = {attribute.name: attribute for attribute in node.attribute}
             version = values["plugin_version"].s if "plugin_version" in values else b""
-            if (node.domain, node.op_type, version) == (DOMAIN, OP_TYPE, b"2"):
+            if (node.domain, node.op_type, version) == (DOMAIN, OP_TYPE, VERSIONS[1].encode()):
                 raise EngineError(
                     f"{self.path}: {VERSION_2} is not known to {engine}; use --engine onnxruntime"
                 )

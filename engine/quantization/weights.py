@@ -24,9 +24,8 @@ def scales_of_weights(
 
     Weights that several layers share, as the heads of a feature pyramid, have one scale, and so
     are the same in INT8: the largest that one of the layers needs (`weight_scales`), which differ
-    where biases are large. The Q/DQ pairs stay one a layer: where it is told to take u8 by u8
-    products, ONNX Runtime 1.32 gives two of a shared INT8 constant one name, and refuses its own
-    graph.
+    where biases are large. The Q/DQ pairs stay one a layer: of a pair that layers
+    shared, ONNX Runtime 1.32 on a processor without VNNI made a graph that it refused itself.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ def test_tensorrt_refuses_it(file):
 def test_the_command_refuses_it_in_one_line(file, backend, tmp_path):
     done = attempt("-m", "engine", "build", file, "--backend", backend, "-o", tmp_path / "plan")
     assert done.returncode == 2
-    assert "version 2" in done.stderr or "pip install" in done.stderr
+    assert "version 2" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
