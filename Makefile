@@ -6,8 +6,8 @@ ifneq ($(words $(BUILD_DIR)),1)
 $(error BUILD_DIR='$(BUILD_DIR)': name a folder without spaces)
 endif
 
-# RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS), retinanet (Open Images, the same) or
-# ssd-resnet34-demo (what is shipped); the others: .venv/bin/harness make --help
+# RUN_ARGS="--benchmarks=ssd-resnet34" (COCO, your WEIGHTS), retinanet (Open Images, the same), or
+# ssd-resnet34-demo and retinanet-demo (what is shipped); the others: .venv/bin/harness make --help
 RUN_ARGS ?= --benchmarks=ssd-resnet34
 # Yours instead of the benchmark's; the side of its image, where the file does not tell it; which of
 # its entries holds the weights, as ema, where not the first
@@ -21,10 +21,13 @@ ifdef ENTRY
 export ENTRY
 endif
 
+# The detector of the demo: ssd-resnet34 or retinanet
+MODEL ?= ssd-resnet34
+
 BIN := .venv/bin
 HARNESS := $(BIN)/python -m harness
-DEMO := $(BUILD_DIR)/onnx/ssd-resnet34-demo.nms.onnx
-DEMO_INT8 := $(BUILD_DIR)/demo/ssd-resnet34-demo.int8.cpu.onnx
+DEMO := $(BUILD_DIR)/onnx/$(MODEL)-demo.nms.onnx
+DEMO_INT8 := $(BUILD_DIR)/demo/$(MODEL)-demo.int8.cpu.onnx
 TRITON := $(BUILD_DIR)/triton-server/bin/tritonserver
 DEMO_CAL := $(BUILD_DIR)/demo/cal
 DEMO_DATA := $(BUILD_DIR)/preprocessed_data
@@ -57,7 +60,7 @@ endef
 	$(INSTALL)
 
 # The whole route on a CPU, with the checkpoint and the images of demo/: FP32, and INT8 for CPUs.
-demo: demo_onnx ## The whole route on a CPU [WEIGHTS, IMAGE_SIZE, ENTRY]
+demo: demo_onnx ## The whole route on a CPU [MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
 	mkdir -p $(dir $(DEMO_INT8))
 	$(HARNESS) preprocess $(DEMO) --dataset demo --val_only
 	$(HARNESS) preprocess $(DEMO) --dataset demo --cal_only --preprocessed $(DEMO_CAL)
@@ -73,7 +76,7 @@ demo: demo_onnx ## The whole route on a CPU [WEIGHTS, IMAGE_SIZE, ENTRY]
 
 # What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
 IMAGES ?= demo/data/val
-predict: demo_onnx ## What the checkpoint detects [IMAGES, WEIGHTS, IMAGE_SIZE, ENTRY]
+predict: demo_onnx ## What the checkpoint detects [IMAGES, MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
 	$(HARNESS) predict $(DEMO) $(IMAGES)
 
 test: .venv/installed ## All tests, in an environment of their own
@@ -136,8 +139,8 @@ triton_server: $(TRITON) ## Triton with its Python backend, without a container
 $(TRITON): .venv/installed
 	$(BIN)/python -m harness.triton.server $(BUILD_DIR)/triton-server
 
-demo_onnx: .venv/installed ## The demo checkpoint's ONNX file [WEIGHTS, IMAGE_SIZE, ENTRY]
-	$(HARNESS) make onnx --benchmarks=ssd-resnet34-demo
+demo_onnx: .venv/installed ## The demo checkpoint's ONNX file [MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
+	$(HARNESS) make onnx --benchmarks=$(MODEL)-demo
 
 # DOWNLOAD_ARGS="--benchmark retinanet --mirror URL"; data also takes --demo, which checks what is
 # shipped.

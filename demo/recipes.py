@@ -69,7 +69,7 @@ RECIPES = {
             _retinanet,
             retinanet_objective.match,
             retinanet_objective.focal_loss,
-            lr=1e-3,
+            lr=2e-3,
         ),
     )
 }

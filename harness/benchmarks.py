@@ -127,6 +127,14 @@ BENCHMARKS: Mapping[str, Description] = {
             round="v5.1",
             compliance=("TEST01",),
         ),
+        Description(
+            f"{_RETINANET}-demo",
+            _RETINANET,
+            "demo",
+            Path("demo") / f"{_RETINANET}-demo.safetensors",
+            round="v5.1",
+            compliance=("TEST01",),
+        ),
     )
 }
 """By name. What rounds say of the scenarios is the same for all: `harness.loadgen.settings`."""

@@ -59,7 +59,7 @@ class Machine:
     Attributes
     ----------
     benchmark
-        ``ssd-resnet34``, ``ssd-resnet34-demo`` or ``retinanet``.
+        As ``--benchmarks`` of make: ``ssd-resnet34``, ``retinanet`` and others.
     gpu, cpu
         How the GPU's, or the processor's, name begins; one of both.
     """
