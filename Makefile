@@ -10,15 +10,19 @@ endif
 # ssd-resnet34-demo (what is shipped); the others: .venv/bin/harness make --help
 RUN_ARGS ?= --benchmarks=ssd-resnet34
 # Yours instead of the benchmark's; the side of its image, where the file does not tell it; which of
-# its entries holds the weights, as ema, where not the first
+# its entries holds the weights, as ema, where not the first. As options, they stand in result.json.
+OWN :=
 ifdef WEIGHTS
 export WEIGHTS
+OWN += --weights "$$WEIGHTS"
 endif
 ifdef IMAGE_SIZE
 export IMAGE_SIZE
+OWN += --image-size "$$IMAGE_SIZE"
 endif
 ifdef ENTRY
 export ENTRY
+OWN += --entry "$$ENTRY"
 endif
 
 BIN := .venv/bin
@@ -151,4 +155,4 @@ generate_engines: ## Its engines [the same]
 run_harness: ## LoadGen on them, and the table of results [the same]
 run: ## Both [the same]
 preprocess_data calibrate generate_engines run_harness run: .venv/installed
-	@$(HARNESS) make $@ $(RUN_ARGS)
+	@$(HARNESS) make $@ $(OWN) $(RUN_ARGS)
