@@ -75,10 +75,13 @@ demo: demo_onnx ## The whole route on a CPU [WEIGHTS, IMAGE_SIZE, ENTRY]
 	    --pictures 8 || exit; \
 	done
 
-# What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
+# What the demo checkpoint detects: IMAGES="a.jpg my-folder"; where that is one place, its name may
+# have spaces. Yours: harness predict --help
 IMAGES ?= demo/data/val
+export IMAGES
 predict: demo_onnx ## What the checkpoint detects [IMAGES, WEIGHTS, IMAGE_SIZE, ENTRY]
-	$(HARNESS) predict $(DEMO) $(IMAGES)
+	@if test -e "$$IMAGES"; then set -- "$$IMAGES"; else set -- $(IMAGES); fi; \
+	  $(HARNESS) predict $(DEMO) "$$@"
 
 test: .venv/installed ## All tests, in an environment of their own
 	$(BIN)/tox run -e py

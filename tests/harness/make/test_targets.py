@@ -168,6 +168,14 @@ def test_result_json_is_given_a_command_that_names_the_weights(said):
     assert said("run", "RUN_ARGS=--fast") == "[-m][harness][make][run][--fast]"
 
 
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [("a b", "[a b]"), ("bin .venv", "[bin][.venv]"), ("'a b' bin", "[a b][bin]")],
+)
+def test_predict_takes_a_folder_with_a_space_and_several_places(said, images, words):
+    assert said("predict", f"IMAGES={images}").endswith(f".nms.onnx]{words}")
+
+
 def make(*arguments):
     command = ["make", "-n", "-B", "-f", ROOT / "Makefile", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
