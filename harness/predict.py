@@ -53,6 +53,8 @@ class Prediction:
         float32 [R, 7]: see `engine.protocol.Session.result`; descending score.
     names
         Name of the label of each row.
+    picture
+        The file with its boxes.
     """
 
     image: Path
@@ -60,6 +62,7 @@ class Prediction:
     size: tuple[int, int]
     rows: NDArray[np.float32]
     names: tuple[str, ...]
+    picture: Path
 
 
 def find_images(places: Sequence[str]) -> tuple[Path, ...]:
@@ -194,8 +197,8 @@ def predict(
                     write_output(pictures[number], to_jpeg(picture), overwrite=overwrite)
                     height, width = pixels.shape[:2]
                     kinds = tuple(called[label] for label in labels)
-                    one = Prediction(images[number], number + 1, (width, height), kept, kinds)
-                    found.append(one)
+                    one = images[number], number + 1, (width, height), kept, kinds
+                    found.append(Prediction(*one, pictures[number]))
             if progress is not None:
                 progress(min(start + size, len(images)), len(images))
     results = [result for one in found for result in _coco_results(one)]

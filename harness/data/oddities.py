@@ -71,7 +71,8 @@ def check_classes(dataset: Dataset, model: Path) -> None:
         raise HarnessError(
             f"the model detects {count} classes, {dataset.annotations} has {len(categories)} "
             "categories: they go together by their order, and some classes have none; "
-            "list all categories of the model there, also those without an object"
+            "list all categories of the model there, in its order (graph-surgery inspect shows the "
+            "names in its .onnx), also those without an object"
         )
 
 

@@ -118,6 +118,13 @@ def add_dataset(
     unused = [ascii(one) for one, count in categories.items() if not count]
     if unused:
         oddities.append(f"{len(unused)} categories have no object, as {unused[0]}")
+    matched = {one["category_id"] for one in content["annotations"] if not one["iscrowd"]}
+    crowds = [one for one in content["categories"] if one["id"] in objects.keys() - matched]
+    if crowds:
+        name_of = ascii(str(crowds[0]["name"]))
+        oddities.append(
+            f"{len(crowds)} categories have crowds alone (iscrowd), as {name_of}: they have no AP"
+        )
     try:
         _write_maps(name, {"val": val, "cal": cal})
         data = known_dataset(name, "val", build_dir)

@@ -92,6 +92,11 @@ def test_what_cannot_be_read_is_named_and_the_others_go_on(place):
     names = {path.name for path in (place / "out").iterdir()}
     assert names == {"a.jpg", "a-2.jpg", "x].jpg", PREDICTIONS}
     assert "shots/[/x].bmp" in done.stdout
+    # of two pictures of a name, which is whose: their greys are told apart above
+    light, dark = (cv2.imread(str(place / "out" / f"a{end}.jpg")) for end in ("", "-2"))
+    assert light.mean() < dark.mean()
+    assert "shots/deep/a.png (a-2.jpg)" in done.stdout
+    assert done.stdout.count(".jpg") == 1
 
 
 @pytest.mark.slow
