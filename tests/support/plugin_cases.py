@@ -22,9 +22,7 @@ from tests.support.plugin_driver import (
 )
 
 FLOATS = ("confidenceThreshold", "nmsThreshold", "bboxXformClip")
-KINDS = {
-    name: FLOAT32 if name in FLOATS else INT32 for name in NmsAttributes.__dataclass_fields__
-}
+KINDS = {name: FLOAT32 if name in FLOATS else INT32 for name in NmsAttributes.__dataclass_fields__}
 NVIDIAS = [name for name in KINDS if name not in OURS]
 """The attributes of version 1."""
 
