@@ -141,14 +141,15 @@ class Detector:
                 "quantize' writes without --target cpu"
             )
 
-    def require_kernels(self, engine: str) -> None:
-        """Raise EngineError when NMS_OPT_TRT is of a version that the kernels do not know."""
+    def require_version_1(self, engine: str) -> None:
+        """Raise EngineError when NMS_OPT_TRT is of version 2, which that engine does not run."""
         for node in self.model.graph.node:
             values = {attribute.name: attribute for attribute in node.attribute}
             version = values["plugin_version"].s if "plugin_version" in values else b""
             if (node.domain, node.op_type, version) == (DOMAIN, OP_TYPE, VERSIONS[1].encode()):
                 raise EngineError(
-                    f"{self.path}: {VERSION_2} is not known to {engine}; use --engine onnxruntime"
+                    f"{self.path}: {VERSION_2} is not known to {engine}; use --engine onnxruntime "
+                    "or tensorrt"
                 )
 
     def require_dynamic_batch(self) -> None:

@@ -112,7 +112,7 @@ def load(
     try:
         detector = load_detector(model)
         detector.require_any_engine()
-        detector.require_kernels("libnms_opt.so, which the engine cudnn needs")
+        detector.require_version_1("the engine cudnn")
         parts = split(detector.model)
         library = load_layers_library()
     except (UnsplitError, PluginError) as error:

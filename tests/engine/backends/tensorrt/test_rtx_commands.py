@@ -49,6 +49,11 @@ def test_command_builds_with_the_library(int8, trt_plugin_library, kernels, tmp_
         ({"confSigmoid": 1}, "confSigmoid = 1 and confSoftmax = 1: exactly one must be 1"),
         ({"nmsThreshold": 1}, "attribute nmsThreshold has the field type 5, expected 1 (FLOAT32)"),
         ({"inputOrder": [0, 6]}, "attribute inputOrder has 2 values, expected 3"),
+        (
+            {"plugin_version": "2", "levelTopK": 30, "clipBeforeNms": 0, "bboxXformClip": 0.0},
+            "topK = 200 is not supported with levelTopK = 30, only numLayers times it: 180",
+        ),
+        ({"plugin_version": "2"}, "attribute levelTopK is missing"),
         ({"numClasses": 5}, "conf_0 has 324 channels, expected 20: 4 anchors, as loc_0 has"),
     ],
 )
