@@ -78,8 +78,8 @@ def in_order_of(model: Path, content: Mapping[str, Any], annotations: Path) -> d
         )
     taken = {entry["id"] for entry in categories}
     free = (one for one in count(1) if one not in taken)
-    listed = [entries.get(name) or {"id": next(free), "name": name} for name in names]
-    return {**content, "categories": listed}
+    new = [entries.get(name) or {"id": next(free), "name": name} for name in names]
+    return {**content, "categories": new}
 
 
 def _shown(names: Iterable[str]) -> str:
