@@ -49,7 +49,7 @@ define INSTALL
 	@flock -n .venv/lock true || echo "waiting for the lock of .venv, where another make may install"
 	@flock .venv/lock sh -ec 'test -e $@ && test -z "$$(find $^ -newer $@)" && exit; \
 	  test -x $(BIN)/pip || $(PYTHON) -m venv .venv; \
-	  echo "installing into .venv; this takes a minute or two"; \
+	  echo "installing into .venv; this takes some minutes, PyTorch most of them"; \
 	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e $(PARTS); touch $@'
 endef
 .venv/installed: PARTS = ".[export,triton]" tox

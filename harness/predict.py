@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import one_line
-from engine.manifest import load_manifest
-from engine.model import load_detector
+from engine.manifest import Manifest, load_manifest
+from engine.model import Detector, load_detector
 from engine.protocol import Engine
 from engine.support.documents import parse_json
 from engine.support.files import another, write_output
@@ -103,16 +103,25 @@ def _images_of(path: Path) -> Iterable[Path]:
     )
 
 
-def class_names(model: Path, file: Path | None) -> dict[int, str]:
+def read_model(model: Path) -> Detector | Manifest:
+    """Read an ONNX file, or the manifest of an engine.
+
+    Raises
+    ------
+    EngineError
+        When it is missing or damaged.
+    """
+    return load_detector(model) if model.suffix == ".onnx" else load_manifest(model)
+
+
+def class_names(known: Detector | Manifest, file: Path | None) -> dict[int, str]:
     """Names of a model's labels: a file's, else those in its metadata, else none.
 
     Raises
     ------
-    EngineError, SurgeryError
-        When the model, its manifest or the file cannot be read.
+    SurgeryError
+        When the file cannot be read, or the metadata is no list of names.
     """
-    read = load_detector if model.suffix == ".onnx" else load_manifest
-    known = read(model)
     if file is not None:
         names = read_names(file)
         if names and names[0].strip("_").lower() == "background":

@@ -58,7 +58,8 @@ def predict(
     number in the table; category_id, the model's label. An image that cannot be read is named,
     the others go on, and the exit code is 1.
     """
-    from harness.predict import BATCH, class_names, find_images
+    from engine.model import size_guess
+    from harness.predict import BATCH, class_names, find_images, read_model
     from harness.predict import predict as predict_images
     from harness.results.run_all import new_folder
 
@@ -66,7 +67,8 @@ def predict(
     urls = None if url is None else parse_urls(url)
     if urls is not None and len(urls) > 1:
         raise HarnessError("predict asks one server; give one --url")
-    called = class_names(model, names)
+    known = read_model(model)
+    called = class_names(known, names)
     engine = engine or BACKENDS[0]
     if engine == AUTO:
         way = fastest(model, device, threads, BATCH, build_dir)
@@ -83,6 +85,11 @@ def predict(
     for image, reason in bad.items():
         complain("harness", f"{image}: {reason}")
     typer.echo(f"{len(found)} pictures and predictions.json in {folder}")
+    if guess := size_guess(known.metadata):
+        typer.echo(
+            f"the model's image size, {guess}, is a guess; if it was trained at another, export it "
+            "with --image-size SIDE (make: IMAGE_SIZE=SIDE)"
+        )
     if bad:
         raise typer.Exit(1)
 
