@@ -193,6 +193,6 @@ def columns_are_distinct(conf) -> bool:
     columns = np.float64(columns[np.isfinite(columns).all(axis=1)])
     powers = np.exp(columns - columns.max(axis=1, keepdims=True, initial=-np.inf))
     scores = np.sort(powers / powers.sum(axis=1, keepdims=True), axis=1)
-    scores = scores[np.float32(scores[:, -2]) > 0]
+    scores = scores[np.float32(scores[:, :-1]).any(axis=1)]
     alike = (np.abs(scores[:, None] - scores) < 1e-6).all(axis=-1)
     return int(alike.sum()) == len(scores)
