@@ -288,14 +288,14 @@ const char* nms_opt_status_string(int32_t status) {
     case NMS_OPT_BAD_CONF_FORMAT:
       return "a conf format is not float32, float16 or int8 with a positive scale, its vector is "
              "not from 1 to 65536, or a cell of it needs more than 45056 bytes";
-    case NMS_OPT_BAD_LEVEL_TOP_K: return "level_top_k is not from 0 to 1024";
-    case NMS_OPT_BAD_CLIP_BEFORE_NMS: return "clip_before_nms is neither 0 nor 1";
-    case NMS_OPT_BAD_BBOX_XFORM_CLIP: return "bbox_xform_clip is negative or not finite";
     case NMS_OPT_BAD_BATCH: return "batch is not from 1 to 65535";
     case NMS_OPT_NULL_POINTER: return "a pointer is null";
     case NMS_OPT_MISALIGNED_POINTER:
       return "a pointer is misaligned: priors and workspace to 16 bytes, others to their type";
     case NMS_OPT_WORKSPACE_TOO_SMALL: return "the workspace is smaller than needed";
+    case NMS_OPT_BAD_LEVEL_TOP_K: return "level_top_k is not from 0 to 1024";
+    case NMS_OPT_BAD_CLIP_BEFORE_NMS: return "clip_before_nms is neither 0 nor 1";
+    case NMS_OPT_BAD_BBOX_XFORM_CLIP: return "bbox_xform_clip is negative or not finite";
     default: break;
   }
   if (status < NMS_OPT_CUDA_ERROR) return "unknown status";

@@ -242,11 +242,6 @@ def test_values_that_this_release_does_not_know(int8, plugin, tmp_path, options,
     assert not list(tmp_path.iterdir())
 
 
-def test_plugin_is_not_registered(int8, trt, tmp_path):
-    with pytest.raises(EngineError, match=r"plugin NMS_OPT_TRT \(version 1\) is not registered"):
-        build(load_detector(int8), RTX, tmp_path / "d.engine", BuildOptions())
-
-
 def test_node_that_does_not_ask_for_the_plugin(int8, plugin, tmp_path, kernels):
     """TensorRT-RTX takes the definition then, if it sees one."""
     model = onnx.load(int8)

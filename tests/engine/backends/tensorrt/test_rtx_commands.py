@@ -70,6 +70,14 @@ def test_command_shows_what_the_plugin_refuses(
     assert not (tmp_path / "bad.engine").exists()
 
 
+def test_plugin_is_not_registered(int8, tmp_path):
+    words = ("engine", "build", int8, "--backend", RTX, "-o", tmp_path / "d.engine")
+    done = attempt("-m", *words)
+    assert done.returncode == 2
+    assert "the plugin NMS_OPT_TRT (version 1) is not registered" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 POLYGRAPHY_SCRIPT = """
 import tensorrt_rtx as trt
 from polygraphy.backend.trt import NetworkFromOnnxPath
