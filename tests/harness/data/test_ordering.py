@@ -37,6 +37,7 @@ def named(path, names=NAMES):
 def place(tmp_path, monkeypatch):
     """The detector of greys with names, its images, and annotations of some of its classes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BUILD_DIR", raising=False)
     named(tmp_path / "grey.onnx")
     grey_dataset(tmp_path / "mine", tmp_path / "all.json")
     content = json.loads((tmp_path / "all.json").read_text())

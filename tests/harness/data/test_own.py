@@ -27,6 +27,7 @@ NAMES = ("north/1.jpg", "south/1.jpg", "b c.png")
 def place(tmp_path, monkeypatch):
     """Pictures in sub-folders, and annotations whose ids are texts, outside any checkout."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BUILD_DIR", raising=False)
     rng = np.random.default_rng(0)
     for folder, names in (("mine", (*NAMES, "more.jpg")), ("others", ("z.jpg", "y/x.jpg"))):
         for name in names:
