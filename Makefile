@@ -10,15 +10,19 @@ endif
 # ssd-resnet34-demo and retinanet-demo (what is shipped); the others: .venv/bin/harness make --help
 RUN_ARGS ?= --benchmarks=ssd-resnet34
 # Yours instead of the benchmark's; the side of its image, where the file does not tell it; which of
-# its entries holds the weights, as ema, where not the first
+# its entries holds the weights, as ema, where not the first. As options, they stand in result.json.
+OWN :=
 ifdef WEIGHTS
 export WEIGHTS
+OWN += --weights "$$WEIGHTS"
 endif
 ifdef IMAGE_SIZE
 export IMAGE_SIZE
+OWN += --image-size "$$IMAGE_SIZE"
 endif
 ifdef ENTRY
 export ENTRY
+OWN += --entry "$$ENTRY"
 endif
 
 # The detector of the demo: ssd-resnet34 or retinanet
@@ -48,7 +52,7 @@ define INSTALL
 	@flock -n .venv/lock true || echo "waiting for the lock of .venv, where another make may install"
 	@flock .venv/lock sh -ec 'test -e $@ && test -z "$$(find $^ -newer $@)" && exit; \
 	  test -x $(BIN)/pip || $(PYTHON) -m venv .venv; \
-	  echo "installing into .venv; this takes a minute or two"; \
+	  echo "installing into .venv; this takes some minutes, PyTorch most of them"; \
 	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e $(PARTS); touch $@'
 endef
 .venv/installed: PARTS = ".[export,triton]" tox
@@ -74,10 +78,13 @@ demo: demo_onnx ## The whole route on a CPU [MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
 	    --pictures 8 || exit; \
 	done
 
-# What the demo checkpoint detects: IMAGES="a.jpg my-folder". Yours: harness predict --help
+# What the demo checkpoint detects: IMAGES="a.jpg my-folder"; where that is one place, its name may
+# have spaces. Yours: harness predict --help
 IMAGES ?= demo/data/val
+export IMAGES
 predict: demo_onnx ## What the checkpoint detects [IMAGES, MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
-	$(HARNESS) predict $(DEMO) $(IMAGES)
+	@if test -e "$$IMAGES"; then set -- "$$IMAGES"; else set -- $(IMAGES); fi; \
+	  $(HARNESS) predict $(DEMO) "$$@"
 
 test: .venv/installed ## All tests, in an environment of their own
 	$(BIN)/tox run -e py
@@ -154,4 +161,4 @@ generate_engines: ## Its engines [the same]
 run_harness: ## LoadGen on them, and the table of results [the same]
 run: ## Both [the same]
 preprocess_data calibrate generate_engines run_harness run: .venv/installed
-	@$(HARNESS) make $@ $(RUN_ARGS)
+	@$(HARNESS) make $@ $(OWN) $(RUN_ARGS)

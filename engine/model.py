@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ from engine.support.documents import parse_json
 from engine.support.external import model_sha256
 from graph_surgery.errors import SurgeryError
 from graph_surgery.files import load
-from graph_surgery.names import NAMES_KEY, first_label
+from graph_surgery.names import NAMES_KEY, SIZE_GUESS_KEY, first_label
 from graph_surgery.nms_function import DOMAIN, OP_TYPE, VERSION_2, VERSIONS
 
 _DTYPES: dict[int, Literal["float32", "int8"]] = {
@@ -141,14 +142,15 @@ class Detector:
                 "quantize' writes without --target cpu"
             )
 
-    def require_kernels(self, engine: str) -> None:
-        """Raise EngineError when NMS_OPT_TRT is of a version that the kernels do not know."""
+    def require_version_1(self, engine: str) -> None:
+        """Raise EngineError when NMS_OPT_TRT is of version 2, which that engine does not run."""
         for node in self.model.graph.node:
             values = {attribute.name: attribute for attribute in node.attribute}
             version = values["plugin_version"].s if "plugin_version" in values else b""
             if (node.domain, node.op_type, version) == (DOMAIN, OP_TYPE, VERSIONS[1].encode()):
                 raise EngineError(
-                    f"{self.path}: {VERSION_2} is not known to {engine}; use --engine onnxruntime"
+                    f"{self.path}: {VERSION_2} is not known to {engine}; use --engine onnxruntime "
+                    "or tensorrt"
                 )
 
     def require_dynamic_batch(self) -> None:
@@ -180,6 +182,12 @@ def class_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
         return ()
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if listed else ()
+
+
+def size_guess(metadata: Mapping[str, str]) -> str:
+    """Size of the image, HEIGHTxWIDTH, where the export of the weights guessed it; else empty."""
+    guess = metadata.get(SIZE_GUESS_KEY, "")
+    return guess if re.fullmatch("[0-9]{1,5}x[0-9]{1,5}", guess) else ""
 
 
 def load_detector(path: Path) -> Detector:

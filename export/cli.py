@@ -97,6 +97,7 @@ def export_onnx(
     detector = onnx_export.Detector(checkpoint.load_model(loaded, config)).eval()
     taken = f" ({loaded.entry})" if loaded.entry else ""
     say(f"read {weights}{taken}: {config}, {config.num_priors} default boxes")
+    guess = ""
     if image_shape is None and loaded.config is None:
         guess = "x".join(map(str, config.image_shape))
         say(
@@ -104,7 +105,7 @@ def export_onnx(
             "another: --image-size"
         )
     say(f"class names: {len(class_names)}, {source}" if class_names else f"class names: {source}")
-    facts = onnx_export.metadata(loaded, config, class_names)
+    facts = onnx_export.metadata(loaded, config, class_names, guess)
     if output.exists() and not force:
         onnx_export.check_record(output, facts)
     exported = onnx_export.export_detector(detector)

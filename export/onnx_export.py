@@ -23,7 +23,7 @@ from export.architecture import Network
 from export.checkpoint import Checkpoint
 from export.config import Config
 from export.errors import ExportError
-from graph_surgery.names import DETECTOR_KEY, FIRST_LABEL_KEY, NAMES_KEY
+from graph_surgery.names import DETECTOR_KEY, FIRST_LABEL_KEY, NAMES_KEY, SIZE_GUESS_KEY
 
 OPSET = 18
 DETECTION_OUTPUTS = ("detections", "num_detections")
@@ -157,8 +157,10 @@ def without_heads(model: onnx.ModelProto) -> onnx.ModelProto:
     return slim
 
 
-def metadata(checkpoint: Checkpoint, config: Config, names: Sequence[str]) -> dict[str, str]:
-    """Metadata of a file: what it is made from, and its class names if it has any."""
+def metadata(
+    checkpoint: Checkpoint, config: Config, names: Sequence[str], size_guess: str = ""
+) -> dict[str, str]:
+    """Metadata of a file: what it is made from, its class names if it has any, a guessed size."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -173,6 +175,7 @@ def metadata(checkpoint: Checkpoint, config: Config, names: Sequence[str]) -> di
         **({"weights_entry": checkpoint.keys} if checkpoint.keys else {}),
         "ssd_resnet34_trt_version": ours,
         **({NAMES_KEY: json.dumps(names)} if names else {}),
+        **({SIZE_GUESS_KEY: size_guess} if size_guess else {}),
     }
 
 

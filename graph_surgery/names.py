@@ -20,6 +20,9 @@ DETECTOR_KEY = "detector"
 FIRST_LABEL_KEY = "first_label"
 """ONNX metadata key: ``0`` where no class is the background and labels count from 0."""
 
+SIZE_GUESS_KEY = "image_size_guess"
+"""ONNX metadata key: the image's size, HEIGHTxWIDTH, where nothing told it and it was guessed."""
+
 _COCO = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
     "fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, "

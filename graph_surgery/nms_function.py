@@ -66,7 +66,7 @@ OURS = ("levelTopK", "clipBeforeNms", "bboxXformClip")
 """Attributes behind NVIDIA's, of version 2. A node carries them where one is not its default."""
 
 VERSION_2 = f"{OP_TYPE} version {VERSIONS[1]} ({', '.join(OURS)})"
-"""What messages call the one that only the definition can run."""
+"""What messages call the later one."""
 
 CENTER_SIZE = 1
 """codeType: (dx, dy, dw, dh) scaled by the variances move a prior's centre and stretch its size."""
@@ -240,18 +240,7 @@ def plugin_only(model: onnx.ModelProto) -> onnx.ModelProto:
 
     What runs it must have the operator. TensorRT's parser, up to 10.6 at least, takes the
     definition where there is one, whatever plugin is registered. Nothing else changes.
-
-    Raises
-    ------
-    SurgeryError
-        For version 2 of the operator, of which there is no plugin.
     """
-    for node in model.graph.node:
-        version = [one.s for one in node.attribute if one.name == "plugin_version"]
-        if (node.domain, node.op_type, version) == (DOMAIN, OP_TYPE, [VERSIONS[1].encode()]):
-            raise SurgeryError(
-                f"{VERSION_2} is known to no plugin: without its definition nothing runs the file"
-            )
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.functions[:]

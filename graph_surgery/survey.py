@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import Counter
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import describe, import_graph
 from graph_surgery.heads import Heads, Layout
+from graph_surgery.names import NAMES_KEY, names_from_json
 from graph_surgery.nms_function import DOMAIN, OP_TYPE, NmsAttributes
 from graph_surgery.normalisation import take_out_normalisation
 from graph_surgery.pattern import (
@@ -101,6 +103,10 @@ def _file(model: onnx.ModelProto) -> Facts:
             f"yes: {kinds['QuantizeLinear']} QuantizeLinear, {kinds['DequantizeLinear']} "
             "DequantizeLinear"
         )
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    with contextlib.suppress(SurgeryError):
+        if names := names_from_json(entries.get(NAMES_KEY, "[]")):
+            facts["class names"] = f"{len(names)}: {', '.join(names)}"
     return facts
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import one_line
-from engine.manifest import load_manifest
-from engine.model import load_detector
+from engine.manifest import Manifest, load_manifest
+from engine.model import Detector, load_detector
 from engine.protocol import Engine
 from engine.support.documents import parse_json
 from engine.support.files import another, write_output
@@ -53,6 +53,8 @@ class Prediction:
         float32 [R, 7]: see `engine.protocol.Session.result`; descending score.
     names
         Name of the label of each row.
+    picture
+        The file with its boxes.
     """
 
     image: Path
@@ -60,6 +62,7 @@ class Prediction:
     size: tuple[int, int]
     rows: NDArray[np.float32]
     names: tuple[str, ...]
+    picture: Path
 
 
 def find_images(places: Sequence[str]) -> tuple[Path, ...]:
@@ -100,16 +103,25 @@ def _images_of(path: Path) -> Iterable[Path]:
     )
 
 
-def class_names(model: Path, file: Path | None) -> dict[int, str]:
+def read_model(model: Path) -> Detector | Manifest:
+    """Read an ONNX file, or the manifest of an engine.
+
+    Raises
+    ------
+    EngineError
+        When it is missing or damaged.
+    """
+    return load_detector(model) if model.suffix == ".onnx" else load_manifest(model)
+
+
+def class_names(known: Detector | Manifest, file: Path | None) -> dict[int, str]:
     """Names of a model's labels: a file's, else those in its metadata, else none.
 
     Raises
     ------
-    EngineError, SurgeryError
-        When the model, its manifest or the file cannot be read.
+    SurgeryError
+        When the file cannot be read, or the metadata is no list of names.
     """
-    read = load_detector if model.suffix == ".onnx" else load_manifest
-    known = read(model)
     if file is not None:
         names = read_names(file)
         if names and names[0].strip("_").lower() == "background":
@@ -194,8 +206,8 @@ def predict(
                     write_output(pictures[number], to_jpeg(picture), overwrite=overwrite)
                     height, width = pixels.shape[:2]
                     kinds = tuple(called[label] for label in labels)
-                    one = Prediction(images[number], number + 1, (width, height), kept, kinds)
-                    found.append(one)
+                    one = images[number], number + 1, (width, height), kept, kinds
+                    found.append(Prediction(*one, pictures[number]))
             if progress is not None:
                 progress(min(start + size, len(images)), len(images))
     results = [result for one in found for result in _coco_results(one)]

@@ -158,6 +158,9 @@ def prepare(
     confidence_threshold: float,
     nms_threshold: float,
     sigmoid: int = 0,
+    level_top_k: int = 0,
+    clip_before_nms: bool = False,
+    bbox_xform_clip: float = 0.0,
     conf_scales: Sequence[float] | None = None,
     library: ctypes.CDLL | None = None,
 ) -> Plan:
@@ -177,6 +180,8 @@ def prepare(
         From `load_library`; None: the one at `library_path`.
     num_classes, background_class, top_k, keep_top_k, confidence_threshold, nms_threshold, sigmoid
         As in nms_opt_config.
+    level_top_k, clip_before_nms, bbox_xform_clip
+        As there, too: of version 2 of NMS_OPT_TRT.
 
     Raises
     ------
@@ -214,6 +219,9 @@ def prepare(
         nms_threshold=nms_threshold,
         levels=levels,
         sigmoid=sigmoid,
+        level_top_k=level_top_k,
+        clip_before_nms=int(clip_before_nms),
+        bbox_xform_clip=bbox_xform_clip,
     )
     named["priors"] = prior = device_array(priors, "priors")
     shape = (2, config.num_priors * 4)

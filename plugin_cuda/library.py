@@ -11,7 +11,7 @@ from pathlib import Path
 from plugin_cuda.errors import PluginError
 from plugin_cuda.loader import load
 
-VERSION = 1
+VERSION = 2
 """NMS_OPT_VERSION of the header that this module was written for."""
 
 MAX_LEVELS = 8
@@ -51,6 +51,9 @@ class _Config(ctypes.Structure):
         ("sigmoid", ctypes.c_int32),
         ("confidence_threshold", ctypes.c_float),
         ("nms_threshold", ctypes.c_float),
+        ("level_top_k", ctypes.c_int32),
+        ("clip_before_nms", ctypes.c_int32),
+        ("bbox_xform_clip", ctypes.c_float),
         ("levels", _Level * MAX_LEVELS),
     )
 
@@ -87,6 +90,9 @@ class Config:
     nms_threshold: float
     levels: tuple[Level, ...]
     sigmoid: int = 0
+    level_top_k: int = 0
+    clip_before_nms: int = 0
+    bbox_xform_clip: float = 0.0
 
     @property
     def num_priors(self) -> int:
@@ -110,6 +116,9 @@ class Config:
             int32(self.sigmoid, "sigmoid"),
             self.confidence_threshold,
             self.nms_threshold,
+            int32(self.level_top_k, "level_top_k"),
+            int32(self.clip_before_nms, "clip_before_nms"),
+            self.bbox_xform_clip,
             # more levels than there is room for: the library refuses their number
             (_Level * MAX_LEVELS)(*map(_level_to_c, self.levels[:MAX_LEVELS])),
         )

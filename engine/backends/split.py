@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import export_graph, import_graph, output_names, type_of
-from graph_surgery.nms_function import DOMAIN, OP_TYPE, OUTPUTS, VERSION_2
+from graph_surgery.nms_function import DOMAIN, OP_TYPE, OUTPUTS
 from graph_surgery.pattern import find_nms_node, read_surgered
 from plugin_cuda.errors import PluginError
 from plugin_cuda.library import (
@@ -78,8 +78,6 @@ def split(model: onnx.ModelProto) -> Split:
                 f"the graph does not end in {OP_TYPE}: its outputs are {', '.join(outputs)}"
             )
         tail = read_surgered(graph, node)
-        if tail.attributes.version != 1:
-            raise UnsplitError(f"{VERSION_2} is not known to libnms_opt.so")
         graph.outputs = node.inputs[:-1]
         graph.functions = [f for f in graph.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
         graph.cleanup(recurse_functions=False)
@@ -107,6 +105,9 @@ def split(model: onnx.ModelProto) -> Split:
             )
         ),
         sigmoid=attributes.confSigmoid,
+        level_top_k=attributes.levelTopK,
+        clip_before_nms=attributes.clipBeforeNms,
+        bbox_xform_clip=attributes.bboxXformClip,
     )
     try:
         library = load_library()

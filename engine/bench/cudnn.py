@@ -16,20 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
-from engine.backends.cuda import Stream, check, runtime, use_gpu
+from engine.backends.cuda import check, runtime
 from engine.backends.cudnn.engine import CudnnEngine, batch_sizes, load
 from engine.backends.cudnn.graph import Convolution, Int8Graph, Layer
-from engine.backends.cudnn.measure import measure
-from engine.backends.pipeline import Slot
+from engine.backends.cudnn.times import step_times
 from engine.bench.speed import PEAKS, Peak, image_pool, parse_batches
 from engine.errors import EngineError
-from engine.protocol import DETECTION_FIELDS
 from engine.speed import latency, throughput
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
+from graph_surgery.nms_function import OP_TYPE
 from graph_surgery.terminal import new_console
 
 
@@ -152,43 +150,23 @@ def least_bytes(graph: Int8Graph, layers: Sequence[Layer], batch: int) -> int:
 
 def layer_times(engine: CudnnEngine, batch: int) -> list[LayerTime]:
     """Measure every step of a batch size by itself, NMS the last."""
-    use_gpu(engine.device)
-    stream = Stream()
-    try:
-        memory = engine.reserve(stream)
-        rows = batch * engine.parts.config.keep_top_k * DETECTION_FIELDS * 4
-        image_bytes = batch * int(np.prod(engine.input_spec.shape))
-        slot = Slot(stream.device(image_bytes), stream.device(rows), stream.device(4 * batch))
-        noise = np.random.default_rng(0).integers(-60, 61, image_bytes, np.int8)
-        stream.upload(slot.images, noise)
-        runs = engine.bind(batch, memory, slot, stream)
-        for run in runs:
-            run(stream.handle)
-        stream.synchronize()
-        peak = _peak(engine)
-        program, graph = engine.programs[batch], engine.graph
-        found = []
-        for step, run in zip(program.steps, runs, strict=False):
-            work = operations(graph, step.layers) * batch
-            floor = None
-            if peak is not None:
-                moved = least_bytes(graph, step.layers, batch)
-                floor = max(work / peak.tops / 1e9, moved / peak.terabytes / 1e9)
-            found.append(
-                _layer_time(step.name, step.candidate.name, measure(stream, run), work, floor)
-            )
-        heads = {head.tensor for head in graph.heads.values()}
-        read = sum(
-            2 * batch * t.channels * t.height * t.width
-            for t in map(graph.tensors.__getitem__, heads)
-        )
-        floor = read / peak.terabytes / 1e9 if peak is not None else None
-        found.append(
-            _layer_time("NMS_OPT_TRT", "libnms_opt.so", measure(stream, runs[-1]), 0, floor)
-        )
-        return found
-    finally:
-        stream.close()
+    *times, nms_time = step_times(engine, batch)
+    peak = _peak(engine)
+    program, graph = engine.programs[batch], engine.graph
+    found = []
+    for step, ms in zip(program.steps, times, strict=True):
+        work = operations(graph, step.layers) * batch
+        floor = None
+        if peak is not None:
+            moved = least_bytes(graph, step.layers, batch)
+            floor = max(work / peak.tops / 1e9, moved / peak.terabytes / 1e9)
+        found.append(_layer_time(step.name, step.candidate.name, ms, work, floor))
+    heads = {head.tensor for head in graph.heads.values()}
+    read = sum(
+        2 * batch * t.channels * t.height * t.width for t in map(graph.tensors.__getitem__, heads)
+    )
+    floor = read / peak.terabytes / 1e9 if peak is not None else None
+    return [*found, _layer_time(OP_TYPE, "libnms_opt.so", nms_time, 0, floor)]
 
 
 def _layer_time(name: str, kernel: str, ms: float, work: int, floor: float | None) -> LayerTime:

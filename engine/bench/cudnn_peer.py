@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from engine.backends.cudnn.graph import Convolution, Int8Graph
 from engine.backends.split import Split
 from engine.errors import EngineError
-from plugin_cuda.bench.loads import HeadSet
+from plugin_cuda.bench.loads import SSD_RESNET34, HeadSet
 from plugin_cuda.bench.peers import torch_detections
 
 _WARM_UP = 3
@@ -80,7 +80,7 @@ def measure_peer(
     def detect() -> None:
         heads = network_alone()
         ordered = [heads[name].contiguous() for name in names]
-        rows = torch_detections(HeadSet(ordered[:half], ordered[half:], None), priors)
+        rows = torch_detections(HeadSet(SSD_RESNET34, ordered[:half], ordered[half:], None), priors)
         torch.cat(rows).cpu()
 
     def wait_for_network() -> None:

@@ -33,6 +33,14 @@ def add(
             help="Folder of other images, for INT8; they need no annotations.", show_default=False
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="ONNX file or engine: list all of its classes, in its order, and match the "
+            "categories by their names.",
+            show_default="the file's own order",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the data set of this name.")
     ] = False,
@@ -41,7 +49,8 @@ def add(
     """Make a data set of your images: check all, write its maps, say what is in it.
 
     The maps go into data_maps/NAME, and links to your files into data/NAME of the build folder;
-    the images stay where they are.
+    the images stay where they are. Label L of a model is the L-th category of the annotations: with
+    --model, a copy of them with the model's classes as its categories lies in data/NAME, too.
     """
     from harness.data.own import add_dataset
 
@@ -53,6 +62,7 @@ def add(
             calibration_images,
             build_dir,
             force=force,
+            model=model,
             progress=progress,
         )
     (low, high), objects = added.sizes, sum(added.categories.values())
@@ -67,12 +77,18 @@ def add(
         typer.echo(f"warning: {oddity}", err=True)
     if not added.cal:
         typer.echo("no images for calibration, which INT8 needs: --calibration-images DIR")
+    if model is not None:
+        typer.echo(
+            f"categories are the classes of {model}, in a copy of {annotations}: where that "
+            "changes, add it again"
+        )
     quoted, accuracy = shlex.quote(name), "--test_mode=AccuracyOnly"
+    given = "MODEL" if model is None else shlex.quote(str(model))
     if added.cal:
         typer.echo(
             f'next, for INT8: make run WEIGHTS=FILE RUN_ARGS="--dataset {quoted} {accuracy}"'
         )
     typer.echo(
-        f"next, for MODEL as it is: harness preprocess MODEL --dataset {quoted} --val_only, then "
-        f"harness run MODEL --dataset {quoted} {accuracy}"
+        f"next, for {given} as it is: harness preprocess {given} --dataset {quoted} --val_only, "
+        f"then harness run {given} --dataset {quoted} {accuracy}"
     )

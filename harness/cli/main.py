@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +45,7 @@ from harness.loadgen.settings import (
     settings_from,
 )
 from harness.make.arguments import choices
-from harness.make.system_config import config_of
+from harness.make.system_config import config_of, host_name
 from harness.results.devices import AUTO, fastest, load_engines, parse_devices, parse_urls
 
 app = typer.Typer(
@@ -166,7 +165,9 @@ def run(
     system: Annotated[
         str | None,
         typer.Option(
-            help="Name of the machine.", show_default="host name", rich_help_panel=RESULTS
+            help="Name of the machine.",
+            show_default="of the --config of 'harness tune', else the host's",
+            rich_help_panel=RESULTS,
         ),
     ] = None,
     log_dir: Annotated[
@@ -235,7 +236,8 @@ def run(
             numbers = machine.devices
             device = None if numbers else machine.device
     engine = engine or BACKENDS[0]
-    place = (log_dir or Path()) / (system or platform.node()) / described.detector
+    system = system or (host_name() if machine is None else machine.name)
+    place = (log_dir or Path()) / system / described.detector
     if log_dir is not None and not resume:
         check_folders([place / one.scenario / mode for mode in modes for one in settings])
     if engine == AUTO:

@@ -52,12 +52,14 @@ def predict(
 ) -> None:
     """Draw what MODEL detects on IMAGES.
 
-    Each image gets a picture NAME.jpg with boxes; small ones are enlarged. predictions.json is a
+    Each image gets a picture NAME.jpg with boxes, or NAME-2.jpg where several have the name, which
+    the table says; small ones are enlarged. predictions.json is a
     list as of COCO results: boxes [x, y, width, height] in pixels of the image; image_id, its
     number in the table; category_id, the model's label. An image that cannot be read is named,
     the others go on, and the exit code is 1.
     """
-    from harness.predict import BATCH, class_names, find_images
+    from engine.model import size_guess
+    from harness.predict import BATCH, class_names, find_images, read_model
     from harness.predict import predict as predict_images
     from harness.results.run_all import new_folder
 
@@ -65,7 +67,8 @@ def predict(
     urls = None if url is None else parse_urls(url)
     if urls is not None and len(urls) > 1:
         raise HarnessError("predict asks one server; give one --url")
-    called = class_names(model, names)
+    known = read_model(model)
+    called = class_names(known, names)
     engine = engine or BACKENDS[0]
     if engine == AUTO:
         way = fastest(model, device, threads, BATCH, build_dir)
@@ -78,15 +81,20 @@ def predict(
         found, bad = predict_images(
             loaded, files, called, folder, score=score, overwrite=force, progress=progress
         )
-    _print_table([(one.number, one.image, one.names) for one in found])
+    _print_table([(one.number, one.image, one.picture, one.names) for one in found])
     for image, reason in bad.items():
         complain("harness", f"{image}: {reason}")
     typer.echo(f"{len(found)} pictures and predictions.json in {folder}")
+    if guess := size_guess(known.metadata):
+        typer.echo(
+            f"the model's image size, {guess}, is a guess; if it was trained at another, export it "
+            "with --image-size SIDE (make: IMAGE_SIZE=SIDE)"
+        )
     if bad:
         raise typer.Exit(1)
 
 
-def _print_table(found: list[tuple[int, Path, tuple[str, ...]]]) -> None:
+def _print_table(found: list[tuple[int, Path, Path, tuple[str, ...]]]) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
@@ -95,7 +103,8 @@ def _print_table(found: list[tuple[int, Path, tuple[str, ...]]]) -> None:
     table = Table(
         Column("", no_wrap=True), *(Column(n, overflow="fold") for n in ("image", "detections"))
     )
-    for number, image, names in found:
+    for number, image, picture, names in found:
+        drawn = "" if picture.stem == image.stem else f" ({picture.name})"
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
-        table.add_row(str(number), escape(str(image)), escape(counts or "–"))
+        table.add_row(str(number), escape(f"{image}{drawn}"), escape(counts or "–"))
     new_console(highlight=False).print(table)

@@ -151,16 +151,34 @@ def _remedy(name: str, split: str, data: Path) -> str:
     if split == "val":
         links = "--images DIR --annotations FILE"
     else:
-        # as they were added, so that the command can be copied
-        images, annotations = data / "val", data / "annotations" / "instances_val.json"
-        given = (
-            shlex.quote(str(link.resolve())) if link.exists() else word
-            for link, word in ((images, "DIR"), (annotations, "FILE"))
-        )
-        links = "--images {} --annotations {} --calibration-images DIR".format(*given)
+        annotations = data / "annotations" / "instances_val.json"
+        links = f"{_as_added(data / 'val', annotations)} --calibration-images DIR"
     add = f"`harness dataset add {name} {links} --force` adds them"
     without = f"; without INT8: `harness preprocess MODEL --dataset {name} --val_only`"
     return add + without if split == "cal" else add
+
+
+def _as_added(images: Path, annotations: Path) -> str:
+    """Options that add what the links of a data set point to, so that they can be copied."""
+    places = (("--images", images, "DIR"), ("--annotations", annotations, "FILE"))
+    return " ".join(
+        f"{option} {shlex.quote(str(link.resolve())) if link.exists() else word}"
+        for option, link, word in places
+    )
+
+
+def again_with_model(dataset: Dataset, model: Path) -> str:
+    """Command that adds a validation split, again, with its categories in a model's order.
+
+    One of a benchmark stays as it is, and is added under a name to choose.
+    """
+    name, annotations = dataset.name.rpartition("-")[0], dataset.annotations
+    options = _as_added(dataset.image_dir, annotations or Path())
+    if name in _PLACES:
+        return f"harness dataset add NAME {options} --model {shlex.quote(str(model))}"
+    if (cal := dataset.image_dir.with_name("cal")).exists():
+        options += f" --calibration-images {shlex.quote(str(cal.resolve()))}"
+    return f"harness dataset add {name} {options} --model {shlex.quote(str(model))} --force"
 
 
 def check_map(dataset: Dataset) -> tuple[str, ...]:

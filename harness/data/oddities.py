@@ -9,7 +9,7 @@ from typing import Any
 from engine.data.coco import load_annotations
 from engine.data.preprocessed import PreprocessedSet
 from engine.manifest import load_manifest
-from harness.data.dataset import Dataset
+from harness.data.dataset import Dataset, again_with_model
 from harness.errors import HarnessError
 
 _SLACK = 1.0  # pixels that boxes reach beyond their image where tools round
@@ -49,7 +49,7 @@ def oddities(
     }
     found = [*annotation_oddities(content), *size_oddities(content, shapes)]
     if model is not None:
-        count, names = _classes(model)
+        count, names = model_classes(model)
         found += class_oddities([entry["name"] for entry in content["categories"]], count, names)
     return tuple(found)
 
@@ -66,12 +66,15 @@ def check_classes(dataset: Dataset, model: Path) -> None:
     """
     if dataset.annotations is None or not dataset.annotations.exists():
         return
-    categories, (count, _) = load_annotations(dataset.annotations)["categories"], _classes(model)
+    categories = load_annotations(dataset.annotations)["categories"]
+    count, names = model_classes(model)
     if count is not None and count > len(categories):
+        how = "list all categories of the model there, in its order, also those without an object"
+        if names:
+            how = f"`{again_with_model(dataset, model)}` lists all of them, by their names"
         raise HarnessError(
             f"the model detects {count} classes, {dataset.annotations} has {len(categories)} "
-            "categories: they go together by their order, and some classes have none; "
-            "list all categories of the model there, also those without an object"
+            f"categories: they go together by their order, and some classes have none; {how}"
         )
 
 
@@ -163,23 +166,34 @@ def class_oddities(categories: Sequence[str], count: int | None, names: Sequence
             "categories; they go together by their order, also where the first is unused"
         ]
     pairs = [(str(a), str(b)) for a, b in zip(names, categories, strict=False)]
-    number = next((n for n, (a, b) in enumerate(pairs, 1) if _plain(a) != _plain(b)), None)
+    number = next((n for n, (a, b) in enumerate(pairs, 1) if plain_name(a) != plain_name(b)), None)
     if number is None:
         return []
-    differ = sum(_plain(a) != _plain(b) for a, b in pairs)
+    differ = sum(plain_name(a) != plain_name(b) for a, b in pairs)
+    ours, theirs = ({plain_name(str(one)) for one in listed} for listed in (names, categories))
+    how = "; `harness dataset add` orders them by name, with --model" if theirs <= ours else ""
     return [
         f"{differ} of {len(pairs)} classes are named otherwise in the annotations, the first is "
         f"number {number}: {pairs[number - 1][0]!a} in the model, {pairs[number - 1][1]!a} there; "
-        "they go together by their order"
+        f"they go together by their order{how}"
     ]
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Name without case, spaces and punctuation, in which those of one class may differ."""
     return "".join(filter(str.isalnum, name.casefold()))
 
 
-def _classes(model: Path) -> tuple[int | None, tuple[str, ...]]:
-    """Classes of an ONNX file or an engine, and their names, as far as it tells."""
+def model_classes(model: Path) -> tuple[int | None, tuple[str, ...]]:
+    """Classes of an ONNX file or an engine without background, and their names.
+
+    None and nothing where it does not tell.
+
+    Raises
+    ------
+    EngineError
+        Damaged model or manifest.
+    """
     from engine.model import class_names, load_detector
 
     if model.suffix == ".onnx":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.data.coco import load_annotations, positions_by_name
 from engine.support.files import write_atomically
@@ -20,6 +22,7 @@ from harness.data.dataset import (
     where_else,
 )
 from harness.data.oddities import annotation_oddities, size_oddities
+from harness.data.ordering import in_order_of
 from harness.data.transform import BadImageError, decode
 from harness.errors import HarnessError
 
@@ -27,6 +30,9 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", 
 """Of what OpenCV decodes; other files of a folder are no images."""
 
 _NAMED = 5
+
+_ORDERED = "instances_val.by_model.json"
+"""The copy of the annotations with the categories of a model, beside the link to it."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,15 @@ def add_dataset(
     build_dir: Path,
     *,
     force: bool,
+    model: Path | None = None,
     progress: Progress | None = None,
 ) -> Added:
     """Check images and annotations, then write maps and link both into the build folder.
 
     Validation is what the annotation file lists, in its order. Calibration is every image in
-    `calibration_images` and its sub-folders, sorted by name; it needs no annotations.
+    `calibration_images` and its sub-folders, sorted by name; it needs no annotations. With a
+    model, the link is to a copy of the annotations, in the build folder, too, whose categories are
+    the model's classes, see `in_order_of`; ids that are texts are numbers there.
 
     Parameters
     ----------
@@ -77,6 +86,8 @@ def add_dataset(
         Where images and annotations are linked.
     force
         Replace the maps and links of a data set of this name.
+    model
+        ONNX file or engine with class names; None: categories go as the file has them.
     progress
         Called with the images decoded so far, and all.
 
@@ -84,9 +95,10 @@ def add_dataset(
     ------
     HarnessError
         A name that does not do or is taken; an image that is missing, cannot be decoded, or lies
-        outside its folder; nothing to validate or calibrate on. Nothing is written then.
+        outside its folder; nothing to validate or calibrate on; categories that the model does not
+        have. Nothing is written then.
     EngineError
-        Damaged annotations.
+        Damaged annotations or model.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in BENCHMARK_SETS:
         raise HarnessError(
@@ -100,6 +112,8 @@ def add_dataset(
             raise HarnessError(f"{folder}: no such folder of images")
     content = load_annotations(annotations)
     positions_by_name(content["images"], annotations)
+    if model is not None:
+        content = in_order_of(model, content, annotations)
     val = [image["file_name"] for image in content["images"]]
     cal = [] if calibration_images is None else _images_below(calibration_images)
     for names, source in ((val, annotations), (cal, calibration_images)):
@@ -115,14 +129,16 @@ def add_dataset(
     categories = {str(one["name"]): objects[one["id"]] for one in content["categories"]}
     oddities = [*annotation_oddities(content), *size_oddities(content, of_val)]
     oddities += _left_out(images, annotations, files, len(val))
-    unused = [ascii(one) for one, count in categories.items() if not count]
-    if unused:
-        oddities.append(f"{len(unused)} categories have no object, as {unused[0]}")
+    oddities += _without_ap(content, categories)
     try:
         _write_maps(name, {"val": val, "cal": cal})
         data = known_dataset(name, "val", build_dir)
         _link(images, data.image_dir)
         if data.annotations is not None:
+            if model is not None:
+                annotations = data.annotations.with_name(_ORDERED)
+                annotations.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(annotations, json.dumps(content).encode())
             _link(annotations, data.annotations)
         if calibration_images is not None:
             _link(calibration_images, known_dataset(name, "cal", build_dir).image_dir)
@@ -130,6 +146,19 @@ def add_dataset(
         raise HarnessError(f"{error.filename}: cannot write it: {error.strerror}") from error
     by_area = sorted(of_val.values(), key=lambda shape: shape[0] * shape[1])
     return Added(tuple(val), tuple(cal), categories, (by_area[0], by_area[-1]), tuple(oddities))
+
+
+def _without_ap(content: Mapping[str, Any], objects: Mapping[str, int]) -> Iterator[str]:
+    """Say which categories have no AP; `objects` is the number of each by its name."""
+    unused = [ascii(one) for one, count in objects.items() if not count]
+    if unused:
+        yield f"{len(unused)} categories have no object, as {unused[0]}"
+    boxes = content["annotations"]
+    crowded = {one["category_id"] for one in boxes if one["iscrowd"]}
+    crowded -= {one["category_id"] for one in boxes if not one["iscrowd"]}
+    if crowds := [one for one in content["categories"] if one["id"] in crowded]:
+        name = ascii(str(crowds[0]["name"]))
+        yield f"{len(crowds)} categories have crowds alone (iscrowd), as {name}: they have no AP"
 
 
 def _left_out(images: Path, annotations: Path, files: Sequence[Path], val: int) -> Iterator[str]:

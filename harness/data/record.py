@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
 
-from engine.data.preprocessed import transform_settings
+from engine.data.preprocessed import PreprocessedSet, transform_settings
 from engine.protocol import InputSpec
 from engine.support.files import file_sha256
 from harness.artefacts import TRANSFORM_CODE, Artefact, code_sha256, recorded, version
@@ -29,6 +29,13 @@ def images_artefact(data: Dataset, spec: InputSpec, directory: Path) -> Artefact
             "opencv": version("opencv-python-headless"),
         },
     )
+
+
+def images_sha256(images: PreprocessedSet) -> str:
+    """Hash of the names and contents of the sources, and of what turned them into input."""
+    sources = [(entry["file"], entry["sha256"]) for entry in images.manifest["images"]]
+    turned = {key: value for key, value in images.manifest.items() if key != "images"}
+    return sha256(json.dumps([sources, turned, code_sha256(TRANSFORM_CODE)]).encode()).hexdigest()
 
 
 def recorded_images(

@@ -5,12 +5,10 @@ Every function makes one artefact with all that it needs, and rebuilds exactly w
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +20,6 @@ from engine.support.external import model_sha256
 from engine.support.files import file_sha256
 from engine.support.leaving import end_with_parent
 from harness.artefacts import (
-    TRANSFORM_CODE,
     Artefact,
     Say,
     code_sha256,
@@ -39,7 +36,7 @@ from harness.data.dataset import (
     known_dataset,
     preprocessed_dir,
 )
-from harness.data.record import images_artefact
+from harness.data.record import images_artefact, images_sha256
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -124,13 +121,15 @@ def check_data(route: Route, *splits: str) -> None:
 
 
 def build_onnx(route: Route) -> Path:
-    """Weights to the surgered FP32 ONNX file.
+    """Weights to the surgered FP32 ONNX file; that its image size is a guess is always said.
 
     Raises
     ------
     HarnessError
         When the weights are missing or of another detector, or a command fails (it has said why).
     """
+    from engine.model import load_detector, size_guess
+
     folder, known = route.build_dir / "onnx", BENCHMARKS[route.benchmark]
     if not route.weights.is_file():
         how = "the demo's are in the repository"
@@ -179,11 +178,17 @@ def build_onnx(route: Route) -> Path:
             "onnx-graphsurgeon": version("onnx-graphsurgeon"),
         },
     )
-    return make(
+    make(
         surgered,
         lambda: _command("graph_surgery", "nms", detector, surgered.path, "--force"),
         route.say,
     )
+    if guess := size_guess(load_detector(surgered.path).metadata):
+        route.say(
+            f"image size: {guess} is a guess, which the weights do not tell; if it is another: "
+            "--image-size SIDE, or IMAGE_SIZE=SIDE"
+        )
+    return surgered.path
 
 
 def int8_form(backend: str, device: str) -> Form:
@@ -269,7 +274,7 @@ def build_cache(route: Route, detector: Detector, images: PreprocessedSet) -> Ar
         route.build_dir / "calibration" / f"{route.benchmark}.json",
         {
             "ONNX": detector.sha256,
-            "calibration images": _images_sha256(images),
+            "calibration images": images_sha256(images),
             "method": METHODS[0],
             "code": code_sha256(*_QUANTIZATION_CODE),
             "onnx-graphsurgeon": version("onnx-graphsurgeon"),
@@ -382,13 +387,6 @@ def build_engine(route: Route, model: Path, backend: str, batch: int | None) -> 
         plugins=(plugin,) if plugin.exists() else (),
     )
     return make(built, lambda: build(load_detector(model), backend, built.path, options), route.say)
-
-
-def _images_sha256(images: PreprocessedSet) -> str:
-    """Hash of the names and contents of the sources, and of what turned them into input."""
-    sources = [(entry["file"], entry["sha256"]) for entry in images.manifest["images"]]
-    turned = {key: value for key, value in images.manifest.items() if key != "images"}
-    return sha256(json.dumps([sources, turned, code_sha256(TRANSFORM_CODE)]).encode()).hexdigest()
 
 
 def _command(room: str, *arguments: str | Path) -> None:

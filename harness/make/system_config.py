@@ -19,6 +19,7 @@ choose:
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -97,7 +98,7 @@ class SystemConfig:
     Attributes
     ----------
     name
-        Name of the system: the file's, or that of the GPU or processor without a file.
+        Name of the system: the file's, or the host's without a file.
     source
         The file; None: there is none for this machine, and the values are the program's own.
     engine
@@ -144,6 +145,11 @@ ENGINE_KEYS = tuple(
 """What a version says of the engine; its other keys are settings."""
 
 
+def host_name() -> str:
+    """Name of this machine, of a system without a configuration."""
+    return platform.node() or "unknown"
+
+
 def system_config(benchmark: str, version: str, name: str | None) -> SystemConfig:
     """Return the configuration of this machine, or of a named one.
 
@@ -185,15 +191,15 @@ def system_config(benchmark: str, version: str, name: str | None) -> SystemConfi
         )
         found = next(filter(None, matches), None)
         if found is None:
-            machine = here["gpu"] or here["cpu"] or "unknown"
             if version == "triton":
-                return SystemConfig(machine, engine="triton")
+                return SystemConfig(host_name(), engine="triton")
             if version != DEFAULT_VERSION:
+                machine = here["gpu"] or here["cpu"] or "unknown"
                 raise HarnessError(
                     f"no file in {CONFIGS} is for {benchmark} on {machine}, so "
                     f"--config_ver={version} has no meaning; `harness tune` writes one"
                 )
-            return SystemConfig(machine)
+            return SystemConfig(host_name())
         path = found
     return _config(path, files[path], version)
 

@@ -119,7 +119,7 @@ def _tests(routes: Sequence[Route], arguments: RunArgs, servers: ExitStack) -> l
                 max_batch=largest_batch(one for one in settings if files[one.scenario] == file),
             )
         root = root or new_folder(route.build_dir / "logs")
-        folder = root / config.name.replace("/", "-") / route.benchmark
+        folder = root / config.name / route.benchmark
         detector = BENCHMARKS[route.benchmark].detector
         tests += [
             (

@@ -205,7 +205,9 @@ def _shown(runs: Runs) -> list[_Run]:
     for number, (directory, result) in enumerate(runs, start=1):
         found = facts_of(directory, result)
         before = first.setdefault((result.scenario, result.mode), found)
-        cells = {name: as_text(name, value) for name, value in found.items()}
+        # a run is told by its model, which as the twelfth column is out of most windows
+        names = dict.fromkeys(["run", "model", *found])
+        cells = {name: as_text(name, found[name]) for name in names}
         changes = {name: _change(before[name], found[name]) for name in _COMPARED}
         changed = {name: changes.get(name, "") for name in found}
         shown.append(_Run(number, directory, result, cells, changed))

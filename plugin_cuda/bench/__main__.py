@@ -6,7 +6,7 @@ those of single runs by CUDA events, on inputs that are not in the L2 cache.
 
 Counters of each kernel, by Nsight Compute, on one plain run of each load at a batch size:
 
-    ncu --set full --kernel-name 'regex:clear|filter|suppress|merge' \
+    ncu --set full --kernel-name 'regex:clear|filter|cut|suppress|merge' \
       python -m plugin_cuda.bench --profile 64
 """
 
@@ -17,14 +17,16 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from plugin_cuda.bench.environment import environment
 from plugin_cuda.bench.loads import (
-    CASES,
+    DETECTORS,
     FORMS,
+    SSD_RESNET34,
+    Detector,
     Form,
     Golden,
     HeadSet,
@@ -35,14 +37,13 @@ from plugin_cuda.bench.loads import (
     make_set,
     num_sets,
 )
-from plugin_cuda.bench.peers import MultiPass, agreement, torch_detections
+from plugin_cuda.bench.peers import MultiPass, agreement, retinanet_detections, torch_detections
 from plugin_cuda.bench.plot import plot
 from plugin_cuda.bench.timing import captured, copy_bandwidth, measure
 from plugin_cuda.binding import Plan, Run
 from plugin_cuda.errors import PluginError
 from plugin_cuda.files import whole
 
-BATCHES = (1, 8, 64, 256)
 GRAPH, LAUNCHES, MULTIPASS, TORCH = "nms_opt graph", "nms_opt launches", "multi-pass", "torch"
 PEER_FORMS = {Form("float32", "NCHW"), Form("float16", "NCHW")}
 
@@ -55,8 +56,14 @@ def bench(
         Path | None, typer.Option("-o", "--output", help="JSON file to write; with --plot the PNG.")
     ] = None,
     *,
+    detector: Annotated[
+        Literal["ssd-resnet34", "retinanet"], typer.Option(help="Whose heads.")
+    ] = "ssd-resnet34",
     golden: Annotated[
-        Path, typer.Option(help="Folder of nms_1.npz, nms_3.npz and default_boxes.npz.")
+        Path,
+        typer.Option(
+            help="Folder of nms_1.npz, nms_3.npz and default_boxes.npz, or of retinanet/."
+        ),
     ] = Path("../shared/golden"),
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Draw this JSON file; measure nothing.")
@@ -67,7 +74,7 @@ def bench(
 ) -> None:
     """Measure NMS_OPT_TRT on this GPU."""
     if profile is not None:
-        _profile(golden, profile)
+        _profile(golden, DETECTORS[detector], profile)
         return
     if output is None:
         raise PluginError("-o FILE says where the figures go")
@@ -81,18 +88,23 @@ def bench(
         plot(document, output)
         return
     _check_gpu()
-    priors = load_priors(golden)
+    heads = DETECTORS[detector]
+    priors = load_priors(golden, heads)
     bandwidth = copy_bandwidth()
     rows = []
-    for load in CASES:
-        image = load_golden(golden, load)
+    for load in heads.cases:
+        image = load_golden(golden, heads, load)
         for form in FORMS:
-            for batch in BATCHES:
+            for batch in heads.batches:
                 row = {"load": load, "candidates": candidates(image)}
                 row |= _measure(image, form, batch, priors, bandwidth)
                 rows.append(row)
                 typer.echo(_line(row))
-    document = environment() | {"copy_bytes_per_second": bandwidth, "rows": rows}
+    document = environment() | {
+        "detector": detector,
+        "copy_bytes_per_second": bandwidth,
+        "rows": rows,
+    }
     with whole(output) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -131,7 +143,9 @@ def _measure(
     """Measure everything on one load, form and batch."""
     import torch
 
-    sets = [make_set(image, form, batch, seed) for seed in range(num_sets(form, batch))]
+    detector = image.detector
+    number = num_sets(detector, form, batch)
+    sets = [make_set(image, form, batch, seed) for seed in range(number)]
     plans = [heads.plan(priors) for heads in sets]
     bound = [_bind(plan) for plan in plans]
 
@@ -146,14 +160,15 @@ def _measure(
     }
     checks = {}
     if form in PEER_FORMS:
-        found[MULTIPASS], checks[MULTIPASS] = _multi_pass(sets, priors, bound[0][1])
+        in_torch = retinanet_detections
+        if detector is SSD_RESNET34:
+            in_torch = torch_detections
+            found[MULTIPASS], checks[MULTIPASS] = _multi_pass(sets, priors, bound[0][1])
         found[TORCH] = measure(
-            [partial(torch_detections, heads, priors) for heads in sets],
-            seconds=0.4,
-            ahead=False,
+            [partial(in_torch, heads, priors) for heads in sets], seconds=0.4, ahead=False
         )
-        checks[TORCH] = agreement(bound[0][1], torch_detections(sets[0], priors))
-    size = head_bytes(form, batch)
+        checks[TORCH] = agreement(bound[0][1], in_torch(sets[0], priors))
+    size = head_bytes(detector, form, batch)
     floor = 1e6 * size / bandwidth
     ours = found[GRAPH].median
     return {
@@ -205,15 +220,15 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _profile(golden: Path, batch: int) -> None:
+def _profile(golden: Path, detector: Detector, batch: int) -> None:
     """One plain run of each load and form."""
     import torch
 
     _check_gpu()
-    priors = load_priors(golden)
-    for load in CASES:
+    priors = load_priors(golden, detector)
+    for load in detector.cases:
         for form in FORMS:
-            heads = make_set(load_golden(golden, load), form, batch, 0)
+            heads = make_set(load_golden(golden, detector, load), form, batch, 0)
             run, _ = _bind(heads.plan(priors))
             _launch(run)
             torch.cuda.synchronize()

@@ -1,4 +1,5 @@
-/* NMS_OPT_TRT on a GPU: detections straight from the outputs of the head convolutions of an SSD.
+/* NMS_OPT_TRT on a GPU: detections straight from the outputs of the head convolutions of an SSD or
+ * a RetinaNet.
  *
  * Plain C, raw device pointers, one stream. No function allocates, synchronises with the host or
  * keeps state, so a run can be captured in a CUDA graph; the library loads without a GPU.
@@ -23,12 +24,13 @@
 extern "C" {
 #endif
 
-#define NMS_OPT_VERSION 1 /* changes with any change to this header */
+#define NMS_OPT_VERSION 2 /* changes with any change to this header */
 
 #define NMS_OPT_MAX_LEVELS 8
 #define NMS_OPT_MAX_ANCHORS 32
 #define NMS_OPT_MAX_CLASSES 352
-#define NMS_OPT_MAX_TOP_K 1024 /* for top_k and keep_top_k */
+#define NMS_OPT_MAX_TOP_K 1024 /* for keep_top_k, and for top_k without level_top_k */
+#define NMS_OPT_MAX_LEVEL_TOP_K 1024
 #define NMS_OPT_MAX_BATCH 65535
 
 typedef struct CUstream_st* nms_opt_stream; /* cudaStream_t */
@@ -72,11 +74,16 @@ typedef struct {
   int32_t num_levels;
   int32_t num_classes;        /* background included */
   int32_t background_class;   /* -1: none */
-  int32_t top_k;              /* candidates of a class that enter suppression */
+  int32_t top_k;              /* candidates of a class that enter suppression; with level_top_k
+                               * num_levels times as much, which caps nothing */
   int32_t keep_top_k;         /* rows of an image */
   int32_t sigmoid;            /* 0: scores are the softmax over classes; 1: sigmoid of each logit */
   float confidence_threshold; /* in [0, 1]; a candidate's score is larger */
   float nms_threshold;        /* in [0, 1]; a suppressed box's IoU is larger */
+  int32_t level_top_k;        /* of each level, over all its classes, the best so many candidates
+                               * go on: of equal scores the lower class, then prior. 0: all */
+  int32_t clip_before_nms;    /* 1: boxes are clipped to [0, 1] before suppression; 0: after */
+  float bbox_xform_clip;      /* upper bound of dw and dh times their variance; 0: none */
   nms_opt_level levels[NMS_OPT_MAX_LEVELS];
 } nms_opt_config;
 
@@ -98,6 +105,9 @@ typedef enum {
   NMS_OPT_NULL_POINTER,
   NMS_OPT_MISALIGNED_POINTER, /* priors and workspace: 16 bytes; others: their type */
   NMS_OPT_WORKSPACE_TOO_SMALL,
+  NMS_OPT_BAD_LEVEL_TOP_K,
+  NMS_OPT_BAD_CLIP_BEFORE_NMS,
+  NMS_OPT_BAD_BBOX_XFORM_CLIP,
   NMS_OPT_CUDA_ERROR = 1000,
 } nms_opt_status;
 
@@ -108,7 +118,8 @@ NMS_OPT_API int32_t nms_opt_version(void);
 NMS_OPT_API const char* nms_opt_status_string(int32_t status);
 
 /* Device memory that a run of `batch` images needs, at any number of candidates. For SSD-ResNet34
- * (15,130 priors, 81 classes, top_k = keep_top_k = 200) about 1.4 MB an image. */
+ * (15,130 priors, 81 classes, top_k = keep_top_k = 200) about 1.4 MB an image; for RetinaNet
+ * (120,087 priors, 264 classes, level_top_k = 1000, keep_top_k = 300) about 6.7 MB. */
 NMS_OPT_API int32_t nms_opt_workspace_size(const nms_opt_config* config, int32_t batch,
                                            size_t* bytes);
 

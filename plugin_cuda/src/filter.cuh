@@ -1,6 +1,9 @@
 // One read of the logits. Scores above the threshold become keys in the list of
-// their class, and their priors are decoded; nothing else is written.
+// their class, or of their level where levels are cut, and their priors are decoded; nothing else
+// is written.
 #pragma once
+
+#include <cooperative_groups.h>
 
 #include "problem.cuh"
 #include "tile.cuh"
@@ -41,15 +44,24 @@ struct Deltas {
   }
 };
 
+// The lesser of both; NaN stays, which fminf would drop.
+__device__ inline float bounded(float x, float bound) { return x > bound ? bound : x; }
+
 // The box of a prior, corners, not clipped: CENTER_SIZE, in the order of operations of the
 // operator's definition.
-__device__ inline float4 decode(float4 corners, float4 variances, const Deltas& delta) {
+__device__ inline float4 decode(float4 corners, float4 variances, const Deltas& delta,
+                                float bound) {
   const float width = corners.z - corners.x, height = corners.w - corners.y;
   const float x = delta[0] * variances.x * width + (corners.x + corners.z) * 0.5f;
   const float y = delta[1] * variances.y * height + (corners.y + corners.w) * 0.5f;
-  const float half_width = expf(delta[2] * variances.z) * width * 0.5f;
-  const float half_height = expf(delta[3] * variances.w) * height * 0.5f;
+  const float half_width = expf(bounded(delta[2] * variances.z, bound)) * width * 0.5f;
+  const float half_height = expf(bounded(delta[3] * variances.w, bound)) * height * 0.5f;
   return {x - half_width, y - half_height, x + half_width, y + half_height};
+}
+
+// What suppression and the rows see of a box, if boxes are clipped before it.
+__device__ inline float4 clip(float4 box) {
+  return {__saturatef(box.x), __saturatef(box.y), __saturatef(box.z), __saturatef(box.w)};
 }
 
 // A logit less the reference below which no score is above the threshold, with room for rounding.
@@ -62,21 +74,29 @@ __device__ inline float reference_of(const Problem& problem, float2 stats) {
   return problem.sigmoid ? 0.0f : stats.x;
 }
 
-// Appends a candidate to the list of its class, if its score is above the threshold.
+// Appends a candidate to the list of its level. The threads that do so together, whose level it
+// is too, count as one: an image has no more than a counter for each level.
+__device__ inline void add_to_level(const Problem& problem, int image, int level, uint64_t key) {
+  const auto together = cooperative_groups::coalesced_threads();
+  int* counter = problem.counters_of(image) + problem.num_classes + kOfLevels + level;
+  int first = 0;
+  if (together.thread_rank() == 0) first = atomicAdd(counter, static_cast<int>(together.size()));
+  const int at = together.shfl(first, 0) + static_cast<int>(together.thread_rank());
+  // What finds no room is counted: the cut goes to the logits then.
+  if (at < kLevelListSize) problem.level_list_of(image, level)[at] = key;
+}
+
+// Appends a candidate to its list, if its score is above the threshold.
 template <typename T, bool Linear, int Lanes>
 __device__ void append(const Problem& problem, const Tile<T, Linear, Lanes>& tile, int image,
-                       int cls, int slot, int prior, float2 stats) {
+                       int level, int cls, int slot, int prior, float2 stats) {
   const float score = score_of(tile.logit_at(slot, cls), stats, problem.sigmoid);
   if (!(score > problem.confidence_threshold) || cls == problem.background) return;
   const uint64_t key = make_key(score, cls, prior, problem.num_priors);
-  int* counters = problem.counters_of(image);
-  const int at = atomicAdd(counters + cls, 1);
-  if (at < kListSize) {
-    problem.list_of(image, cls)[at] = key;
+  if (problem.level_top_k) {
+    add_to_level(problem, image, level, key);
   } else {
-    // What finds no room here, either, is counted: the second kernel goes to the logits then.
-    const int spilled = atomicAdd(counters + problem.num_classes + kSpilled, 1);
-    if (spilled < kSpillSize) problem.spill_of(image)[spilled] = key;
+    add_to_class(problem, image, cls, key);
   }
 }
 
@@ -91,8 +111,9 @@ struct Scratch {
 };
 
 template <typename T, bool Linear, int Lanes>
-__device__ void filter_tile(const Problem& problem, const Level& level, int image, int tile_index,
+__device__ void filter_tile(const Problem& problem, int index, int image, int tile_index,
                             char* data, Scratch& scratch) {
+  const Level& level = problem.levels[index];
   const int num_classes = problem.num_classes, background = problem.background;
   const int first_cell = tile_index * level.tile_cells;
   const int num_cells = min(level.tile_cells, level.cells - first_cell);
@@ -175,7 +196,7 @@ __device__ void filter_tile(const Problem& problem, const Level& level, int imag
   }
   __syncthreads();
   if (own_slot >= 0) {
-    const float4 box = decode(corners, variances, delta);
+    const float4 box = decode(corners, variances, delta, problem.stretch_bound);
     float2 own = scratch.stats[own_slot];
     if (isnan(own.y) ||
         !(isfinite(box.x) && isfinite(box.y) && isfinite(box.z) && isfinite(box.w))) {
@@ -184,7 +205,7 @@ __device__ void filter_tile(const Problem& problem, const Level& level, int imag
     stats[own_prior] = own;
     const float cut = cut_of(problem, own);
     if (!isnan(own.x) && scratch.best[own_slot] - reference_of(problem, own) >= cut) {
-      boxes[own_prior] = box;
+      boxes[own_prior] = problem.clip_before_nms ? clip(box) : box;
       scratch.best[own_slot] = cut;
       scratch.chosen[atomicAdd(&scratch.num_chosen, 1)] = own_slot;
     }
@@ -215,25 +236,25 @@ __device__ void filter_tile(const Problem& problem, const Level& level, int imag
   if (scratch.num_pending <= kPending) {
     for (int i = thread; i < scratch.num_pending; i += kThreads) {
       const int cls = scratch.pending[i] / kThreads, slot = scratch.pending[i] % kThreads;
-      append(problem, tile, image, cls, slot, prior_of(slot), scratch.stats[slot]);
+      append(problem, tile, image, index, cls, slot, prior_of(slot), scratch.stats[slot]);
     }
   } else {  // too many to note: every score of every chosen slot
     for (int i = 0; i < scratch.num_chosen; ++i) {
       const int slot = scratch.chosen[i];
       for (int cls = thread; cls < num_classes; cls += kThreads) {
-        append(problem, tile, image, cls, slot, prior_of(slot), scratch.stats[slot]);
+        append(problem, tile, image, index, cls, slot, prior_of(slot), scratch.stats[slot]);
       }
     }
   }
 }
 
 template <typename T, int Lanes>
-__device__ void filter_level(const Problem& problem, const Level& level, int image, int tile_index,
+__device__ void filter_level(const Problem& problem, int index, int image, int tile_index,
                              char* data, Scratch& scratch) {
-  if (level.conf_vector == 1) {
-    filter_tile<T, true, Lanes>(problem, level, image, tile_index, data, scratch);
+  if (problem.levels[index].conf_vector == 1) {
+    filter_tile<T, true, Lanes>(problem, index, image, tile_index, data, scratch);
   } else {
-    filter_tile<T, false, Lanes>(problem, level, image, tile_index, data, scratch);
+    filter_tile<T, false, Lanes>(problem, index, image, tile_index, data, scratch);
   }
 }
 
@@ -254,16 +275,15 @@ __global__ void __launch_bounds__(kThreads) filter(const __grid_constant__ Probl
   int index = 0;
 #pragma unroll
   for (int i = 1; i < NMS_OPT_MAX_LEVELS; ++i) index += tile >= problem.first_tiles[i];
-  const Level& level = problem.levels[index];
   const int tile_index = tile - problem.first_tiles[index];
-  switch (level.conf_dtype) {
+  switch (problem.levels[index].conf_dtype) {
     case NMS_OPT_FLOAT16:
-      filter_level<__half, Lanes>(problem, level, image, tile_index, data, scratch);
+      filter_level<__half, Lanes>(problem, index, image, tile_index, data, scratch);
       break;
     case NMS_OPT_INT8:
-      filter_level<int8_t, Lanes>(problem, level, image, tile_index, data, scratch);
+      filter_level<int8_t, Lanes>(problem, index, image, tile_index, data, scratch);
       break;
-    default: filter_level<float, Lanes>(problem, level, image, tile_index, data, scratch);
+    default: filter_level<float, Lanes>(problem, index, image, tile_index, data, scratch);
   }
 }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cut.cuh"
 #include "filter.cuh"
 #include "merge.cuh"
 #include "suppress.cuh"
@@ -83,13 +84,25 @@ int32_t check(const nms_opt_config* config, int32_t batch) {
   if (config->background_class < -1 || config->background_class >= config->num_classes) {
     return NMS_OPT_BAD_BACKGROUND_CLASS;
   }
-  if (config->top_k < 1 || config->top_k > NMS_OPT_MAX_TOP_K) return NMS_OPT_BAD_TOP_K;
+  if (config->level_top_k < 0 || config->level_top_k > NMS_OPT_MAX_LEVEL_TOP_K) {
+    return NMS_OPT_BAD_LEVEL_TOP_K;
+  }
+  const int all = config->num_levels * config->level_top_k;  // 0: levels are not cut
+  if (config->top_k < 1 || (all ? config->top_k != all : config->top_k > NMS_OPT_MAX_TOP_K)) {
+    return NMS_OPT_BAD_TOP_K;
+  }
   if (config->keep_top_k < 1 || config->keep_top_k > NMS_OPT_MAX_TOP_K) {
     return NMS_OPT_BAD_KEEP_TOP_K;
   }
   if (config->sigmoid != 0 && config->sigmoid != 1) return NMS_OPT_BAD_SIGMOID;
   if (!is_fraction(config->confidence_threshold)) return NMS_OPT_BAD_CONFIDENCE_THRESHOLD;
   if (!is_fraction(config->nms_threshold)) return NMS_OPT_BAD_NMS_THRESHOLD;
+  if (config->clip_before_nms != 0 && config->clip_before_nms != 1) {
+    return NMS_OPT_BAD_CLIP_BEFORE_NMS;
+  }
+  if (!(config->bbox_xform_clip >= 0.0f && std::isfinite(config->bbox_xform_clip))) {
+    return NMS_OPT_BAD_BBOX_XFORM_CLIP;
+  }
   int64_t priors = 0;
   for (int i = 0; i < config->num_levels; ++i) {
     const nms_opt_level& level = config->levels[i];
@@ -179,12 +192,16 @@ Problem make_problem(const nms_opt_config& config, int lanes, const void* const*
   problem.background = config.background_class;
   problem.top_k = config.top_k;
   problem.keep_top_k = config.keep_top_k;
+  problem.level_top_k = config.level_top_k;
   problem.sigmoid = config.sigmoid;
+  problem.clip_before_nms = config.clip_before_nms;
+  problem.stretch_bound = config.bbox_xform_clip > 0.0f ? config.bbox_xform_clip : INFINITY;
   problem.confidence_threshold = config.confidence_threshold;
   problem.nms_threshold = config.nms_threshold;
   problem.cut = cut_of(config.confidence_threshold, config.sigmoid);
   problem.keys = key_range_of(config.confidence_threshold + 0.0f);  // + 0: no negative zero
   problem.survivors_size = config.num_classes * std::min(config.top_k, config.keep_top_k);
+  if (config.level_top_k) problem.survivors_size = std::min(problem.survivors_size, config.top_k);
   std::fill_n(problem.first_tiles, NMS_OPT_MAX_LEVELS, INT_MAX);
   int tiles = 0;
   for (int i = 0; i < config.num_levels; ++i) {
@@ -213,6 +230,7 @@ size_t place_workspace(Problem& problem, int batch, void* workspace) {
   take(problem.lists, images * problem.num_classes * kListSize);
   take(problem.spill, images * kSpillSize);
   take(problem.survivors, images * problem.survivors_size);
+  if (problem.level_top_k) take(problem.level_lists, images * problem.num_levels * kLevelListSize);
   take(problem.boxes, images * problem.num_priors);
   take(problem.stats, images * problem.num_priors);
   return used;
@@ -256,7 +274,8 @@ const char* nms_opt_status_string(int32_t status) {
     case NMS_OPT_BAD_NUM_CLASSES: return "num_classes is not from 1 to 352";
     case NMS_OPT_BAD_BACKGROUND_CLASS:
       return "background_class is neither -1 nor one of the classes";
-    case NMS_OPT_BAD_TOP_K: return "top_k is not from 1 to 1024";
+    case NMS_OPT_BAD_TOP_K:
+      return "top_k is not from 1 to 1024, or with level_top_k not num_levels times as much";
     case NMS_OPT_BAD_KEEP_TOP_K: return "keep_top_k is not from 1 to 1024";
     case NMS_OPT_BAD_SIGMOID: return "sigmoid is neither 0 nor 1";
     case NMS_OPT_BAD_CONFIDENCE_THRESHOLD: return "confidence_threshold is not in [0, 1]";
@@ -274,6 +293,9 @@ const char* nms_opt_status_string(int32_t status) {
     case NMS_OPT_MISALIGNED_POINTER:
       return "a pointer is misaligned: priors and workspace to 16 bytes, others to their type";
     case NMS_OPT_WORKSPACE_TOO_SMALL: return "the workspace is smaller than needed";
+    case NMS_OPT_BAD_LEVEL_TOP_K: return "level_top_k is not from 0 to 1024";
+    case NMS_OPT_BAD_CLIP_BEFORE_NMS: return "clip_before_nms is neither 0 nor 1";
+    case NMS_OPT_BAD_BBOX_XFORM_CLIP: return "bbox_xform_clip is negative or not finite";
     default: break;
   }
   if (status < NMS_OPT_CUDA_ERROR) return "unknown status";
@@ -330,13 +352,18 @@ int32_t nms_opt_run(const nms_opt_config* config, int32_t batch, const void* con
   };
   start(clear, dim3(batch), kThreads, 0, false);
   const dim3 tiles(num_tiles, batch), classes(problem.num_classes, batch);
-  const size_t suppress_bytes = suppress_shared_bytes(problem);
   if (lanes == 1) {
     start(filter<1>, tiles, kThreads, filter_bytes, true);
-    start(suppress<128>, classes, 128, suppress_bytes, true);
   } else {
     start(filter<kFewSlotsLanes>, tiles, kThreads, filter_bytes, true);
-    start(suppress<512>, classes, 512, suppress_bytes, true);
+  }
+  if (problem.level_top_k) {
+    start(cut, dim3(problem.num_levels, batch), kCutThreads, cut_shared_bytes(problem), true);
+    start(suppress_parts, classes, kPartThreads, suppress_parts_shared_bytes(problem), true);
+  } else if (lanes == 1) {
+    start(suppress<128>, classes, 128, suppress_shared_bytes(problem), true);
+  } else {
+    start(suppress<512>, classes, 512, suppress_shared_bytes(problem), true);
   }
   start(merge, dim3(batch), kMergeThreads, merge_shared_bytes(problem), true);
   return error == cudaSuccess ? NMS_OPT_OK : NMS_OPT_CUDA_ERROR + error;

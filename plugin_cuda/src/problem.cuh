@@ -14,8 +14,13 @@ namespace nms_opt {
 constexpr int kListSize = NMS_OPT_MAX_TOP_K;
 constexpr int kSpillSize = 32768;
 
-// Counters of an image behind those of its classes.
-enum { kSurvivors, kSpilled, kNumCounters };
+// Candidates of a level that have a place in its list, where each level is cut by itself. Beyond
+// that they are found once more from the logits. What the cuts leave always has a place behind.
+constexpr int kLevelListSize = 32768;
+static_assert(NMS_OPT_MAX_LEVELS * NMS_OPT_MAX_LEVEL_TOP_K <= kSpillSize);
+
+// Counters of an image behind those of its classes; the last are of the levels' candidates.
+enum { kSurvivors, kSpilled, kOfLevels, kNumCounters = kOfLevels + NMS_OPT_MAX_LEVELS };
 
 // A level of the pyramid. conf is seen as `anchors` x `cells` slots; with NCHW the anchors of a
 // class follow one another just as its cells do, so there a slot is a cell and anchors is 1.
@@ -49,7 +54,10 @@ struct Problem {
   int background;
   int top_k;
   int keep_top_k;
+  int level_top_k;  // 0: levels are not cut
   bool sigmoid;
+  bool clip_before_nms;
+  float stretch_bound;  // of dw and dh times their variance; infinite: none
   float confidence_threshold;
   float nms_threshold;
   float cut;  // the threshold as a logit, or as a logarithm without sigmoid, a little lower
@@ -61,12 +69,13 @@ struct Problem {
   int* num_detections;   // [batch]
 
   // Workspace.
-  int* counters;        // [batch, num_classes + kNumCounters]: candidates of each class, others
-  uint64_t* lists;      // [batch, num_classes, kListSize], keys, in no order
-  uint64_t* spill;      // [batch, kSpillSize], keys of all classes, in no order
-  uint64_t* survivors;  // [batch, survivors_size], keys, in no order
-  float4* boxes;        // [batch, num_priors], set where a prior has a candidate
-  float2* stats;        // [batch, num_priors]: maximum and sum; NaN where a prior has no candidate
+  int* counters;          // [batch, num_classes + kNumCounters]: candidates of each class, others
+  uint64_t* lists;        // [batch, num_classes, kListSize], keys, in no order
+  uint64_t* spill;        // [batch, kSpillSize], keys of all classes, in no order
+  uint64_t* survivors;    // [batch, survivors_size], keys, in no order
+  uint64_t* level_lists;  // [batch, num_levels, kLevelListSize], keys, in no order; if cut
+  float4* boxes;          // [batch, num_priors], set where a prior has a candidate
+  float2* stats;  // [batch, num_priors]: maximum and sum; NaN where a prior has no candidate
 
   __device__ int* counters_of(int image) const {
     return counters + image * (num_classes + kNumCounters);
@@ -76,6 +85,9 @@ struct Problem {
   }
   __device__ uint64_t* spill_of(int image) const {
     return spill + static_cast<int64_t>(image) * kSpillSize;
+  }
+  __device__ uint64_t* level_list_of(int image, int level) const {
+    return level_lists + (static_cast<int64_t>(image) * num_levels + level) * kLevelListSize;
   }
 };
 
@@ -103,6 +115,19 @@ __device__ inline uint64_t make_key(float score, int cls, int prior, int num_pri
 __device__ inline float key_score(uint64_t key) { return __uint_as_float(key >> 32); }
 
 __device__ inline uint32_t key_place(uint64_t key) { return ~static_cast<uint32_t>(key); }
+
+// Appends a candidate to the list of its class.
+__device__ inline void add_to_class(const Problem& problem, int image, int cls, uint64_t key) {
+  int* counters = problem.counters_of(image);
+  const int at = atomicAdd(counters + cls, 1);
+  if (at < kListSize) {
+    problem.list_of(image, cls)[at] = key;
+  } else {
+    // What finds no room here, either, is counted: suppression goes to the logits then.
+    const int spilled = atomicAdd(counters + problem.num_classes + kSpilled, 1);
+    if (spilled < kSpillSize) problem.spill_of(image)[spilled] = key;
+  }
+}
 
 // The score of a logit, given the prior's maximum and sum of exponentials.
 __device__ inline float score_of(float logit, float2 softmax, bool sigmoid) {

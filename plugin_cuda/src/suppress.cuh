@@ -15,38 +15,36 @@ __device__ inline float load(const void* data, int dtype, int64_t offset) {
   }
 }
 
-// Visits the candidates of a class once more, from the logits: for a list that overflowed.
+// Visits the candidates of a class in a level once more, from the logits.
 template <int Threads, typename Visit>
-__device__ void each_candidate(const Problem& problem, int image, int cls, Visit visit) {
+__device__ void each_candidate(const Problem& problem, const Level& level, int image, int cls,
+                               Visit visit) {
   constexpr int kBatch = 4;  // on their way at once
   const float threshold = problem.confidence_threshold;
   const float2* stats = problem.stats + static_cast<int64_t>(image) * problem.num_priors;
-  for (int index = 0; index < problem.num_levels; ++index) {
-    const Level& level = problem.levels[index];
-    const int slots = level.anchors * level.cells;
-    for (int first = threadIdx.x; first < slots; first += Threads * kBatch) {
-      float logits[kBatch];
-      float2 slot_stats[kBatch];
+  const int slots = level.anchors * level.cells;
+  for (int first = threadIdx.x; first < slots; first += Threads * kBatch) {
+    float logits[kBatch];
+    float2 slot_stats[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int slot = first + i * Threads;
-        slot_stats[i] = {NAN, NAN};
-        if (slot >= slots) continue;
-        const int anchor = level.anchors == 1 ? 0 : slot / level.cells;
-        const int channel = cls * level.anchors + anchor;
-        slot_stats[i] = stats[level.first_prior + slot];
-        logits[i] = load(level.conf, level.conf_dtype,
-                         offset_of(image, channel, slot - anchor * level.cells, level.conf_rows,
-                                   level.cells, level.conf_vector));
-      }
+    for (int i = 0; i < kBatch; ++i) {
+      const int slot = first + i * Threads;
+      slot_stats[i] = {NAN, NAN};
+      if (slot >= slots) continue;
+      const int anchor = level.anchors == 1 ? 0 : slot / level.cells;
+      const int channel = cls * level.anchors + anchor;
+      slot_stats[i] = stats[level.first_prior + slot];
+      logits[i] = load(level.conf, level.conf_dtype,
+                       offset_of(image, channel, slot - anchor * level.cells, level.conf_rows,
+                                 level.cells, level.conf_vector));
+    }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (isnan(slot_stats[i].x)) continue;
-        if (level.conf_dtype == NMS_OPT_INT8) logits[i] *= level.conf_scale;
-        const float score = score_of(logits[i], slot_stats[i], problem.sigmoid);
-        if (score > threshold) {
-          visit(make_key(score, cls, level.first_prior + first + i * Threads, problem.num_priors));
-        }
+    for (int i = 0; i < kBatch; ++i) {
+      if (isnan(slot_stats[i].x)) continue;
+      if (level.conf_dtype == NMS_OPT_INT8) logits[i] *= level.conf_scale;
+      const float score = score_of(logits[i], slot_stats[i], problem.sigmoid);
+      if (score > threshold) {
+        visit(make_key(score, cls, level.first_prior + first + i * Threads, problem.num_priors));
       }
     }
   }
@@ -69,15 +67,16 @@ __device__ inline bool suppresses(float4 a, float area_a, float4 b, float area_b
 }
 
 // Greedy suppression among `count` boxes in order, 32 at a time. Returns how many stay, at most
-// `limit`; their keys are moved to the front, in order.
-template <int Threads>
+// `limit`; their keys are moved to the front, in order. Bit j of gone(i): box 32 * i + j does not
+// count.
+template <int Threads, typename Gone>
 __device__ int suppress_in_order(uint64_t* keys, const float4* boxes, const float* areas, int count,
-                                 int limit, float threshold) {
+                                 int limit, float threshold, const Gone& gone) {
   constexpr int kWarps = Threads / 32;
   __shared__ uint32_t overlaps[32];  // bit j of word i: i suppresses j, i < j
   __shared__ uint32_t removed[(NMS_OPT_MAX_TOP_K + 31) / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int i = threadIdx.x; i < (count + 31) / 32; i += Threads) removed[i] = 0;
+  for (int i = threadIdx.x; i < (count + 31) / 32; i += Threads) removed[i] = gone(i);
   int kept = 0;
   for (int first = 0; first < count && kept < limit; first += 32) {
     const int size = min(32, count - first);
@@ -148,7 +147,11 @@ __global__ void __launch_bounds__(Threads) suppress(const __grid_constant__ Prob
   if (count == 0) return;
   int spilled = count > kListSize ? counters[problem.num_classes + kSpilled] : 0;
   if (spilled > kSpillSize) {
-    const auto each = [&](auto visit) { each_candidate<Threads>(problem, image, cls, visit); };
+    const auto each = [&](auto visit) {
+      for (int i = 0; i < problem.num_levels; ++i) {
+        each_candidate<Threads>(problem, problem.levels[i], image, cls, visit);
+      }
+    };
     count = select_greatest<Threads>(each, top_k, kListSize, list, problem.keys, selection);
     spilled = 0;
   }
@@ -177,7 +180,7 @@ __global__ void __launch_bounds__(Threads) suppress(const __grid_constant__ Prob
   }
   __syncthreads();
   const int kept = suppress_in_order<Threads>(keys, boxes, areas, count, problem.keep_top_k,
-                                              problem.nms_threshold);
+                                              problem.nms_threshold, [](int) { return 0u; });
   if (threadIdx.x == 0) {
     selection.count = atomicAdd(counters + problem.num_classes + kSurvivors, kept);
   }

@@ -1,6 +1,7 @@
 #include "attributes.h"
 
 #include <cinttypes>
+#include <cmath>
 #include <cstring>
 
 #include "log.h"
@@ -22,24 +23,27 @@ struct Entry {
 #define ENTRY(name, type, length) {#name, PluginFieldType::type, length, offsetof(Attributes, name)}
 
 constexpr Entry kEntries[] = {
-    ENTRY(numClasses, kINT32, 1),     ENTRY(topK, kINT32, 1),
-    ENTRY(keepTopK, kINT32, 1),       ENTRY(confidenceThreshold, kFLOAT32, 1),
-    ENTRY(nmsThreshold, kFLOAT32, 1), ENTRY(backgroundLabelId, kINT32, 1),
-    ENTRY(numLayers, kINT32, 1),      ENTRY(inputOrder, kINT32, 3),
-    ENTRY(shareLocation, kINT32, 1),  ENTRY(varianceEncodedInTarget, kINT32, 1),
-    ENTRY(confSigmoid, kINT32, 1),    ENTRY(confSoftmax, kINT32, 1),
-    ENTRY(isNormalized, kINT32, 1),   ENTRY(codeType, kINT32, 1),
+    ENTRY(numClasses, kINT32, 1),      ENTRY(topK, kINT32, 1),
+    ENTRY(keepTopK, kINT32, 1),        ENTRY(confidenceThreshold, kFLOAT32, 1),
+    ENTRY(nmsThreshold, kFLOAT32, 1),  ENTRY(backgroundLabelId, kINT32, 1),
+    ENTRY(numLayers, kINT32, 1),       ENTRY(inputOrder, kINT32, 3),
+    ENTRY(shareLocation, kINT32, 1),   ENTRY(varianceEncodedInTarget, kINT32, 1),
+    ENTRY(confSigmoid, kINT32, 1),     ENTRY(confSoftmax, kINT32, 1),
+    ENTRY(isNormalized, kINT32, 1),    ENTRY(codeType, kINT32, 1),
+    ENTRY(levelTopK, kINT32, 1),       ENTRY(clipBeforeNms, kINT32, 1),
+    ENTRY(bboxXformClip, kFLOAT32, 1),
 };
 
 #undef ENTRY
 
 constexpr size_t kCount = std::tuple_size<Fields>::value;
+constexpr size_t kOurs = 3;  // behind NVIDIA's
 static_assert(sizeof kEntries / sizeof kEntries[0] == kCount, "one entry for each field");
 
-// Index in kEntries; kCount when there is none.
-size_t find(char const* name) noexcept {
+// Index among the first `count` of kEntries; `count` when there is none.
+size_t find(char const* name, size_t count) noexcept {
   size_t i = 0;
-  while (i < kCount && std::strcmp(kEntries[i].name, name) != 0) {
+  while (i < count && std::strcmp(kEntries[i].name, name) != 0) {
     ++i;
   }
   return i;
@@ -69,14 +73,14 @@ bool copyValues(PluginField const& field, Entry const& entry, char* target) noex
   return true;
 }
 
-bool readField(PluginField const& field, Attributes& attributes,
+bool readField(PluginField const& field, size_t count, Attributes& attributes,
                std::array<bool, kCount>& seen) noexcept {
   if (field.name == nullptr) {
     logError("an attribute without a name");
     return false;
   }
-  size_t const index = find(field.name);
-  if (index == kCount) {
+  size_t const index = find(field.name, count);
+  if (index == count) {
     logError("attribute %.64s is not known", field.name);
     return false;
   }
@@ -151,15 +155,37 @@ bool isInputOrder(Attributes const& a) noexcept {
   return true;
 }
 
+bool isTopK(Attributes const& a) noexcept {
+  int32_t const all = a.numLayers * a.levelTopK;
+  if (all == 0) {
+    return inRange("topK", a.topK, 1, NMS_OPT_MAX_TOP_K);
+  }
+  if (a.topK != all) {
+    logError(
+        "attribute topK = %d is not supported with levelTopK = %d, only numLayers times it: %d",
+        a.topK, a.levelTopK, all);
+  }
+  return a.topK == all;
+}
+
+bool isBound(char const* name, float value) noexcept {
+  if (!(value >= 0 && std::isfinite(value))) {
+    logError("attribute %s = %g is negative or not finite", name, value);
+    return false;
+  }
+  return true;
+}
+
 bool areSupported(Attributes const& a) noexcept {
   return inRange("numClasses", a.numClasses, 1, NMS_OPT_MAX_CLASSES) &&
-         inRange("topK", a.topK, 1, NMS_OPT_MAX_TOP_K) &&
+         inRange("numLayers", a.numLayers, 1, NMS_OPT_MAX_LEVELS) &&
+         inRange("levelTopK", a.levelTopK, 0, NMS_OPT_MAX_LEVEL_TOP_K) && isTopK(a) &&
          inRange("keepTopK", a.keepTopK, 1, NMS_OPT_MAX_TOP_K) &&
          isFraction("confidenceThreshold", a.confidenceThreshold) &&
          isFraction("nmsThreshold", a.nmsThreshold) &&
          inRange("backgroundLabelId", a.backgroundLabelId, -1, a.numClasses - 1) &&
-         inRange("numLayers", a.numLayers, 1, NMS_OPT_MAX_LEVELS) && isInputOrder(a) &&
-         is("shareLocation", a.shareLocation, 1) &&
+         isInputOrder(a) && inRange("clipBeforeNms", a.clipBeforeNms, 0, 1) &&
+         isBound("bboxXformClip", a.bboxXformClip) && is("shareLocation", a.shareLocation, 1) &&
          is("varianceEncodedInTarget", a.varianceEncodedInTarget, 0) && isOneActivation(a) &&
          is("isNormalized", a.isNormalized, 1) && is("codeType", a.codeType, 1);
 }
@@ -183,20 +209,28 @@ Fields fieldNames() noexcept {
   return fields;
 }
 
-bool readAttributes(nvinfer1::PluginFieldCollection const* fields,
+char const* textOf(Version version) noexcept { return version == Version::kONE ? "1" : "2"; }
+
+int32_t numAttributes(Version version) noexcept {
+  return static_cast<int32_t>(version == Version::kONE ? kCount - kOurs : kCount);
+}
+
+bool readAttributes(nvinfer1::PluginFieldCollection const* fields, Version version,
                     Attributes& attributes) noexcept {
   if (fields == nullptr || fields->nbFields < 0 ||
       (fields->nbFields > 0 && fields->fields == nullptr)) {
     logError("no attributes were given");
     return false;
   }
+  auto const count = static_cast<size_t>(numAttributes(version));
+  attributes = {};
   std::array<bool, kCount> seen{};
   for (int32_t i = 0; i < fields->nbFields; ++i) {
-    if (!readField(fields->fields[i], attributes, seen)) {
+    if (!readField(fields->fields[i], count, attributes, seen)) {
       return false;
     }
   }
-  for (size_t i = 0; i < kCount; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     if (!seen[i]) {
       logError("attribute %s is missing; 'graph-surgery nms' writes all of them", kEntries[i].name);
       return false;

@@ -149,6 +149,9 @@ bool makeConfig(Attributes const& attributes, PluginTensorDesc const* inputs,
   config.sigmoid = attributes.confSigmoid;
   config.confidence_threshold = attributes.confidenceThreshold;
   config.nms_threshold = attributes.nmsThreshold;
+  config.level_top_k = attributes.levelTopK;
+  config.clip_before_nms = attributes.clipBeforeNms;
+  config.bbox_xform_clip = attributes.bboxXformClip;
   int64_t numPriors = 0;
   for (int32_t i = 0; i < attributes.numLayers; ++i) {
     nms_opt_level& level = config.levels[i];

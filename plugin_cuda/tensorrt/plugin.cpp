@@ -45,15 +45,17 @@ bool prepare(Attributes const& attributes, Desc const* inputs, nms_opt_config& c
 
 }  // namespace
 
-Plugin::Plugin(Attributes const& attributes) noexcept
-    : attributes_(attributes),
+Plugin::Plugin(Version version, Attributes const& attributes) noexcept
+    : version_(version),
+      attributes_(attributes),
       fields_(fieldsOf(attributes_)),
-      collection_{static_cast<int32_t>(fields_.size()), fields_.data()} {
+      collection_{numAttributes(version), fields_.data()} {
   // What the time of a run depends on besides types, formats and shapes.
-  std::snprintf(timingCacheId_, sizeof timingCacheId_, "%d_%d_%d_%d_%d_%d_%a_%a", NMS_OPT_VERSION,
-                attributes.numClasses, attributes.topK, attributes.keepTopK,
+  std::snprintf(timingCacheId_, sizeof timingCacheId_, "%d_%d_%d_%d_%d_%d_%a_%a_%d_%d_%a",
+                NMS_OPT_VERSION, attributes.numClasses, attributes.topK, attributes.keepTopK,
                 attributes.backgroundLabelId, attributes.confSigmoid,
-                attributes.confidenceThreshold, attributes.nmsThreshold);
+                attributes.confidenceThreshold, attributes.nmsThreshold, attributes.levelTopK,
+                attributes.clipBeforeNms, attributes.bboxXformClip);
 }
 
 nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(
@@ -69,7 +71,9 @@ nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(
   return nullptr;
 }
 
-nvinfer1::IPluginV3* Plugin::clone() noexcept { return new (std::nothrow) Plugin(attributes_); }
+nvinfer1::IPluginV3* Plugin::clone() noexcept {
+  return new (std::nothrow) Plugin(version_, attributes_);
+}
 
 nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
   return clone();

@@ -8,7 +8,6 @@
 namespace nms_opt_trt {
 
 constexpr char const* kName = "NMS_OPT_TRT";
-constexpr char const* kVersion = "1";
 constexpr char const* kNamespace = "";
 
 class Plugin final : public nvinfer1::IPluginV3,
@@ -16,7 +15,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneBuild,
                      public nvinfer1::IPluginV3OneRuntime {
  public:
-  explicit Plugin(Attributes const& attributes) noexcept;
+  Plugin(Version version, Attributes const& attributes) noexcept;
   Plugin(Plugin const&) = delete;  // the fields point into the object
   Plugin& operator=(Plugin const&) = delete;
 
@@ -27,7 +26,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   // IPluginV3OneCore
   char const* getPluginName() const noexcept override { return kName; }
-  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginVersion() const noexcept override { return textOf(version_); }
   char const* getPluginNamespace() const noexcept override { return kNamespace; }
 
   // IPluginV3OneBuild
@@ -60,10 +59,11 @@ class Plugin final : public nvinfer1::IPluginV3,
                   void* const* outputData, void* workspace, cudaStream_t stream) noexcept override;
 
  private:
+  Version const version_;
   Attributes const attributes_;
   Fields const fields_;
   nvinfer1::PluginFieldCollection const collection_;
-  char timingCacheId_[96];
+  char timingCacheId_[128];
 };
 
 }  // namespace nms_opt_trt

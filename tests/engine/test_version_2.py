@@ -1,4 +1,4 @@
-"""NMS_OPT_TRT of version 2: run by ONNX Runtime on a CPU, refused by name by all that cannot."""
+"""NMS_OPT_TRT of version 2: run by ONNX Runtime on a CPU, refused by name where it is not run."""
 
 from unittest.mock import MagicMock
 
@@ -7,13 +7,13 @@ import onnx
 import pytest
 
 from engine.backends.cudnn import engine as cudnn
-from engine.backends.split import UnsplitError, split
-from engine.backends.tensorrt.build import wanted_plugin
+from engine.backends.tensorrt.build import Plugin, _require_plugin, wanted_plugin
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.model import load_detector
 from graph_surgery.replace import insert_nms
 from tests.support import attempt
+from tests.support.graphs import nms_node
 from tests.support.retina_graphs import Retina, retina
 
 KIND = Retina(height=64, width=64)
@@ -39,34 +39,27 @@ def test_onnx_runtime_runs_it(file):
     assert load_detector(file).keep_top_k == KIND.keep
 
 
-def test_tensorrt_refuses_it(file):
-    with pytest.raises(EngineError, match=UNKNOWN + ".*TensorRT plugin; use --engine onnxruntime"):
-        wanted_plugin(load_detector(file))
-
-
-@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
-def test_the_command_refuses_it_in_one_line(file, backend, tmp_path):
-    done = attempt("-m", "engine", "build", file, "--backend", backend, "-o", tmp_path / "plan")
-    assert done.returncode == 2
-    assert "version 2" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_tensorrt_wants_its_own_plugin(file):
+    """So a library that knows version 1 alone is refused by name."""
+    assert wanted_plugin(load_detector(file)) == Plugin("2", "", KIND.keep)
+    trt = MagicMock()
+    trt.get_plugin_registry().get_creator = lambda _, version, __: version == "1" or None
+    with pytest.raises(EngineError, match=r"NMS_OPT_TRT \(version 2\) is not registered"):
+        _require_plugin(trt, load_detector(file), wanted_plugin(load_detector(file)))
 
 
 def test_cudnn_refuses_it(file, monkeypatch):
     monkeypatch.setattr(cudnn, "import_cudnn", MagicMock)
     monkeypatch.setattr(cudnn, "use_gpu", MagicMock())
-    with pytest.raises(EngineError, match=UNKNOWN + ".*cudnn needs; use --engine onnxruntime"):
+    with pytest.raises(
+        EngineError, match=UNKNOWN + "the engine cudnn; use --engine onnxruntime or"
+    ):
         cudnn.load(file)
 
 
-def test_the_cuda_split_refuses_it(file):
-    """So that ONNX Runtime runs the definition on the GPU, and says why."""
-    with pytest.raises(UnsplitError, match=UNKNOWN + r"libnms_opt\.so"):
-        split(load_detector(file).model)
-
-
-def test_no_file_for_a_plugin_is_written(file, tmp_path):
+def test_a_file_for_a_plugin_keeps_the_node_alone(file, tmp_path):
     done = attempt("-m", "graph_surgery", "nms", file, tmp_path / "p.onnx", "--plugin-only")
-    assert done.returncode == 2
-    assert "is known to no plugin" in done.stderr
-    assert not (tmp_path / "p.onnx").exists()
+    assert done.returncode == 0, done.stderr
+    whole, alone = onnx.load(file), onnx.load(tmp_path / "p.onnx")
+    assert (len(whole.functions), len(alone.functions)) == (1, 0)
+    assert nms_node(alone) == nms_node(whole)

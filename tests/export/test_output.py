@@ -7,8 +7,11 @@ import sys
 
 import onnx
 import pytest
+import torch
 
+from export.ssd_resnet34.config import SSDConfig
 from tests.support import ROOT
+from tests.support.random_model import random_model
 
 pytestmark = pytest.mark.slow  # Python with PyTorch is started several times
 
@@ -59,3 +62,17 @@ def test_what_is_read_is_not_written(small_checkpoint, tmp_path):
         expected = f"export-onnx: error: {output}: is the input; give the output another name\n"
         assert (done.returncode, done.stderr) == (2, expected)
     assert (weights.read_bytes(), names.read_bytes()) == before
+
+
+def test_a_guessed_image_size_stands_in_the_file(exported, tmp_path):
+    """Not where the weights tell it, or somebody does, which makes another file of it."""
+    assert "image_size_guess" not in {one.key for one in onnx.load(exported).metadata_props}
+    model = random_model(SSDConfig(width=4))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    size, output = model.config.image_size, tmp_path / "model.onnx"
+    done = export(tmp_path / "w.pth", output)
+    assert done.returncode == 0, done.stderr
+    found = {one.key: one.value for one in onnx.load(output).metadata_props}
+    assert found["image_size_guess"] == f"{size}x{size}"
+    done = export(tmp_path / "w.pth", output, "--image-size", size)
+    assert (done.returncode, done.stderr) == (2, f"export-onnx: error: {output}: {ANOTHER}")

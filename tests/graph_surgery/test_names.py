@@ -83,7 +83,7 @@ def test_labels_from_0_have_names_too(background, count, tmp_path) -> None:
     assert add_names(model, file) == f"class names: {count}, {file}"
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
-    assert class_names(path, None) == dict(enumerate(OWN[:count]))
+    assert class_names(load_detector(path), None) == dict(enumerate(OWN[:count]))
 
 
 @pytest.mark.parametrize("names", [OWN, tuple(OWN), dict(enumerate(OWN))])

@@ -220,6 +220,16 @@ def test_what_is_known_and_what_is_missing(name):
     assert (known.heads is None) == (kind == NONE or name == "surgered and broken")
 
 
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [('["stop sign", "dog"]', "2: stop sign, dog"), ("[]", None), ('"dog"', None), (None, None)],
+)
+def test_class_names_in_the_order_of_the_labels(names, shown):
+    model = detector(PLAIN)
+    helper.set_model_props(model, {} if names is None else {"class_names": names})
+    assert survey(model).facts.get("class names") == shown
+
+
 @pytest.mark.parametrize(("slot", "form"), REFUSED)
 def test_a_form_without_equal_says_what_the_refusal_says(slot, form):
     """Labels show in the proof alone."""

@@ -7,6 +7,7 @@ import shutil
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 
 from engine.errors import EngineError
@@ -92,6 +93,25 @@ def test_what_cannot_be_read_is_named_and_the_others_go_on(place):
     names = {path.name for path in (place / "out").iterdir()}
     assert names == {"a.jpg", "a-2.jpg", "x].jpg", PREDICTIONS}
     assert "shots/[/x].bmp" in done.stdout
+    # of two pictures of a name, which is whose: their greys are told apart above
+    light, dark = (cv2.imread(str(place / "out" / f"a{end}.jpg")) for end in ("", "-2"))
+    assert light.mean() < dark.mean()
+    assert "shots/deep/a.png (a-2.jpg)" in done.stdout
+    assert done.stdout.count(".jpg") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guess", ["8x8", ""])
+def test_a_guessed_image_size_is_said_at_the_end(place, guess):
+    model = onnx.load(place / "grey.onnx")
+    onnx.helper.set_model_props(model, {"image_size_guess": guess} if guess else {})
+    onnx.save(model, place / f"grey{guess}.onnx")
+    done = harness(place, "predict", f"grey{guess}.onnx", "shots/a.png", "-o", f"out{guess}")
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    assert last.startswith("the model's image size, 8x8, is a guess; ") == bool(guess)
+    assert ("--image-size SIDE (make: IMAGE_SIZE=SIDE)" in last) == bool(guess)
+    assert (done.stdout + done.stderr).count("a guess") == bool(guess)
 
 
 @pytest.mark.slow

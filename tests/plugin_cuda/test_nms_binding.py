@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from plugin_cuda import library
@@ -110,15 +110,20 @@ def configs(draw):
             Format(conf, draw(st.sampled_from(vectors)), draw(st.floats(0.001, 10))),
         )
 
+    levels = tuple(level() for _ in range(draw(st.integers(1, LIMIT["LEVELS"]))))
+    level_top_k = draw(st.just(0) | st.integers(1, LIMIT["LEVEL_TOP_K"]))
     return Config(
         num_classes=classes,
         background_class=draw(st.integers(-1, classes - 1)),
-        top_k=draw(st.integers(1, TOP)),
+        top_k=len(levels) * level_top_k or draw(st.integers(1, TOP)),
         keep_top_k=draw(st.integers(1, TOP)),
         confidence_threshold=draw(st.floats(0, 1, width=32)),
         nms_threshold=draw(st.floats(0, 1, width=32)),
-        levels=tuple(level() for _ in range(draw(st.integers(1, LIMIT["LEVELS"])))),
+        levels=levels,
         sigmoid=draw(st.integers(0, 1)),
+        level_top_k=level_top_k,
+        clip_before_nms=draw(st.integers(0, 1)),
+        bbox_xform_clip=draw(st.floats(0, width=32, allow_infinity=False)),
     )
 
 
@@ -148,6 +153,17 @@ def test_workspace_of_the_benchmark_model():
     assert workspace_size(config, 64) < 64 * 2 * 2**20
 
 
+def test_workspace_of_retinanet():
+    """At 800x800, as nms_opt.h says it, to a tenth."""
+    levels = tuple(Level(s, s, 9, Format(1), Format(1)) for s in (100, 50, 25, 13, 7))
+    config = Config(264, -1, 5000, 300, 0.05, 0.5, levels, level_top_k=1000)
+    assert config.num_priors == 120087
+    (said,) = re.findall(
+        r"level_top_k = 1000, keep_top_k = 300\) about ([\d.]+) MB", HEADER.read_text()
+    )
+    assert workspace_size(config, 64) / 64e6 == pytest.approx(float(said), rel=0.1)
+
+
 def below_or_above(low, high):
     whole = st.integers(-(2**31), low - 1) | st.integers(high + 1, 2**31 - 1)
     return st.sampled_from([low - 1, high + 1]) | whole
@@ -160,6 +176,12 @@ BAD_FIELDS = {
     "top_k": ("TOP_K", below_or_above(1, TOP)),
     "keep_top_k": ("KEEP_TOP_K", below_or_above(1, TOP)),
     "sigmoid": ("SIGMOID", below_or_above(0, 1)),
+    "level_top_k": ("LEVEL_TOP_K", below_or_above(0, LIMIT["LEVEL_TOP_K"])),
+    "clip_before_nms": ("CLIP_BEFORE_NMS", below_or_above(0, 1)),
+    "bbox_xform_clip": (
+        "BBOX_XFORM_CLIP",
+        st.floats(max_value=0, width=32, exclude_max=True) | st.sampled_from([np.nan, np.inf]),
+    ),
     "confidence_threshold": ("CONFIDENCE_THRESHOLD", NO_FRACTION),
     "nms_threshold": ("NMS_THRESHOLD", NO_FRACTION),
 }
@@ -196,7 +218,15 @@ def refused(name, config, batch=1):
 @given(st.data())
 def test_a_bad_field_is_refused_in_its_own_words(field, data):
     status, values = BAD_FIELDS[field]
-    refused(f"BAD_{status}", replace(data.draw(configs()), **{field: data.draw(values)}))
+    config = replace(data.draw(configs()), **{field: data.draw(values)})
+    assume(field != "top_k" or config.top_k != len(config.levels) * config.level_top_k)
+    refused(f"BAD_{status}", config)
+
+
+def test_a_cut_of_levels_needs_a_top_k_that_caps_nothing():
+    config = Config(2, 0, 1001, 1, 0.5, 0.5, SMALL.levels, level_top_k=500)
+    refused("BAD_TOP_K", config)
+    assert workspace_size(replace(config, top_k=1000), 1) > 0
 
 
 @pytest.mark.parametrize("field", BAD_LEVEL_FIELDS)
@@ -294,5 +324,5 @@ def test_other_libraries_and_versions_are_refused(monkeypatch, nms_library, tmp_
         load_library(Path(np.random.mtrand.__file__))
     monkeypatch.setattr(library, "VERSION", library.VERSION + 1)
     shutil.copy(nms_library, tmp_path / "old.so")
-    with pytest.raises(PluginError, match=r"of version 1, this binding of 2: .*build-plugin"):
+    with pytest.raises(PluginError, match=r"of version 2, this binding of 3: .*build-plugin"):
         load_library(tmp_path / "old.so")

@@ -22,10 +22,18 @@ from tests.support.nms_cases import (
     with_attributes,
 )
 from tests.support.nms_oracle import nms_opt
-from tests.support.nms_tolerance import check_same, undecided
 
 torch = pytest.importorskip("torch")
-from tests.support.nms_device import FORMS, HALF, NCHW, Form, Heads, in_form, run_kernel  # noqa: E402
+from tests.support.nms_device import (  # noqa: E402
+    FORMS,
+    HALF,
+    NCHW,
+    Form,
+    Heads,
+    check_against_definition,
+    in_form,
+    run_kernel,
+)
 
 pytest_plugins = ("tests.support.nms_library",)
 pytestmark = [
@@ -34,15 +42,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 by_form = pytest.mark.parametrize("form", FORMS, ids=str)
-
-
-def check_against_definition(attributes, case, form=NCHW):
-    """Compare with ONNX Runtime on the values that the kernel sees; return the kernel's result."""
-    heads, (levels, priors, loc, conf) = in_form(form, case)
-    actual = run_kernel(attributes, heads)
-    expected = run(make_model(attributes, levels, priors), levels, loc, conf)
-    check_same(actual, expected, lambda n: undecided(loc[n], conf[n], priors, attributes))
-    return actual
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,15 @@ def test_a_plan_says_what_the_tensors_are():
     assert three.device == 3
 
 
+def test_attributes_of_version_2_are_handed_on():
+    ours = {"level_top_k": 50, "clip_before_nms": True, "bbox_xform_clip": 4.125}
+    config = prepare(**heads() | {"top_k": 100} | ours).config
+    assert (config.top_k, config.level_top_k) == (100, 50)
+    assert (config.clip_before_nms, config.bbox_xform_clip) == (1, 4.125)
+    with pytest.raises(PluginError, match=r"NMS_OPT_TRT: top_k .* not num_levels times as much"):
+        prepare(**heads() | ours)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

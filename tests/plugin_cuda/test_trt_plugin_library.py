@@ -273,17 +273,28 @@ LOC_AND_CONF = [
 ]
 
 
+VERSION_2 = {
+    **SIGMOID,
+    "backgroundLabelId": -1,
+    "levelTopK": 30,
+    "topK": 90,
+    "clipBeforeNms": 1,
+    "bboxXformClip": 0.1,
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("activation", [{}, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "values", [{}, SIGMOID, VERSION_2], ids=["softmax", "sigmoid", "version 2"]
+)
 @pytest.mark.parametrize(("loc", "conf"), LOC_AND_CONF)
-def test_enqueue_equals_the_oracle(driver, loc, conf, activation):
+def test_enqueue_equals_the_oracle(driver, loc, conf, values):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     levels, batch = [(4, 6, 5), (6, 3, 3), (3, 1, 1)], 3
-    attributes = with_attributes(
-        levels, numClasses=11, topK=40, keepTopK=60, confidenceThreshold=0.1, **activation
-    )
+    usual = {"numClasses": 11, "topK": 40, "keepTopK": 60, "confidenceThreshold": 0.1}
+    attributes = with_attributes(levels, **(usual | values))
     problem = random_problem(attributes, levels, batch, NP_TYPES[loc[0]], NP_TYPES[conf[0]])
     plugin = make(driver, attributes)
     tensors = heads(attributes, levels, batch, loc=loc, conf=conf, scale=problem.scale)
@@ -316,12 +327,12 @@ def test_enqueue_equals_the_oracle(driver, loc, conf, activation):
         runs.append((detections.cpu().numpy(), numbers.cpu().numpy()))
     assert all(a.tobytes() == b.tobytes() for a, b in zip(*runs, strict=True))
     all_loc, all_conf = problem.joined()
-    expected = nms_opt(attributes, problem.priors, all_loc, all_conf)
+    expected = nms_opt(attributes, problem.priors, all_loc, all_conf, levels)
     assert expected[1].min() > 10  # there is something to compare
     check_same(
         runs[0],
         expected,
-        lambda n: undecided(all_loc[n], all_conf[n], problem.priors, attributes),
+        lambda n: undecided(all_loc[n], all_conf[n], problem.priors, attributes, levels),
     )
     assert driver.messages() == ""
 

@@ -18,6 +18,8 @@ import pytest
 from tests.support import ROOT
 
 PLUGIN, REGISTER = "libnmsoptplugin.so", "libnmsoptplugin_register.so"
+PLUGINS = "NMS_OPT_TRT 1 NMS_OPT_TRT 2"
+"""Names and versions."""
 
 PRELUDE = """
 import ctypes, os, sys
@@ -85,7 +87,7 @@ def copied(trt, tmp_path) -> Path:
 
 def registered(folder: Path) -> list[str]:
     """What the stand-in prints when it took the plugin of a folder."""
-    return [f"{folder / PLUGIN}: NMS_OPT_TRT"]
+    return [f"{folder / PLUGIN}: {PLUGINS}"]
 
 
 @pytest.mark.parametrize("mode", ["RTLD_LOCAL", "RTLD_GLOBAL"])
@@ -124,13 +126,13 @@ registry = open_library(fake)
 open_library(register)
 print(registry.fakeNvinferPlugins())
 """
-    assert trt.run(script) == ([*registered(trt.plugins), "1"], [])
+    assert trt.run(script) == ([*registered(trt.plugins), "2"], [])
 
 
 def test_path_is_its_own(trt, copied):
     """Relative paths and odd names reach TensorRT as they are."""
     script = f"open_library(fake); open_library('./{REGISTER}')"
-    assert trt.run(script, folder=copied) == ([f"./{PLUGIN}: NMS_OPT_TRT"], [])
+    assert trt.run(script, folder=copied) == ([f"./{PLUGIN}: {PLUGINS}"], [])
     script = "open_library(fake); open_library(register)"
     assert trt.run(script, folder=copied) == (registered(copied), [])
     environment = {"LD_LIBRARY_PATH": str(copied)}

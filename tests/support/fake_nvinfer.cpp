@@ -14,7 +14,8 @@ namespace {
 
 class Registry final : public IPluginRegistry {
  public:
-  // Null for what cannot be opened, has no creators, or registers a name for the second time.
+  // Null for what cannot be opened, has no creators, or registers nothing but names and versions
+  // that are there.
   PluginLibraryHandle loadLibrary(char const* path) noexcept override {
     std::string names;
     void* const library = dlopen(path, RTLD_LAZY);
@@ -25,8 +26,10 @@ class Registry final : public IPluginRegistry {
           reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(symbol)(count);
       for (int32_t i = 0; i < count; ++i) {
         auto* const creator = static_cast<IPluginCreatorV3One*>(creators[i]);
-        if (names_.insert(creator->getPluginName()).second) {
-          names += std::string(" ") + creator->getPluginName();
+        std::string const name =
+            std::string(" ") + creator->getPluginName() + " " + creator->getPluginVersion();
+        if (names_.insert(name).second) {
+          names += name;
         }
       }
     }

@@ -17,7 +17,7 @@ def write_int8(surgered, path, float_type):
     model = load_detector(surgered).model
     placement = find_placement(model)
     calibration = Calibration(
-        scales={point.tensor: 1 / 16 for point in placement.points},
+        scales=dict.fromkeys(placement.tensors, 1 / 16),
         method="entropy",
         images=1,
         images_sha256="0" * 64,

@@ -184,8 +184,15 @@ def is_decided(attributes, priors, loc, conf) -> bool:
 
 
 def columns_are_distinct(conf) -> bool:
-    """Whether no two columns of logits are permutations, whose softmax sums round differently."""
+    """Whether no two columns of logits have the same scores but for the rounding of their sums.
+
+    Columns that are permutations have, and those that are but for logits too low to count. Scores
+    of 1 and 0 are exact, and may be equal.
+    """
     columns = np.unique(np.moveaxis(np.float32(conf), 1, -1).reshape(-1, conf.shape[1]), axis=0)
-    columns = columns[np.isfinite(columns).all(axis=1)]
-    shifted = np.sort(columns - columns.max(axis=1, keepdims=True, initial=-np.inf), axis=1)
-    return len(np.unique(shifted, axis=0)) == len(columns)
+    columns = np.float64(columns[np.isfinite(columns).all(axis=1)])
+    powers = np.exp(columns - columns.max(axis=1, keepdims=True, initial=-np.inf))
+    scores = np.sort(powers / powers.sum(axis=1, keepdims=True), axis=1)
+    scores = scores[np.float32(scores[:, :-1]).any(axis=1)]
+    alike = (np.abs(scores[:, None] - scores) < 1e-6).all(axis=-1)
+    return int(alike.sum()) == len(scores)

@@ -7,6 +7,8 @@ import torch
 
 from plugin_cuda.binding import Plan
 from plugin_cuda.library import FLOAT16, FLOAT32, INT8, Config, Format, Level
+from tests.support.nms_cases import make_model, run
+from tests.support.nms_tolerance import check_same, undecided
 
 DEVICE = "cuda"
 CODES = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
@@ -126,6 +128,9 @@ class Heads:
             nms_threshold=attributes.nmsThreshold,
             levels=tuple(self.levels),
             sigmoid=attributes.confSigmoid,
+            level_top_k=attributes.levelTopK,
+            clip_before_nms=attributes.clipBeforeNms,
+            bbox_xform_clip=attributes.bboxXformClip,
         )
         owners = (self.priors, *self.buffers)
         address = self.priors.data_ptr()
@@ -193,3 +198,12 @@ class Bound:
 def run_kernel(attributes, heads, garbage=GARBAGE):
     """(detections, num_detections) of one run."""
     return Bound(heads.plan(attributes), garbage)().result()
+
+
+def check_against_definition(attributes, case, form=NCHW):
+    """Compare with ONNX Runtime on the values that the kernel sees; return the kernel's result."""
+    heads, (levels, priors, loc, conf) = in_form(form, case)
+    actual = run_kernel(attributes, heads)
+    expected = run(make_model(attributes, levels, priors), levels, loc, conf)
+    check_same(actual, expected, lambda n: undecided(loc[n], conf[n], priors, attributes, levels))
+    return actual

@@ -23,7 +23,7 @@ def decode(loc: np.ndarray, priors: np.ndarray, bound: float = 0.0) -> np.ndarra
     return boxes
 
 
-def decode_all(loc: np.ndarray, priors: np.ndarray) -> np.ndarray:
+def decode_all(loc: np.ndarray, priors: np.ndarray, bound: float = 0.0) -> np.ndarray:
     """`decode` in arrays, for many priors."""
     corners, variances = np.float32(priors).reshape(2, -1, 4)
     half = np.float32(0.5)
@@ -31,7 +31,8 @@ def decode_all(loc: np.ndarray, priors: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         scaled = np.float32(loc).transpose(0, 2, 1) * variances
         centre = scaled[..., :2] * size + (corners[:, :2] + corners[:, 2:]) * half
-        reach = np.exp(scaled[..., 2:]) * size * half
+        stretch = np.minimum(scaled[..., 2:], np.float32(bound or np.inf))  # NaN stays
+        reach = np.exp(stretch) * size * half
         return np.concatenate([centre - reach, centre + reach], axis=-1)
 
 

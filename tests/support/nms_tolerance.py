@@ -8,9 +8,12 @@ from graph_surgery import rounding
 from tests.support.nms_oracle import decode_all, sigmoid, softmax
 
 
-def undecided(loc, conf, priors, attributes) -> rounding.Undecided:
-    """What hangs on rounding, from the deltas [4, P] and logits [C, P] of one image."""
-    boxes = decode_all(loc[None], priors)[0]
+def undecided(loc, conf, priors, attributes, levels=()) -> rounding.Undecided:
+    """What hangs on rounding, from the deltas [4, P] and logits [C, P] of one image.
+
+    `levels`: (anchors, height, width) of each, for levelTopK.
+    """
+    boxes = decode_all(loc[None], priors, attributes.bboxXformClip)[0]
     scores = (sigmoid if attributes.confSigmoid else softmax)(np.float64(conf[None]))[0]
     scores[:, ~(np.isfinite(conf).all(axis=0) & np.isfinite(boxes).all(axis=1))] = -1
     if attributes.backgroundLabelId >= 0:
@@ -21,8 +24,16 @@ def undecided(loc, conf, priors, attributes) -> rounding.Undecided:
         column = np.unique(np.float32(conf).T, axis=0, return_inverse=True)[1].reshape(-1)
     logit = np.unique(np.float32(conf), return_inverse=True)[1].reshape(conf.shape)
     a = attributes
-    rules = rounding.Rules(a.confidenceThreshold, a.nmsThreshold, a.topK, a.keepTopK)
-    return rounding.undecided(boxes, scores, column * (logit.max() + 1) + logit, rules)
+    rules = rounding.Rules(
+        a.confidenceThreshold,
+        a.nmsThreshold,
+        a.topK,
+        a.keepTopK,
+        a.levelTopK,
+        clip=a.clipBeforeNms == 1,
+    )
+    sizes = [anchors * height * width for anchors, height, width in levels]
+    return rounding.undecided(boxes, scores, column * (logit.max() + 1) + logit, rules, sizes)
 
 
 def check_same(actual, expected, doubtful: Callable[[int], rounding.Undecided]) -> None:

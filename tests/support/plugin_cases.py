@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,12 +21,10 @@ from tests.support.plugin_driver import (
     fixed,
 )
 
-FLOATS = ("confidenceThreshold", "nmsThreshold")
-KINDS = {
-    name: FLOAT32 if name in FLOATS else INT32
-    for name in NmsAttributes.__dataclass_fields__
-    if name not in OURS  # the plugin is of version 1
-}
+FLOATS = ("confidenceThreshold", "nmsThreshold", "bboxXformClip")
+KINDS = {name: FLOAT32 if name in FLOATS else INT32 for name in NmsAttributes.__dataclass_fields__}
+NVIDIAS = [name for name in KINDS if name not in OURS]
+"""The attributes of version 1."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +46,25 @@ class Given:
         return Field(name, data, self.kind, count if self.length is None else self.length)
 
 
-def nvidias(attributes: NmsAttributes) -> dict:
-    """The attributes of version 1."""
-    return {name: value for name, value in asdict(attributes).items() if name in KINDS}
+def carried(attributes: NmsAttributes) -> dict:
+    """What a node of these attributes' version carries."""
+    return {name: value for name, value in attributes.written.items() if name in KINDS}
 
 
 def given_fields(attributes: NmsAttributes = SSD, **kinds) -> list[Given]:
     return [
         Given(name, kinds.get(name, KINDS[name]), value)
-        for name, value in nvidias(attributes).items()
+        for name, value in carried(attributes).items()
     ]
 
 
-def create(driver, fields, *, runtime=False):
+def create(driver, fields, version=1):
     alive: list = []
-    return driver.create([item.to_c(alive) for item in fields], runtime=runtime)
+    return driver.create([item.to_c(alive) for item in fields], version)
 
 
 def make(driver, attributes=SSD):
-    plugin = create(driver, given_fields(attributes))
+    plugin = create(driver, given_fields(attributes), attributes.version)
     assert plugin is not None, driver.messages()
     return plugin
 
@@ -74,15 +72,15 @@ def make(driver, attributes=SSD):
 def wanted(attributes) -> dict:
     """What `read_fields` finds for a plugin with these attributes."""
     result = {}
-    for name, value in nvidias(attributes).items():
+    for name, value in carried(attributes).items():
         values = np.atleast_1d(np.array(value, NUMPY[KINDS[name]])).tolist()
         result[name] = (KINDS[name], len(values), values)
     return result
 
 
-def refused(driver, fields, *parts) -> None:
+def refused(driver, fields, *parts, version=1) -> None:
     """No plugin, and one error that names every part."""
-    assert create(driver, fields) is None
+    assert create(driver, fields, version) is None
     message = driver.messages()
     assert message.startswith("1 NMS_OPT_TRT: "), message  # 1: kERROR
     assert message.count("\n") == 1

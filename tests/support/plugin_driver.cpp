@@ -3,6 +3,7 @@
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <string>
 
 using namespace nvinfer1;
@@ -61,7 +62,19 @@ class Builder final : public IExprBuilder, public apiv::VExprBuilder {
 
 Finder finder;
 
-IPluginCreatorV3One* creator = nullptr;
+IPluginCreatorInterface* const* creators = nullptr;
+int32_t creatorCount = 0;
+
+// The library's creator of a version; it has to have one.
+IPluginCreatorV3One* creatorOf(int version) {
+  for (int i = 0; i < creatorCount; ++i) {
+    auto* const creator = static_cast<IPluginCreatorV3One*>(creators[i]);
+    if (creator->getPluginVersion() == std::to_string(version)) {
+      return creator;
+    }
+  }
+  std::abort();
+}
 
 template <typename Interface>
 Interface* capability(IPluginV3* plugin, PluginCapabilityType type) {
@@ -96,10 +109,8 @@ int driver_open(char const* path) {
     return -1;
   }
   setFinder(&finder);
-  int32_t count = 0;
-  IPluginCreatorInterface* const* const creators = getCreators(count);
-  creator = static_cast<IPluginCreatorV3One*>(creators[0]);
-  return count;
+  creators = getCreators(creatorCount);
+  return creatorCount;
 }
 
 // Let the library log through the driver, or as if there were no logger.
@@ -116,7 +127,8 @@ void driver_forget_messages() { messages.clear(); }
 int driver_tensorrt_major() { return NV_TENSORRT_MAJOR; }
 size_t driver_size_of_desc() { return sizeof(DynamicPluginTensorDesc); }
 
-char const* driver_creator_says(int what) {
+char const* driver_creator_says(int version, int what) {
+  IPluginCreatorV3One* const creator = creatorOf(version);
   switch (what) {
     case 0: return creator->getPluginName();
     case 1: return creator->getPluginVersion();
@@ -125,11 +137,13 @@ char const* driver_creator_says(int what) {
   }
 }
 
-PluginFieldCollection const* driver_field_names() { return creator->getFieldNames(); }
+PluginFieldCollection const* driver_field_names(int version) {
+  return creatorOf(version)->getFieldNames();
+}
 
-IPluginV3* driver_create(PluginFieldCollection const* fields, int runtimePhase) {
-  return creator->createPlugin("nms", fields,
-                               runtimePhase ? TensorRTPhase::kRUNTIME : TensorRTPhase::kBUILD);
+IPluginV3* driver_create(int version, PluginFieldCollection const* fields, int runtimePhase) {
+  TensorRTPhase const phase = runtimePhase ? TensorRTPhase::kRUNTIME : TensorRTPhase::kBUILD;
+  return creatorOf(version)->createPlugin("nms", fields, phase);
 }
 
 void driver_destroy(IPluginV3* plugin) { delete plugin; }

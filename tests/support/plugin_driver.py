@@ -114,7 +114,7 @@ class Driver:
         for name in ("workspace", "size_of_desc"):
             getattr(self.c, f"driver_{name}").restype = ctypes.c_size_t
         assert self.c.driver_size_of_desc() == ctypes.sizeof(DynamicDesc)
-        assert self.c.driver_open(str(library).encode()) == 1, self.messages()
+        assert self.c.driver_open(str(library).encode()) == 2, self.messages()
 
     def messages(self) -> str:
         """What the library logged since the last call."""
@@ -125,12 +125,12 @@ class Driver:
     def use_logger(self, use: bool) -> None:
         self.c.driver_use_logger(str(self.library).encode(), use)
 
-    def create(self, fields: list[Field], *, runtime: bool = False) -> Plugin | None:
-        return self.create_from(Collection(len(fields), array(Field, fields)), runtime=runtime)
+    def create(self, fields: list[Field], version: int = 1) -> Plugin | None:
+        return self.create_from(Collection(len(fields), array(Field, fields)), version)
 
-    def create_from(self, collection, *, runtime: bool = False) -> Plugin | None:
+    def create_from(self, collection, version: int = 1, *, runtime: bool = False) -> Plugin | None:
         pointer = collection if collection is None else ctypes.byref(collection)
-        made = self.c.driver_create(pointer, int(runtime))
+        made = self.c.driver_create(version, pointer, int(runtime))
         return Plugin(self, made) if made else None
 
 

@@ -6,10 +6,13 @@ import math
 import zlib
 
 import numpy as np
+import onnx
 import torch
 
+from export.onnx_export import Detector, export_detector, without_heads
 from export.retinanet.config import RetinaNetConfig
 from export.retinanet.model import RetinaNet
+from graph_surgery.replace import insert_nms
 
 SMALL = RetinaNetConfig(
     image_height=128,
@@ -38,6 +41,11 @@ def random_model(config: RetinaNetConfig) -> RetinaNet:
         model.head.regression_head.bbox_reg.weight.mul_(0.5)
         model.head.classification_head.cls_logits.weight.mul_(0.6)
     return model.eval()
+
+
+def surgered() -> onnx.ModelProto:
+    """`SMALL` with random weights as ONNX, from the image to NMS_OPT_TRT of version 2."""
+    return insert_nms(without_heads(export_detector(Detector(random_model(SMALL)).eval()))).model
 
 
 def formula_weights(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -28,8 +28,9 @@ def check_plan(plan, model, max_batch, kernels):
     """
     node = nms_node(onnx.load(model))
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    del values["plugin_version"], values["plugin_namespace"]
-    assert len(values) == 14
+    version = int(values.pop("plugin_version"))
+    del values["plugin_namespace"]
+    assert len(values) == {1: 14, 2: 17}[version]
     for name, value in values.items():
         kind, numbers = FLOAT32 if isinstance(value, float) else INT32, np.atleast_1d(value)
         data = numbers.astype(np.float32 if kind == FLOAT32 else np.int32).tobytes()
@@ -52,6 +53,7 @@ def check_plan(plan, model, max_batch, kernels):
         confidence_threshold=values["confidenceThreshold"],
         nms_threshold=values["nmsThreshold"],
         levels=tuple(levels),
+        level_top_k=values.get("levelTopK", 0),
     )
     assert int(size) == workspace_size(config, max_batch, kernels)
 

@@ -48,6 +48,7 @@ from engine.protocol import DETECTION_FIELDS, InputSpec, output_shapes
 from engine.support.external import model_sha256
 from engine.support.files import file_sha256
 from engine.support.progress import progress_bar
+from graph_surgery.nms_function import OP_TYPE
 from plugin_cuda.binding import Plan
 from plugin_cuda.device_array import DeviceArray
 from plugin_cuda.errors import PluginError
@@ -111,7 +112,7 @@ def load(
     try:
         detector = load_detector(model)
         detector.require_any_engine()
-        detector.require_kernels("libnms_opt.so, which the engine cudnn needs")
+        detector.require_version_1("the engine cudnn")
         parts = split(detector.model)
         library = load_layers_library()
     except (UnsplitError, PluginError) as error:
@@ -209,6 +210,20 @@ class CudnnEngine:
         """Page-locked memory, from which images are copied while the host goes on."""
         use_gpu(self.device)
         return pinned(shape, dtype)
+
+    tells_layers = True
+
+    def layer_times(self, batch: int) -> tuple[int, Mapping[str, float]]:
+        """See `engine.protocol.TellsLayers`."""
+        from engine.backends.cudnn.times import step_times  # which imports this module
+
+        batch = self.prepared(batch)
+        names = [*(step.name for step in self.programs[batch].steps), OP_TYPE]
+        return batch, dict(zip(names, step_times(self, batch), strict=True))
+
+    def prepared(self, count: int) -> int:
+        """Batch size at which so many images are run."""
+        return next(batch for batch in self.programs if batch >= count)
 
     @property
     def nms_config(self) -> Config:
@@ -310,14 +325,14 @@ class CudnnSession(PipelinedSession):
                 graphs[batch, number] = stream.capture(work)
 
         def enqueue(count: int, number: int) -> None:
-            graphs[self._prepared(count), number]()
+            graphs[engine.prepared(count), number]()
 
         return enqueue
 
     def heads(self, count: int) -> dict[str, NDArray[np.float32]]:
         """Head tensors of the last batch, of so many images: float32 [N, C, h, w], by ONNX name."""
         engine = self._engine
-        program = engine.programs[self._prepared(count)]
+        program = engine.programs[engine.prepared(count)]
         found = {}
         for name in engine.parts.heads:
             head = engine.graph.heads[name]
@@ -329,10 +344,6 @@ class CudnnSession(PipelinedSession):
             values = values[:count, ..., head.first : head.first + head.channels]
             found[name] = values.transpose(0, 3, 1, 2).astype(np.float32)
         return found
-
-    def _prepared(self, count: int) -> int:
-        """Batch size at which so many images are run."""
-        return next(batch for batch in self._engine.programs if batch >= count)
 
 
 def _plans(

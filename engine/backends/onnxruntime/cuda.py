@@ -108,7 +108,7 @@ def load_split(
             spec,
             max_batch=max_batch,
             keep_top_k=rows,
-            first_label=int(parts.config.background_class == 0),
+            first_label=detector.first_label,
         ),
         "provider_options": dict(options),
         "gpu": gpu.name,

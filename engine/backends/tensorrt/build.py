@@ -241,7 +241,6 @@ def wanted_plugin(detector: Detector) -> Plugin:
             f"{path}: plugin_version, plugin_namespace and keepTopK of {OP_TYPE} are not text, "
             "text and a whole number"
         )
-    detector.require_kernels("the TensorRT plugin")
     return wanted
 
 

@@ -20,11 +20,13 @@ from engine.backends.onnxruntime import cuda, session
 from engine.backends.split import UnsplitError, split
 from engine.errors import EngineError
 from engine.load import load_engine
+from graph_surgery.replace import insert_nms
 from plugin_cuda.errors import PluginError
 from plugin_cuda.library import FLOAT16, FLOAT32, load_library
 from tests.support.fake_gpus import FakeRuntime
 from tests.support.host_stream import HostStream, array_at, pinned
 from tests.support.int8_models import write_int8
+from tests.support.retina_graphs import Retina, retina
 
 CPU = "CPUExecutionProvider"
 
@@ -142,6 +144,16 @@ def test_priors_and_attributes_are_the_nodes(detector, library):
         half = "fp16" in detector.name
         for form in (level.loc, level.conf):
             assert (form.dtype, form.vector) == (FLOAT16 if half else FLOAT32, 1)
+
+
+def test_attributes_of_version_2_are_the_nodes(library):
+    kind = Retina(height=64, width=64)
+    model = insert_nms(retina(kind)).model
+    found = split(model).config
+    assert (found.level_top_k, found.top_k) == (kind.most, 3 * kind.most)
+    assert (found.clip_before_nms, found.sigmoid, found.background_class) == (1, 1, -1)
+    assert found.bbox_xform_clip == pytest.approx(kind.bound)
+    assert found.num_priors == sum(len(part) for part in kind.anchors())
 
 
 def test_a_sigmoid_node(surgered, library):

@@ -131,7 +131,7 @@ def test_report_prints_it_again(logs, preprocessed):
 
 
 def test_a_configuration_of_tune_by_its_path(preprocessed):
-    """Of `harness tune -o`: engine, threads and settings are its own, options go before them."""
+    """Of `harness tune -o`: engine, threads, settings, name are its own, options go before."""
     (preprocessed / "mine.toml").write_text("""
         [system]
         benchmark = "ssd-resnet34"
@@ -148,13 +148,13 @@ def test_a_configuration_of_tune_by_its_path(preprocessed):
         target_qps = 100.0
         batch_size = 2
         """)
-    arguments = ["run", "grey.onnx", "--config", "mine.toml", "--system", "box"]
+    arguments = ["run", "grey.onnx", "--config", "mine.toml"]
     done = harness(
         preprocessed,
         *(*arguments, "--scenarios", "all", "--log-dir", "tuned", "--min_duration", "0.1"),
     )
     assert done.returncode == 0, done.stderr
-    folder = preprocessed / "tuned" / "box" / "ssd-resnet34"
+    folder = preprocessed / "tuned" / "mine" / "ssd-resnet34"
     found = {path.name: path for path in folder.iterdir()}
     assert set(found) == {"Offline", "Server", "SingleStream", "MultiStream"}
     for name, batch in (("Offline", 3), ("Server", 2)):

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -55,8 +56,14 @@ def test_a_model_with_more_classes_than_categories_is_refused(demo_surgered, tmp
     known = json.loads((ROOT / "demo/data/annotations/instances_val.json").read_text())
     few = tmp_path / "few.json"
     few.write_text(json.dumps(known | {"categories": known["categories"][:79], "annotations": []}))
-    with pytest.raises(HarnessError, match=r"80 classes, .* 79 categories: .* list all categories"):
+    refused = r"80 classes, .* 79 categories: .*`harness dataset add NAME .* --model .*` lists all"
+    with pytest.raises(HarnessError, match=refused):
         check_classes(replace(data, annotations=few), demo_surgered)
+    model = onnx.load(demo_surgered)
+    onnx.helper.set_model_props(model, {})
+    onnx.save(model, tmp_path / "nameless.onnx")
+    with pytest.raises(HarnessError, match=r"79 categories: .*; list all categories of the model"):
+        check_classes(replace(data, annotations=few), tmp_path / "nameless.onnx")
 
 
 def test_usual_annotations_are_not_odd():
@@ -118,7 +125,8 @@ def test_another_size_of_images():
         (None, (), None),
         (3, (), "detects 3 classes, the annotations have 2 categories"),
         (1, ("cat",), "detects 1 classes"),
-        (2, ("dog", "cat"), "2 of 2 classes are named otherwise.* number 1: 'dog' in the model"),
+        (2, ("dog", "cat"), r"2 of 2 classes are named otherwise.* number 1: 'dog' .*--model$"),
+        (2, ("cat", "cow"), r"1 of 2 classes are named otherwise.* by their order$"),
     ],
 )
 def test_classes_and_categories(count, names, said):

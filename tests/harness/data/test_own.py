@@ -27,6 +27,7 @@ NAMES = ("north/1.jpg", "south/1.jpg", "b c.png")
 def place(tmp_path, monkeypatch):
     """Pictures in sub-folders, and annotations whose ids are texts, outside any checkout."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BUILD_DIR", raising=False)
     rng = np.random.default_rng(0)
     for folder, names in (("mine", (*NAMES, "more.jpg")), ("others", ("z.jpg", "y/x.jpg"))):
         for name in names:
@@ -62,12 +63,35 @@ def add(*arguments):
     return CliRunner().invoke(app, ["dataset", "add", *given])
 
 
+def test_a_category_of_crowds_alone_has_no_ap_and_that_is_said(place):
+    """Their AP is what COCOeval says of the file: -1 for the crowds, which no mAP counts."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    box = {"bbox": [1, 2, 10, 10], "area": 100, "image_id": 1}
+    images = [{"id": 1, "file_name": NAMES[0], "width": 40, "height": 30}]
+    boxes = [{"id": n, "category_id": n, "iscrowd": n - 1, **box} for n in (1, 2)]
+    kinds = [{"id": 1, "name": "cat"}, {"id": 2, "name": "herd"}]
+    write(place, images=images, annotations=boxes, categories=kinds)
+    known = COCO("a.json")
+    found = known.loadRes([{**one, "score": 1.0} for one in boxes])
+    evaluation = COCOeval(known, found, "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"][0, :, :, 0, 2]
+    assert (precision[:, 1] == -1).all() and (precision[:, 0] > 0.9).all()
+    said = add().output
+    assert "1 categories have crowds alone (iscrowd), as 'herd': they have no AP" in said
+    assert "have no object" not in said
+
+
 def test_maps_and_links_are_written_and_all_is_said(place):
     done = add("--calibration-images", "others")
     assert done.exit_code == 0, done.exception
     assert "traffic: 3 images, 40x30 to 40x30, 3 objects in 2 categories; 2 calib" in done.output
     assert "category 1: cat, 0 objects\n  category 2: dog, 3 objects" in done.output
     assert "1 categories have no object, as 'cat'" in done.output
+    assert "iscrowd" not in done.output
     assert "1 images in mine are not in a.json and are left out" in done.output
     assert (
         'make run WEIGHTS=FILE RUN_ARGS="--dataset traffic --test_mode=AccuracyOnly"' in done.output

@@ -93,9 +93,12 @@ def test_what_a_server_runs(write):
         system_config(MODEL, "triton", "bad")
 
 
-def test_a_machine_without_a_file_gets_the_programs_values(write):
+def test_a_machine_without_a_file_gets_the_programs_values(write, monkeypatch):
+    """And the name of the host, as in `harness run`: a processor's has spaces."""
     write("l4", 'gpu = "NVIDIA L4"')
-    assert system_config(MODEL, "default", None) == SystemConfig("Example 9 CPU")
+    monkeypatch.setattr("platform.node", lambda: "box")
+    assert system_config(MODEL, "default", None) == SystemConfig("box")
+    assert system_config(MODEL, "triton", None).name == "box"
     with pytest.raises(HarnessError, match="harness tune"):
         system_config(MODEL, "maxq", None)
 

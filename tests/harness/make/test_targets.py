@@ -136,6 +136,46 @@ def test_image_size_and_entry_go_from_make_to_the_route(monkeypatch):
     assert asked == expected
 
 
+SHOW = """#!/bin/sh
+printf '[%s]' "$@" >> said; echo >> said
+"""
+
+
+@pytest.fixture
+def said(tmp_path):
+    """What `make` runs instead of the project: gives the words of each command, in brackets."""
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    for folder in (".venv", "bin", "a b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / ".venv" / "installed").touch()
+    (tmp_path / "bin" / "python").write_text(SHOW)
+    (tmp_path / "bin" / "python").chmod(0o755)
+
+    def run(*arguments):
+        command = ["make", "-f", ROOT / "Makefile", "BIN=bin", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        return (tmp_path / "said").read_text().splitlines()[-1]
+
+    return run
+
+
+def test_result_json_is_given_a_command_that_names_the_weights(said):
+    """The command that runs is what result.json has; RUN_ARGS come last and win."""
+    given = ["WEIGHTS=a b/my.pth", "IMAGE_SIZE=512", "ENTRY=ema"]
+    options = "[--weights][a b/my.pth][--image-size][512][--entry][ema]"
+    assert said("run", "RUN_ARGS=--fast", *given) == f"[-m][harness][make][run]{options}[--fast]"
+    assert said("run", "RUN_ARGS=--fast") == "[-m][harness][make][run][--fast]"
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [("a b", "[a b]"), ("bin .venv", "[bin][.venv]"), ("'a b' bin", "[a b][bin]")],
+)
+def test_predict_takes_a_folder_with_a_space_and_several_places(said, images, words):
+    assert said("predict", f"IMAGES={images}").endswith(f".nms.onnx]{words}")
+
+
 def make(*arguments):
     command = ["make", "-n", "-B", "-f", ROOT / "Makefile", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

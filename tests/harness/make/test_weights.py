@@ -72,3 +72,37 @@ def test_weights_of_another_detector_are_refused(tmp_path):
         HarnessError, match=r"of retinanet, .* of ssd-resnet34: --benchmarks=retina"
     ):
         build_onnx(route)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("1200x800", True), (None, False), ("1200", False), ("1x1\x1b[2J", False), ("1x1\n", False)],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".onnx"])
+def test_a_guessed_image_size_is_said_each_time(tmp_path, monkeypatch, value, said, suffix):
+    """Also where the export is used again, and of what has been exported elsewhere."""
+
+    def export(path):
+        model = detector(UNCAPPED)
+        onnx.helper.set_model_props(model, {"image_size_guess": value} if value else {})
+        onnx.save(model, path)
+
+    def command(room, *arguments):
+        if room == "export":
+            export(arguments[arguments.index("-o") + 1])
+        else:
+            _, given, output, _ = arguments
+            onnx.save(insert_nms(onnx.load(given)).model, output)
+
+    monkeypatch.setattr(harness.make.route, "_command", command)
+    weights = tmp_path / f"my{suffix}"
+    export(weights)
+    for again in (False, True):
+        lines: list[str] = []
+        build_onnx(route_of("ssd-resnet34-demo", weights, tmp_path / "build", lines.append))
+        assert all(("reused" in line) == again for line in lines if "image size" not in line)
+        found = [line for line in lines if line.startswith("image size: ")]
+        assert len(found) == said
+        for line in found:
+            assert line.startswith(f"image size: {value} is a guess, ")
+            assert line.endswith("--image-size SIDE, or IMAGE_SIZE=SIDE")

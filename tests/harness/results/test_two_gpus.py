@@ -13,6 +13,7 @@ from engine.backends.cuda import describe_gpu, visible_gpus
 from engine.errors import EngineError
 from harness.loadgen.log import ACCURACY
 from harness.results.report import find_results
+from plugin_cuda.library import library_path
 from tests.support import ROOT, command
 from tests.support.cudnn_gpu import cudnn_missing
 
@@ -43,7 +44,13 @@ def place(demo_int8, demo_build, tmp_path_factory):
         *("--build-dir", demo_build),
     )
     model = ["harness", "run", demo_int8, "--engine", "cudnn", "--dataset", "demo"]
-    return [*model, "--build-dir", demo_build], tmp_path_factory.mktemp("tuning")
+    return [*model, "--build-dir", demo_build], build_folder(tmp_path_factory.mktemp("tuning"))
+
+
+def build_folder(folder):
+    """A build folder that has the libraries, and nothing tuned."""
+    (folder / "plugins").symlink_to(library_path().resolve().parent)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +113,9 @@ def test_two_processes_that_tune_at_once_search_once(place, tmp_path):
     words, _ = place
     arguments = [sys.executable, "-m", *words, "--scenarios", "SingleStream"]
     arguments += ["--min-duration", "1", "--min-queries", "1"]
-    environment = {**os.environ, "BUILD_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    folder = build_folder(tmp_path)
+    environment = {**os.environ, "BUILD_DIR": str(folder), "PYTHONPATH": path}
     both = [
         subprocess.Popen(
             [*map(str, arguments), "--devices", number, "--log-dir", str(tmp_path / number)],

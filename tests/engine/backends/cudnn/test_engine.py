@@ -265,6 +265,18 @@ def test_the_manifest_says_what_runs(engine, model):
 
 @pytest.mark.gpu
 @on_gpu
+def test_times_of_the_layers(engine):
+    """Every layer of the graph is in one step, and NMS is the last."""
+    images, times = engine.layer_times(5)
+    assert images == 6  # the next of the sizes that are prepared
+    assert ", ".join(times) == ", ".join(
+        [*(one.name for one in engine.graph.layers), "NMS_OPT_TRT"]
+    )
+    assert all(ms > 0 for ms in times.values())
+
+
+@pytest.mark.gpu
+@on_gpu
 def test_pack_and_pool_kernels():
     from engine.backends.cuda import Stream, use_gpu
 

@@ -225,6 +225,35 @@ def test_a_failure_leaves_the_session_usable_and_closes_cleanly(models, pictures
     assert after_last > after_first - (32 << 20)
 
 
+@pytest.mark.parametrize("kind", ["fp32", "int8+fp16"])
+def test_a_retinanet_s_rows_are_those_of_the_body(kind, tmp_path, caplog):
+    """NMS_OPT_TRT of version 2: by libnms_opt.so, and nothing to say."""
+    torch = pytest.importorskip("torch")
+    from tests.support.retinanet import SMALL, surgered
+
+    onnx.save(surgered(), tmp_path / "retina.onnx")
+    torch.manual_seed(2)
+    images = torch.randn(max(BATCHES), 3, *SMALL.image_shape).numpy()
+    path = tmp_path / "retina.onnx"
+    if kind != "fp32":
+        calibration = calibrate(
+            load_detector(path), write_images(tmp_path, images), method="minmax"
+        )
+        model = quantize(onnx.load(path), calibration, float_type="fp16")
+        path = tmp_path / "retina.int8.onnx"
+        onnx.save(model, path)
+    engine = load_engine("onnxruntime", path, device="cuda")
+    assert isinstance(engine, SplitEngine)
+    assert engine.manifest["nms"] == "libnms_opt.so"
+    assert not caplog.text
+    session = engine.session()
+    for count in (*BATCHES, 1):
+        actual = session.infer(batch_of(engine, images, count))
+        # suppression and the last row may hang on rounding
+        assert_alike(actual, rows_of_body(path, session, count), matched=0.99, score=1e-5)
+    session.close()
+
+
 def test_without_the_library_the_graph_runs_whole(models, pictures, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("NMS_OPT_LIBRARY", str(tmp_path / "none.so"))
     engine = load_engine("onnxruntime", models["fp32"], device="cuda")

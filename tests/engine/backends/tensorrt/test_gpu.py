@@ -12,9 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from engine.backends.tensorrt.build import build
 from engine.backends.tensorrt.layers import describe_plan
-from engine.backends.tensorrt.options import BuildOptions
 from engine.backends.tensorrt.refit import refit
 from engine.backends.triton import engine as triton
 from engine.backends.triton.config import KNOWN_PARAMETER
@@ -32,8 +30,9 @@ from graph_surgery.replace import insert_nms
 from harness.data.dataset import known_dataset
 from harness.data.preprocess import preprocess
 from harness.triton.repository import write_repository
-from harness.triton.server import find_server, running_server, server_backends
+from harness.triton.server import running_server
 from tests.support import ROOT, attempt, command
+from tests.support.plans import detections, matched
 
 cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 pytest.importorskip("tensorrt", reason="needs TensorRT", exc_type=(ImportError, OSError))
@@ -66,11 +65,6 @@ def preprocessed(model, split, folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tensorrt")
-
-
-@pytest.fixture(scope="module")
 def float_model(folder):
     command("export", "--weights", CHECKPOINT, "-o", folder / "demo.onnx")
     save(insert_nms(load(folder / "demo.onnx")).model, folder / "demo.nms.onnx")
@@ -92,39 +86,6 @@ def images(float_model, int8_model, folder):
         model: preprocessed(model, "val", folder).load(range(IMAGES))
         for model in (float_model, int8_model)
     }
-
-
-@pytest.fixture(scope="module")
-def make_plan(trt_plugin_library, folder):
-    def make(model, name="plan", **options):
-        output = folder / f"{model.stem}.{name}.engine"
-        if not output.exists():
-            chosen = {"opt_batch": 8, "max_batch": 16, "optimization_level": 1, **options}
-            cache = folder / "timing.cache"
-            settings = BuildOptions(plugins=(trt_plugin_library,), timing_cache=cache, **chosen)
-            build(load_detector(model), "tensorrt", output, settings)
-        return output
-
-    return make
-
-
-def detections(engine, images, batch=8):
-    session = engine.session()
-    found = []
-    for begin in range(0, len(images), batch):
-        rows, counts = session.infer(images[begin : begin + batch])
-        found += [image[:count].copy() for image, count in zip(rows, counts, strict=True)]
-    session.close()
-    return found
-
-
-def matched(first, second, min_iou):
-    """Share of the detections of both sides that have a partner, and their score differences."""
-    pairs = [match_detections(a, b, min_iou) for a, b in zip(first, second, strict=True)]
-    total = sum(map(len, first)) + sum(map(len, second))
-    assert total > 4 * IMAGES  # images with detections
-    both = 2 * sum(len(found.pairs) for found in pairs)
-    return both / total, np.concatenate([found.score_difference for found in pairs])
 
 
 @pytest.mark.parametrize("batch", [1, 5, 16])
@@ -310,18 +271,6 @@ def test_layers_of_a_plan(int8_model, float_model, make_plan):
 
 
 # Triton's TensorRT backend
-
-
-@pytest.fixture(scope="module")
-def tritonserver():
-    pytest.importorskip("tritonclient.grpc", reason="needs tritonclient[grpc]")
-    try:
-        found = find_server(ROOT / "build")
-    except Exception as error:
-        pytest.skip(str(error))
-    if "tensorrt" not in server_backends(found):
-        pytest.skip(f"{found} has no backend tensorrt")
-    return found
 
 
 @pytest.mark.parametrize("instances", [1, 2])

@@ -9,16 +9,18 @@ import onnx
 import pytest
 
 from engine.backends.cuda import Gpu
-from engine.backends.tensorrt.build import build
+from engine.backends.tensorrt.build import build, wanted_plugin
 from engine.backends.tensorrt.module import RTX
 from engine.backends.tensorrt.options import BuildOptions
 from engine.errors import EngineError
 from engine.load import load_engine
 from engine.manifest import load_manifest
 from engine.model import load_detector
+from graph_surgery.replace import insert_nms
 from tests.support.calibrated import write_surgered
 from tests.support.graphs import nms_node
 from tests.support.int8_models import write_int8
+from tests.support.retina_graphs import Retina, retina
 from tests.support.rtx_plans import NEEDS_RTX, TARGETS, check_plan
 
 pytestmark = NEEDS_RTX
@@ -59,6 +61,27 @@ def check_plugin_layer(trt, model):
     assert network.get_input(0).dtype == trt.DataType.INT8
     assert layers[-1].type == trt.LayerType.PLUGIN_V3
     assert trt.LayerType.NMS not in [layer.type for layer in layers]
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def retinanet(request, tmp_path_factory):
+    """A small RetinaNet: NMS_OPT_TRT of version 2."""
+    folder = tmp_path_factory.mktemp("retina")
+    onnx.save(insert_nms(retina(Retina(height=64, width=64))).model, folder / "r.nms.onnx")
+    if request.param == "fp32":
+        return folder / "r.nms.onnx"
+    return write_int8(folder / "r.nms.onnx", folder / "r.int8.onnx", "fp16")
+
+
+def test_a_retinanet_builds_with_its_own_version_of_the_plugin(
+    retinanet, plugin, kernels, trt, tmp_path
+):
+    assert wanted_plugin(load_detector(retinanet)).version == "2"
+    engine = tmp_path / "r.engine"
+    options = BuildOptions(max_batch=16, compute_capabilities=TARGETS)
+    built = build(load_detector(retinanet), RTX, engine, options)
+    check_plan(engine.read_bytes(), retinanet, 16, kernels)
+    assert (built.keep_top_k, built.first_label) == (Retina.keep, 0)
 
 
 @pytest.mark.parametrize("targets", [*((target,) for target in TARGETS), TARGETS, ()])
@@ -217,11 +240,6 @@ def test_values_that_this_release_does_not_know(int8, plugin, tmp_path, options,
     with pytest.raises(EngineError, match=message):
         build(load_detector(int8), RTX, tmp_path / "d.engine", BuildOptions(**options))
     assert not list(tmp_path.iterdir())
-
-
-def test_plugin_is_not_registered(int8, trt, tmp_path):
-    with pytest.raises(EngineError, match=r"plugin NMS_OPT_TRT \(version 1\) is not registered"):
-        build(load_detector(int8), RTX, tmp_path / "d.engine", BuildOptions())
 
 
 def test_node_that_does_not_ask_for_the_plugin(int8, plugin, tmp_path, kernels):

@@ -49,6 +49,11 @@ def test_command_builds_with_the_library(int8, trt_plugin_library, kernels, tmp_
         ({"confSigmoid": 1}, "confSigmoid = 1 and confSoftmax = 1: exactly one must be 1"),
         ({"nmsThreshold": 1}, "attribute nmsThreshold has the field type 5, expected 1 (FLOAT32)"),
         ({"inputOrder": [0, 6]}, "attribute inputOrder has 2 values, expected 3"),
+        (
+            {"plugin_version": "2", "levelTopK": 30, "clipBeforeNms": 0, "bboxXformClip": 0.0},
+            "topK = 200 is not supported with levelTopK = 30, only numLayers times it: 180",
+        ),
+        ({"plugin_version": "2"}, "attribute levelTopK is missing"),
         ({"numClasses": 5}, "conf_0 has 324 channels, expected 20: 4 anchors, as loc_0 has"),
     ],
 )
@@ -63,6 +68,14 @@ def test_command_shows_what_the_plugin_refuses(
     assert re.search(r"^engine: error: .*bad\.onnx: tensorrt-rtx cannot ", done.stderr, re.M)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "bad.engine").exists()
+
+
+def test_plugin_is_not_registered(int8, tmp_path):
+    words = ("engine", "build", int8, "--backend", RTX, "-o", tmp_path / "d.engine")
+    done = attempt("-m", *words)
+    assert done.returncode == 2
+    assert "the plugin NMS_OPT_TRT (version 1) is not registered" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 POLYGRAPHY_SCRIPT = """
