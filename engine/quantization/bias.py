@@ -149,9 +149,10 @@ def _differences(
         if layer.bias is None and len(conv.inputs) > 2 and not conv.inputs[2].is_empty():
             continue
         scale = weights[layer.weight].reshape(-1, 1, 1, 1)
-        if float_type == "fp16":  # as the graph holds it
-            scale = round_up(scale).astype(np.float32)
         weight = np.asarray(value(graph, tensors[layer.weight]), np.float32)
+        if float_type == "fp16":  # as the graph holds both, which moves some to the next step
+            scale = round_up(scale).astype(np.float32)
+            weight = weight.astype(np.float16).astype(np.float32)
         steps = np.rint(weight / scale).clip(-STEPS, STEPS)
         held = gs.Constant(name(f"{layer.weight}_in_steps"), (steps * scale).astype(np.float32))
         pairs.append((layer.node, conv, [conv.inputs[0], held, *conv.inputs[2:]]))

@@ -44,7 +44,7 @@ from engine.backends.pipeline import Enqueue, PipelinedSession, Slot
 from engine.backends.split import Split, UnsplitError, split
 from engine.errors import EngineError
 from engine.model import load_detector
-from engine.protocol import DETECTION_FIELDS, InputSpec, output_shapes
+from engine.protocol import CORRECTION_KEY, DETECTION_FIELDS, InputSpec, output_shapes
 from engine.support.external import model_sha256
 from engine.support.files import file_sha256
 from engine.support.progress import progress_bar
@@ -162,6 +162,7 @@ def load(
             "keep_top_k": parts.config.keep_top_k,
             "outputs": output_shapes(parts.config.keep_top_k),
             "first_label": int(parts.config.background_class == 0),
+            **{key: text for key, text in detector.metadata.items() if key == CORRECTION_KEY},
             "max_batch": batches[-1],
             "batch_sizes": list(batches),
             "nms": library_path().name,

@@ -24,7 +24,14 @@ from engine.backends.onnxruntime.session import (
     open_session,
 )
 from engine.errors import EngineError, one_line
-from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, TARGET_KEY, InputSpec
+from engine.protocol import (
+    CORRECTION_KEY,
+    DETECTION_FIELDS,
+    DETECTIONS,
+    NUM_DETECTIONS,
+    TARGET_KEY,
+    InputSpec,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -108,8 +115,8 @@ def load_whole(
     )
     if index is not None:
         manifest["nms"] = "ONNX Runtime"
-    elif target := session.get_modelmeta().custom_metadata_map.get(TARGET_KEY):
-        manifest["target"] = target
+    said = session.get_modelmeta().custom_metadata_map
+    manifest |= {key: said[key] for key in (TARGET_KEY, CORRECTION_KEY) if key in said}
     again = partial(open_session, model, model, provider, options, threads)
     return OnnxRuntimeEngine(spec, max_batch, manifest, session, again)
 
