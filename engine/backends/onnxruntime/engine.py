@@ -28,6 +28,7 @@ from engine.protocol import (
     CORRECTION_KEY,
     DETECTION_FIELDS,
     DETECTIONS,
+    EQUALISED_KEY,
     NUM_DETECTIONS,
     TARGET_KEY,
     InputSpec,
@@ -116,7 +117,8 @@ def load_whole(
     if index is not None:
         manifest["nms"] = "ONNX Runtime"
     said = session.get_modelmeta().custom_metadata_map
-    manifest |= {key: said[key] for key in (TARGET_KEY, CORRECTION_KEY) if key in said}
+    told = (TARGET_KEY, CORRECTION_KEY, EQUALISED_KEY)
+    manifest |= {key: said[key] for key in told if key in said}
     again = partial(open_session, model, model, provider, options, threads)
     return OnnxRuntimeEngine(spec, max_batch, manifest, session, again)
 
