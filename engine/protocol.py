@@ -22,6 +22,12 @@ DETECTIONS, NUM_DETECTIONS = "detections", "num_detections"
 TARGET_KEY = "target"
 """Metadata of an INT8 file that is for ONNX Runtime on CPUs alone; its value is ``cpu``."""
 
+CORRECTION_KEY = "correction"
+"""Metadata of an INT8 file that was corrected on the calibration images; ``bias``: its biases."""
+
+EQUALISED_KEY = "equalised_on"
+"""Metadata of a file whose channels were equalised: the number of calibration images."""
+
 INPUT_SCALE_KEY = "input_scale"
 """ONNX metadata key that holds the real value of one step of an INT8 image input."""
 

@@ -24,7 +24,8 @@ from engine.load import load_engine
 from engine.model import Detector, load_detector
 from engine.protocol import Session
 from engine.quantization.calibration import calibrate
-from engine.quantization.quantize import Target, quantize
+from engine.quantization.quantize import quantize
+from engine.quantization.scales import Target
 from engine.support.environment import circumstances, now
 from engine.support.files import write_json
 from graph_surgery.files import save

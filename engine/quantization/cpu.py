@@ -13,7 +13,7 @@ Runtime's QDQ selectors, onnxruntime/core/optimizer/qdq_transformer.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ def insert_for_cpu(
     Parameters
     ----------
     scales
-        Of every tensor that these layers read, as for `engine.quantization.quantize.insert_qdq`.
+        Of every tensor that these layers read, as for `engine.quantization.qdq.insert_qdq`.
         Tensors that are not negative are taken in 255 steps in place of 127.
     sums
         Of every tensor of ``placement.mains`` whose layer is chosen.
@@ -66,9 +66,49 @@ def insert_for_cpu(
     EngineError
         When a scale of `sums` is missing.
     """
-    chosen, tensors, name = set(layers), graph.tensors(), namer(graph)
+    chosen = set(layers)
+    read, done = quantise_activations_for_cpu(graph, placement, scales, sums, chosen)
+    weights = scales_of_weights(graph, placement, chosen, read)
+    tensors, name = graph.tensors(), namer(graph)
+    for index in sorted(chosen):
+        layer = placement.layers[index]
+        (conv,) = tensors[layer.node].inputs
+        weight = np.asarray(value(graph, tensors[layer.weight]), np.float32)
+        scale = weights[layer.weight]
+        wide = scale.reshape(-1, 1, 1, 1)
+        steps = np.rint(weight / wide).clip(-STEPS, STEPS)
+        if not _is_quantised(conv.outputs[0], done):
+            rounded = (steps * wide).astype(np.float32)
+            conv.inputs[1] = gs.Constant(name(f"{layer.weight}_rounded"), rounded)
+            continue
+        steps = steps.astype(np.int8)
+        conv, steps = _packed(graph, conv, steps, name)
+        held = gs.Constant(name(f"{layer.weight}_int8"), steps)
+        conv.inputs[1] = _dequantised(graph, held, scale, name)
+        if layer.bias is not None:
+            both = read[layer.node] * scale
+            bias = np.rint(layer.bias / both.astype(np.float64)).astype(np.int32)
+            held = gs.Constant(name(f"{layer.node}_bias_int32"), bias)
+            conv.inputs[2] = _dequantised(graph, held, both, name)
+
+
+def quantise_activations_for_cpu(
+    graph: gs.Graph,
+    placement: Placement,
+    scales: Mapping[str, float],
+    sums: Mapping[str, float],
+    layers: Set[int],
+) -> tuple[dict[str, np.float32], dict[str, _Quantised]]:
+    """Quantise the activations alone; see `insert_for_cpu`.
+
+    Returns
+    -------
+    read, done
+        The scale that each reader takes, by its node; what was quantised, by its tensor.
+    """
+    tensors, name = graph.tensors(), namer(graph)
     if missing := [
-        main.tensor for main in placement.mains if main.layer in chosen and main.tensor not in sums
+        main.tensor for main in placement.mains if main.layer in layers and main.tensor not in sums
     ]:
         raise EngineError(
             f"the calibration has no scale for {missing[0]!r}, which --target cpu needs: it is of "
@@ -91,39 +131,19 @@ def insert_for_cpu(
     points = [
         (p.node, p.input, quantised(p.tensor, scales[p.source]))
         for p in placement.points
-        if p.layer in chosen
+        if p.layer in layers
     ]
     points += [
         (p.node, p.input, quantised(p.tensor, sums[p.tensor]))
         for p in placement.mains
-        if p.layer in chosen
+        if p.layer in layers
     ]
     read = {}
     for node_name, index, what in points:
         (node,) = tensors[node_name].inputs
         node.inputs[index] = what.real
         read[node_name] = what.scale
-    weights = scales_of_weights(graph, placement, chosen, read)
-    for index in sorted(chosen):
-        layer = placement.layers[index]
-        (conv,) = tensors[layer.node].inputs
-        weight = np.asarray(value(graph, tensors[layer.weight]), np.float32)
-        scale = weights[layer.weight]
-        wide = scale.reshape(-1, 1, 1, 1)
-        steps = np.rint(weight / wide).clip(-STEPS, STEPS)
-        if not _is_quantised(conv.outputs[0], done):
-            rounded = (steps * wide).astype(np.float32)
-            conv.inputs[1] = gs.Constant(name(f"{layer.weight}_rounded"), rounded)
-            continue
-        steps = steps.astype(np.int8)
-        conv, steps = _packed(graph, conv, steps, name)
-        held = gs.Constant(name(f"{layer.weight}_int8"), steps)
-        conv.inputs[1] = _dequantised(graph, held, scale, name)
-        if layer.bias is not None:
-            both = read[layer.node] * scale
-            bias = np.rint(layer.bias / both.astype(np.float64)).astype(np.int32)
-            held = gs.Constant(name(f"{layer.node}_bias_int32"), bias)
-            conv.inputs[2] = _dequantised(graph, held, both, name)
+    return read, done
 
 
 def _packed(

@@ -7,24 +7,23 @@ DequantizeLinear; zero points 0; biases float. Where, says `engine.quantization.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from engine.errors import EngineError
-from engine.protocol import INPUT_SCALE_KEY, TARGET_KEY
+from engine.protocol import CORRECTION_KEY, INPUT_SCALE_KEY, TARGET_KEY
+from engine.quantization.bias import Biases, set_biases
 from engine.quantization.cache import Calibration
 from engine.quantization.cpu import insert_for_cpu, shift_image
 from engine.quantization.placement import Placement, find_placement
-from engine.quantization.scales import FloatType, activation_scale, round_up
-from engine.quantization.weights import scales_of_weights
+from engine.quantization.qdq import insert_qdq
+from engine.quantization.scales import FloatType, Target, round_up
 from graph_surgery.errors import SurgeryError
 from graph_surgery.graph import describe, export_graph, fix, import_graph, namer, value
 from graph_surgery.nms_function import DOMAIN, add_definition
@@ -33,9 +32,6 @@ from graph_surgery.protobuf import check, convert, with_types
 
 _READ_INT8 = ("QuantizeLinear", "DequantizeLinear", "Shape", "Size")
 """What reads an INT8 image as what it stands for, or does not look at its pixels."""
-
-Target = Literal["gpu", "cpu"]
-"""What an INT8 file is for: TensorRT, cuDNN and all others, or ONNX Runtime on CPUs alone."""
 
 _FP16_LARGEST = float(np.finfo(np.float16).max)
 _FP16_OPSET = 19
@@ -49,6 +45,7 @@ def quantize(
     float_type: FloatType = "fp32",
     keep_float: Sequence[str] = (),
     target: Target = "gpu",
+    biases: Biases | None = None,
 ) -> onnx.ModelProto:
     """Quantise a detector.
 
@@ -66,6 +63,9 @@ def quantize(
     target
         ``cpu``: the form of `engine.quantization.cpu`, for ONNX Runtime on CPUs alone. INT8 images
         are the same.
+    biases
+        Of `engine.quantization.bias.correct_biases` for this float type and target, which layers
+        that stay float do not take; None: those of the model.
 
     Returns
     -------
@@ -98,6 +98,7 @@ def quantize(
         raise EngineError(str(error)) from error
     if float_type == "fp16":
         _store_constants(graph)
+    placement = set_biases(graph, placement, biases or {}, layers)
     if target == "cpu":
         insert_for_cpu(graph, placement, calibration.scales, calibration.sums, layers)
         image_scale = shift_image(graph, placement.image)
@@ -118,6 +119,7 @@ def quantize(
         "float_network": calibration.model,
         "float_network_sha256": calibration.model_sha256,
         "preprocessing_sha256": calibration.preprocessing_sha256,
+        **({} if biases is None else {CORRECTION_KEY: "bias"}),
     }
     if target == "cpu":
         facts[TARGET_KEY] = target
@@ -146,45 +148,6 @@ def is_outdated(path: Path, quantized: onnx.ModelProto) -> bool:
     return bool(same_file) and known["float_network_sha256"] != facts["float_network_sha256"]
 
 
-def insert_qdq(
-    graph: gs.Graph,
-    placement: Placement,
-    scales: Mapping[str, float],
-    layers: Iterable[int],
-    float_type: FloatType = "fp32",
-) -> None:
-    """Add Q/DQ pairs at some layers of a graph; its inputs and outputs stay as they are.
-
-    Parameters
-    ----------
-    scales
-        Of every tensor that these layers read.
-    layers
-        Indices into ``placement.layers``.
-    float_type
-        Type that what is not INT8 will have; here it stays float32.
-    """
-    chosen = set(layers)
-    tensors, name = graph.tensors(), namer(graph)
-    done: dict[str, gs.Tensor] = {}
-    read: dict[str, np.float32] = {}  # scale of what a convolution reads, by what that makes
-    for point in placement.points:
-        if point.layer in chosen:
-            read[point.node] = activation_scale(scales[point.source])
-            if point.tensor not in done:
-                done[point.tensor] = _pair(graph, tensors[point.tensor], read[point.node], name)
-            (node,) = tensors[point.node].inputs
-            node.inputs[point.input] = done[point.tensor]
-    weights = scales_of_weights(graph, placement, chosen, read, float_type)
-    for index in sorted(chosen):
-        layer = placement.layers[index]
-        (conv,) = tensors[layer.node].inputs
-        held = tensors[layer.weight]
-        if isinstance(held, gs.Variable):  # engines want it stored
-            fix(held, np.asarray(value(graph, held), np.float32))
-        conv.inputs[1] = _pair(graph, held, weights[layer.weight], name, axis=0)
-
-
 def _check_fp16(calibration: Calibration) -> None:
     """Refuse a model whose activations are out of the range of float16."""
     over = {n: value for n, value in calibration.largest.items() if not value <= _FP16_LARGEST}
@@ -195,27 +158,6 @@ def _check_fp16(calibration: Calibration) -> None:
             f"{f', and {len(over) - 1} more are' if len(over) > 1 else ', which is'} out of the "
             f"range of float16, {_FP16_LARGEST:,.0f}: take --float-type fp32"
         )
-
-
-def _pair(
-    graph: gs.Graph,
-    tensor: gs.Tensor,
-    scale: np.float32 | NDArray[np.float32],
-    name: Callable[[str], str],
-    **attributes: int,
-) -> gs.Tensor:
-    """Add QuantizeLinear and DequantizeLinear of a tensor, zero point 0; what they make."""
-    constants = [
-        gs.Constant(name(f"{tensor.name}_scale"), np.asarray(scale)),
-        gs.Constant(name(f"{tensor.name}_zero_point"), np.zeros(np.shape(scale), np.int8)),
-    ]
-    made = tensor
-    for op, part in (("QuantizeLinear", "quantized"), ("DequantizeLinear", "dequantized")):
-        output = gs.Variable(name(f"{tensor.name}_{part}"))
-        inputs = [made, *constants]
-        graph.layer(op=op, name=output.name, inputs=inputs, outputs=[output], attrs=attributes)
-        made = output
-    return made
 
 
 def _int8_input(graph: gs.Graph, placement: Placement) -> float | None:

@@ -13,6 +13,9 @@ from engine.quantization.thresholds import STEPS
 FloatType = Literal["fp32", "fp16"]
 """Type of everything that is not INT8."""
 
+Target = Literal["gpu", "cpu"]
+"""What an INT8 file is for: TensorRT, cuDNN and all others, or ONNX Runtime on CPUs alone."""
+
 _BIAS_STEPS = {"fp32": 2**30, "fp16": 60_000}
 """Most steps of a bias. int32 has 2^31, of which the sums of a convolution take 127² a product; in
 a float16 graph, ONNX Runtime divides the bias by its step in float16, which ends at 65,504, less

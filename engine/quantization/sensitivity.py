@@ -16,7 +16,7 @@ from engine.quantization.calibration import check_images
 from engine.quantization.network import heads_model, open_session, run
 from engine.quantization.observe import Progress
 from engine.quantization.placement import Placement, find_placement
-from engine.quantization.quantize import insert_qdq
+from engine.quantization.qdq import insert_qdq
 from graph_surgery.graph import export_graph, import_graph
 
 Heads = list[NDArray[np.float32]]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.protocol import CORRECTION_KEY, EQUALISED_KEY
 from engine.support.documents import read_toml
 from engine.support.environment import cpu_name
 from harness.errors import HarnessError, as_harness_error
@@ -166,6 +167,29 @@ def input_dtype(engine: Mapping[str, object]) -> str:
     spec = engine.get("input")
     dtype = str(spec.get("dtype", "")) if isinstance(spec, Mapping) else ""
     return {"float32": "fp32", "float16": "fp16"}.get(dtype, dtype)
+
+
+def corrections(engine: Mapping[str, object]) -> str:
+    """A paragraph on what else the calibration images shaped; empty if its manifest says nothing.
+
+    A plan's manifest has it among the metadata of its ONNX file.
+    """
+    metadata = engine.get("metadata")
+    known = {**metadata, **engine} if isinstance(metadata, Mapping) else engine
+    text = ""
+    if EQUALISED_KEY in known:
+        text += (
+            "Before calibration the channels between convolutions were equalised by factors that "
+            "leave the float network's answers as they are, from the ranges of activations on the "
+            "calibration images alone.\n\n"
+        )
+    if known.get(CORRECTION_KEY) == "bias":
+        text += (
+            "Of every quantised convolution's bias, the mean difference per output channel between "
+            "its output in INT8 and in float, on the calibration images alone, was taken off (bias "
+            "correction, M. Nagel et al., 2019).\n\n"
+        )
+    return text
 
 
 def _framework(engine: Mapping[str, object]) -> str:

@@ -32,6 +32,7 @@ from harness.submission.description import (
     CALIBRATION,
     MAY_BE_EMPTY,
     Description,
+    corrections,
     input_dtype,
     measurement_json,
     system_json,
@@ -295,7 +296,7 @@ def _readme(base: Base, result: RunResult) -> str:
 
 
 def _calibration(description: Description, result: RunResult) -> str:
-    title = "# Calibration\n\n"
+    title = "# Calibration\n\n" + corrections(result.engine)
     if CALIBRATION in description.measurements:
         return f"{title}{description.measurements[CALIBRATION]}\n"
     if input_dtype(result.engine) == "int8":

@@ -28,6 +28,8 @@ class Detector:
 
     Attributes
     ----------
+    name
+        As ``--detector`` has it.
     levels
         Anchors, height and width of each map.
     num_classes
@@ -40,6 +42,7 @@ class Detector:
         What is measured.
     """
 
+    name: str
     levels: tuple[tuple[int, int, int], ...]
     num_classes: int
     options: Mapping[str, Any]
@@ -48,6 +51,7 @@ class Detector:
 
 
 SSD_RESNET34 = Detector(
+    "ssd-resnet34",
     LEVELS,
     NUM_CLASSES,
     {"background_class": 0, "top_k": TOP_K, "keep_top_k": KEEP_TOP_K},
@@ -59,6 +63,7 @@ LEVEL_TOP_K = 1000
 STRETCH = math.log(1000 / 16)
 
 RETINANET = Detector(
+    "retinanet",
     tuple((9, size, size) for size in (100, 50, 25, 13, 7)),
     264,
     {
@@ -75,7 +80,7 @@ RETINANET = Detector(
 )
 """MLPerf's, at 800x800."""
 
-DETECTORS = {"ssd-resnet34": SSD_RESNET34, "retinanet": RETINANET}
+DETECTORS = {one.name: one for one in (SSD_RESNET34, RETINANET)}
 
 ROTATED_BYTES = 100_000_000
 """Inputs in turn take at least this much: twice the L2 cache of an H100, 50 MB."""

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 from rich.console import Console
 from typer.testing import CliRunner
 
 from engine.cli import app
 from engine.errors import EngineError
+from engine.load import load_engine
 from engine.manifest import save_engine
 from engine.quantization.cache import Calibration
 from engine.quantization.sensitivity import LayerSensitivity, Noise, Sensitivity
@@ -139,6 +141,31 @@ def test_int8_is_held_against_fp32(demo, tmp_path):
     assert "WARNING: 3 of 3 calibration" in " ".join(done.stderr.split())
     facts = {entry.key: entry.value for entry in onnx.load(int8).metadata_props}
     assert (facts["calibration_images"], facts["calibration_empty_images"]) == ("3", "3")
+
+
+def test_biases_are_corrected_on_the_images_of_the_calibration(demo, tmp_path):
+    surgered, cache, int8 = demo / "demo.nms.onnx", tmp_path / "cache.json", tmp_path / "int8.onnx"
+    words = [*("quantize", surgered, cache, int8), "--target", "cpu"]
+    assert engine("calibrate", surgered, "--data", demo / "cal", "-o", cache, "--images", 2)[0] == 0
+    assert engine(*words)[0] == 0
+    plain = onnx.load(int8)
+    corrected = [*words, "--correct", "bias", "--data", demo / "cal"]
+    assert engine(*corrected, "--force")[0] == 0
+    assert engine(*corrected)[1] == f"{int8} is up to date"
+    assert load_engine("onnxruntime", int8).manifest["correction"] == "bias"
+    biases = [
+        {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if "bias" in t.name}
+        for model in (plain, onnx.load(int8))
+    ]
+    steps = [
+        np.concatenate([v.ravel() for v in one.values() if v.dtype == np.int32]) for one in biases
+    ]
+    assert (steps[0] != steps[1])[steps[0] != 0].mean() > 0.9
+    for half in (["--correct", "bias"], ["--data", demo / "cal"]):
+        with pytest.raises(EngineError, match="--correct and --data go together"):
+            engine(*words, *half)
+    with pytest.raises(EngineError, match="not the images of the calibration"):
+        engine(*corrected[:-1], demo / "val", "--force")
 
 
 def test_tensorrt_format(demo, tmp_path):

@@ -116,6 +116,13 @@ RANDOM = {
         {"most": 1000, "nmsThreshold": 0.95, "keepTopK": 1024, "backgroundLabelId": 1},
         {},
     ),
+    "all of a class stay": (
+        [(9, 9, 9)] * 2,
+        1,
+        2,
+        {"most": 500, "nmsThreshold": 1.0, "keepTopK": 1024},
+        {},
+    ),
     "softmax": (PYRAMID, 21, 3, {"most": 200, "confSigmoid": 0, "confSoftmax": 1}, {}),
     "a bound": (PYRAMID, 21, 3, {"most": 500, "bboxXformClip": 0.1}, {}),
     "boxes not clipped": (PYRAMID, 21, 3, {"most": 500, "clipBeforeNms": 0}, {}),

@@ -44,7 +44,13 @@ from engine.backends.pipeline import Enqueue, PipelinedSession, Slot
 from engine.backends.split import Split, UnsplitError, split
 from engine.errors import EngineError
 from engine.model import load_detector
-from engine.protocol import DETECTION_FIELDS, InputSpec, output_shapes
+from engine.protocol import (
+    CORRECTION_KEY,
+    DETECTION_FIELDS,
+    EQUALISED_KEY,
+    InputSpec,
+    output_shapes,
+)
 from engine.support.external import model_sha256
 from engine.support.files import file_sha256
 from engine.support.progress import progress_bar
@@ -149,6 +155,7 @@ def load(
         spec = InputSpec(
             graph.image, (image.channels, image.height, image.width), "int8", image.scale
         )
+        said = detector.metadata
         manifest = {
             "backend": "cudnn",
             "version": machine.cudnn,
@@ -163,6 +170,7 @@ def load(
             "keep_top_k": parts.config.keep_top_k,
             "outputs": output_shapes(parts.config.keep_top_k),
             "first_label": int(parts.config.background_class == 0),
+            **{key: said[key] for key in (CORRECTION_KEY, EQUALISED_KEY) if key in said},
             "max_batch": batches[-1],
             "batch_sizes": list(batches),
             "nms": library_path().name,

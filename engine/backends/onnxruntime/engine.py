@@ -24,7 +24,15 @@ from engine.backends.onnxruntime.session import (
     open_session,
 )
 from engine.errors import EngineError, one_line
-from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, TARGET_KEY, InputSpec
+from engine.protocol import (
+    CORRECTION_KEY,
+    DETECTION_FIELDS,
+    DETECTIONS,
+    EQUALISED_KEY,
+    NUM_DETECTIONS,
+    TARGET_KEY,
+    InputSpec,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -108,8 +116,9 @@ def load_whole(
     )
     if index is not None:
         manifest["nms"] = "ONNX Runtime"
-    elif target := session.get_modelmeta().custom_metadata_map.get(TARGET_KEY):
-        manifest["target"] = target
+    said = session.get_modelmeta().custom_metadata_map
+    told = (TARGET_KEY, CORRECTION_KEY, EQUALISED_KEY)
+    manifest |= {key: said[key] for key in told if key in said}
     again = partial(open_session, model, model, provider, options, threads)
     return OnnxRuntimeEngine(spec, max_batch, manifest, session, again)
 

@@ -82,6 +82,30 @@ def test_the_tree(runs, tmp_path):
     assert any((root / "code" / "ssd-resnet34" / "fake").iterdir())
 
 
+def test_the_calibration_tells_of_corrections(runs, tmp_path):
+    """Where the manifest does: an ONNX file's on the top, a plan's among the file's metadata."""
+    shutil.copytree(runs, tmp_path / "runs")
+    (offline, server) = (
+        tmp_path / "runs" / "logs" / SYSTEM / "ssd-resnet34" / scenario / "PerformanceOnly"
+        for scenario in ("Offline", "Server")
+    )
+    for folder, said in (
+        (offline, {"correction": "bias"}),
+        (server, {"metadata": {"correction": "bias", "equalised_on": "64"}}),
+    ):
+        content = json.loads((folder / "result.json").read_text())
+        content["engine"] = {**content["engine"], **said}
+        (folder / "result.json").write_text(json.dumps(content))
+    root, _ = submit(tmp_path / "runs", tmp_path)
+    (tmp_path / "plain").mkdir()
+    plain, _ = submit(runs, tmp_path / "plain")
+    for scenario in ("Offline", "Server"):
+        place = Path("measurements") / SYSTEM / "ssd-resnet34" / scenario / "calibration_process.md"
+        assert "bias correction" in (root / place).read_text()
+        assert "bias correction" not in (plain / place).read_text()
+        assert ("equalised" in (root / place).read_text()) == (scenario == "Server")
+
+
 def test_open_division_is_freer(runs, tmp_path):
     root, _ = submit(runs, tmp_path, "open")
     shutil.rmtree(root / "compliance")
