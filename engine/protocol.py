@@ -68,6 +68,11 @@ def first_label(manifest: Mapping[str, object]) -> int:
     return int(str(manifest.get("first_label", 1)))
 
 
+def corrections_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file's metadata says of corrections on calibration images, as manifests have it."""
+    return {key: metadata[key] for key in (CORRECTION_KEY, EQUALISED_KEY) if key in metadata}
+
+
 def input_scale(metadata: Mapping[str, str], model: Path) -> float:
     """Read the scale of an INT8 image input from a model's metadata.
 

@@ -295,6 +295,7 @@ def open_side(side: Side, tensors: Mapping[str, str], *, literally: bool = False
         max_batch=detector.batch,
         keep_top_k=detector.keep_top_k,
         first_label=detector.first_label,
+        metadata=detector.metadata,
     )
     return Opened(OnnxRunner(name, detector, tensors, literally=literally), manifest)
 

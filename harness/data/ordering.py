@@ -14,7 +14,9 @@ from harness.errors import HarnessError
 _NAMED = 10
 
 
-def in_order_of(model: Path, content: Mapping[str, Any], annotations: Path) -> dict[str, Any]:
+def in_order_of(
+    model: Path, content: Mapping[str, Any], annotations: Path
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """List all classes of a model as the categories of annotations, in the model's order.
 
     A category is the class of the very same name, else of the one name that differs in case,
@@ -31,9 +33,11 @@ def in_order_of(model: Path, content: Mapping[str, Any], annotations: Path) -> d
 
     Returns
     -------
-    dict
-        `content` with other ``categories``: those that there were as they were, with their ids;
-        classes that had none, with the lowest ids from 1 that are free.
+    content
+        With other ``categories``: those that there were as they were, with their ids; classes that
+        had none, with the lowest ids from 1 that are free.
+    oddities
+        What says which names are not the very same: 'c++' is taken for the class 'c'.
 
     Raises
     ------
@@ -79,7 +83,13 @@ def in_order_of(model: Path, content: Mapping[str, Any], annotations: Path) -> d
     taken = {entry["id"] for entry in categories}
     free = (one for one in count(1) if one not in taken)
     new = [entries.get(name) or {"id": next(free), "name": name} for name in names]
-    return {**content, "categories": new}
+    pairs = [(str(one["name"]), name) for name, one in entries.items() if one["name"] != name]
+    said = (
+        f"{len(pairs)} categories are not named as the model's classes that they are taken for, as "
+        f"{a!a} for {b!a}"
+        for a, b in pairs[:1]
+    )
+    return {**content, "categories": new}, tuple(said)
 
 
 def _shown(names: Iterable[str]) -> str:

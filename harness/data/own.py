@@ -112,8 +112,9 @@ def add_dataset(
             raise HarnessError(f"{folder}: no such folder of images")
     content = load_annotations(annotations)
     positions_by_name(content["images"], annotations)
+    matched: tuple[str, ...] = ()
     if model is not None:
-        content = in_order_of(model, content, annotations)
+        content, matched = in_order_of(model, content, annotations)
     val = [image["file_name"] for image in content["images"]]
     cal = [] if calibration_images is None else _images_below(calibration_images)
     for names, source in ((val, annotations), (cal, calibration_images)):
@@ -127,7 +128,7 @@ def add_dataset(
     of_val = {one: shapes[images / one] for one in val}
     objects = Counter(entry["category_id"] for entry in content["annotations"])
     categories = {str(one["name"]): objects[one["id"]] for one in content["categories"]}
-    oddities = [*annotation_oddities(content), *size_oddities(content, of_val)]
+    oddities = [*matched, *annotation_oddities(content), *size_oddities(content, of_val)]
     oddities += _left_out(images, annotations, files, len(val))
     oddities += _without_ap(content, categories)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,9 @@ from engine.backends.triton.served import served_model
 from engine.errors import EngineError
 from engine.manifest import Manifest, PluginLibrary, load_manifest, manifest_path, save_engine
 from engine.protocol import InputSpec, output_shapes
+from graph_surgery.replace import insert_nms
 from tests.support.formats import JSON, Sample, damages
+from tests.support.graphs import UNCAPPED, detector
 from tests.support.manifests import PLAN, manifest
 from tests.support.writers import fail_to_write
 
@@ -150,6 +153,17 @@ def test_a_manifest_from_before_says_200_detections(tmp_path):
     assert manifest.plugins[0].headers is None
     assert served_model(engine).keep_top_k == 200
     assert served_model(written(tmp_path, SAMPLE.document)).keep_top_k == 100
+
+
+@pytest.mark.parametrize("said", [{}, {"correction": "bias"}, {"equalised_on": "64"}])
+def test_what_triton_serves_tells_of_corrections(tmp_path, said):
+    """A plan as its manifest has it, an ONNX file by itself."""
+    save_engine(tmp_path / "m.engine", PLAN, manifest(metadata={"a": "x", **said}))
+    model = insert_nms(detector(UNCAPPED)).model
+    onnx.helper.set_model_props(model, {"a": "x", **said})
+    onnx.save(model, tmp_path / "m.onnx")
+    for name in ("m.engine", "m.onnx"):
+        assert served_model(tmp_path / name).corrections == said
 
 
 def write_large(path, size):

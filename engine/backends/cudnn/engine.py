@@ -44,13 +44,7 @@ from engine.backends.pipeline import Enqueue, PipelinedSession, Slot
 from engine.backends.split import Split, UnsplitError, split
 from engine.errors import EngineError
 from engine.model import load_detector
-from engine.protocol import (
-    CORRECTION_KEY,
-    DETECTION_FIELDS,
-    EQUALISED_KEY,
-    InputSpec,
-    output_shapes,
-)
+from engine.protocol import DETECTION_FIELDS, InputSpec, corrections_of, output_shapes
 from engine.support.external import model_sha256
 from engine.support.files import file_sha256
 from engine.support.progress import progress_bar
@@ -155,7 +149,6 @@ def load(
         spec = InputSpec(
             graph.image, (image.channels, image.height, image.width), "int8", image.scale
         )
-        said = detector.metadata
         manifest = {
             "backend": "cudnn",
             "version": machine.cudnn,
@@ -169,8 +162,8 @@ def load(
             "input": spec.to_dict(),
             "keep_top_k": parts.config.keep_top_k,
             "outputs": output_shapes(parts.config.keep_top_k),
-            "first_label": int(parts.config.background_class == 0),
-            **{key: said[key] for key in (CORRECTION_KEY, EQUALISED_KEY) if key in said},
+            "first_label": detector.first_label,
+            **corrections_of(detector.metadata),
             "max_batch": batches[-1],
             "batch_sizes": list(batches),
             "nms": library_path().name,

@@ -109,6 +109,7 @@ def load_split(
             max_batch=max_batch,
             keep_top_k=rows,
             first_label=detector.first_label,
+            metadata=detector.metadata,
         ),
         "provider_options": dict(options),
         "gpu": gpu.name,

@@ -24,15 +24,7 @@ from engine.backends.onnxruntime.session import (
     open_session,
 )
 from engine.errors import EngineError, one_line
-from engine.protocol import (
-    CORRECTION_KEY,
-    DETECTION_FIELDS,
-    DETECTIONS,
-    EQUALISED_KEY,
-    NUM_DETECTIONS,
-    TARGET_KEY,
-    InputSpec,
-)
+from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, TARGET_KEY, InputSpec
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -105,6 +97,7 @@ def load_whole(
     session = open_session(model, model, provider, options, threads)
     spec, max_batch = input_spec(session, model)
     rows = _check_outputs(session, model)
+    metadata = session.get_modelmeta().custom_metadata_map
     manifest = describe(
         model,
         device,
@@ -113,12 +106,12 @@ def load_whole(
         max_batch=max_batch,
         keep_top_k=rows,
         first_label=_first_label(model),
+        metadata=metadata,
     )
     if index is not None:
         manifest["nms"] = "ONNX Runtime"
-    said = session.get_modelmeta().custom_metadata_map
-    told = (TARGET_KEY, CORRECTION_KEY, EQUALISED_KEY)
-    manifest |= {key: said[key] for key in told if key in said}
+    elif target := metadata.get(TARGET_KEY):
+        manifest["target"] = target
     again = partial(open_session, model, model, provider, options, threads)
     return OnnxRuntimeEngine(spec, max_batch, manifest, session, again)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.backends.cuda import describe_gpu, gpu_index
 from engine.errors import EngineError, one_line
-from engine.protocol import InputSpec, check_batch, input_scale, output_shapes
+from engine.protocol import InputSpec, check_batch, corrections_of, input_scale, output_shapes
 from engine.support.external import model_sha256
 from engine.support.processor import int8_instructions
 from graph_surgery.kinds import other_kind
@@ -162,6 +162,7 @@ def describe(
     max_batch: int | None,
     keep_top_k: int | None,
     first_label: int,
+    metadata: Mapping[str, str],
 ) -> dict[str, object]:
     """Write the manifest of a loaded model; `keep_top_k` None: it does not say."""
     import onnxruntime as ort
@@ -185,6 +186,7 @@ def describe(
         "outputs": output_shapes(keep_top_k),
         "first_label": first_label,
         "max_batch": max_batch,
+        **corrections_of(metadata),
     }
 
 

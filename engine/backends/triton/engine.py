@@ -125,6 +125,7 @@ def load(model: Path, *, device: str, threads: int | None = None) -> TritonEngin
         "first_label": served.first_label,
         "max_batch": config.max_batch_size,
         "known_answers": len(known.seeds),
+        **served.corrections,
     }
     if served.manifest is not None:
         manifest["opt_batch"] = min(served.manifest.opt_batch, config.max_batch_size)

@@ -9,7 +9,13 @@ from pathlib import Path
 from engine.errors import EngineError
 from engine.manifest import Manifest, load_manifest
 from engine.model import load_detector
-from engine.protocol import DETECTION_FIELDS, DETECTIONS, NUM_DETECTIONS, InputSpec
+from engine.protocol import (
+    DETECTION_FIELDS,
+    DETECTIONS,
+    NUM_DETECTIONS,
+    InputSpec,
+    corrections_of,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class ServedModel:
         Rows of ``detections`` for each image.
     first_label
         Label of the first class.
+    corrections
+        What a run's manifest says of corrections, see `engine.protocol.corrections_of`.
     manifest
         Manifest beside an engine file; None for an ONNX file.
     """
@@ -40,6 +48,7 @@ class ServedModel:
     input: InputSpec
     keep_top_k: int
     first_label: int
+    corrections: Mapping[str, str]
     manifest: Manifest | None
 
     def identity(self) -> Mapping[str, str]:
@@ -65,6 +74,7 @@ def served_model(path: Path) -> ServedModel:
             manifest.input,
             manifest.keep_top_k,
             manifest.first_label,
+            corrections_of(manifest.metadata),
             manifest,
         )
     detector = load_detector(path)
@@ -76,5 +86,12 @@ def served_model(path: Path) -> ServedModel:
         )
     detector.require_dynamic_batch()
     return ServedModel(
-        path, "onnxruntime", detector.sha256, image, keep_top_k, detector.first_label, None
+        path,
+        "onnxruntime",
+        detector.sha256,
+        image,
+        keep_top_k,
+        detector.first_label,
+        corrections_of(detector.metadata),
+        None,
     )

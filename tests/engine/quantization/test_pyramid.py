@@ -1,13 +1,15 @@
 """Quantisation of a RetinaNet: grouped convolutions, an FPN, heads whose weights levels share."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import onnx
 import pytest
 
 from engine.model import load_detector
+from engine.quantization.bias import correct_biases
 from engine.quantization.calibration import calibrate
+from engine.quantization.equalise import equalise
 from engine.quantization.placement import find_placement
 from engine.quantization.quantize import quantize
 from engine.quantization.sensitivity import sensitivity
@@ -136,3 +138,42 @@ def test_sensitivity_ranks_every_layer(case):
     assert len(found.layers) == len(find_placement(detector.model).layers)
     assert found.all_quantized.worst_db > 20
     assert all(np.isfinite(layer.only_quantized.worst_db) for layer in found.layers)
+
+
+def test_equalised_it_gives_the_same_answers(case):
+    """Grouped convolutions and heads of shared weights keep theirs."""
+    detector, held, images, _ = case
+    model = detector.model
+    new = equalise(detector, held)
+    names = calibrated.heads(model)
+    given, made = (calibrated.run(one, images, names) for one in (model, new))
+    assert calibrated.snr_db(given, made) > 90
+    before, after = calibrated.constants(model), calibrated.constants(new)
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    readers = Counter(node.input[1] for node in convolutions)
+    groups = {n.input[1]: a.i for n in convolutions for a in n.attribute if a.name == "group"}
+    changed = {name for name in readers if not np.array_equal(before[name], after[name])}
+    assert changed
+    assert not any(readers[name] > 1 or groups.get(name, 1) > 1 for name in changed)
+    assert max(readers.values()) == 3 and max(groups.values()) > 1
+
+
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_every_level_has_a_corrected_bias_of_its_own(case, target):
+    """The head of a level alone in INT8 has the mean of the float one, whose weights all share."""
+    detector, held, images, calibration = case
+    biases = correct_biases(detector, calibration, held, target=target)
+    layers = find_placement(detector.model).layers
+    shared = {name for name, n in Counter(layer.weight for layer in layers).items() if n > 1}
+    chosen = [layer for layer in layers if layer.weight in shared][:3]
+    assert len({layer.weight for layer in chosen}) < len(chosen)
+    for layer in chosen:
+        others = [other.name for other in layers if other is not layer]
+        expected = calibrated.run(detector.model, images, [layer.node])[0]
+        off = []
+        for given in (None, biases):
+            options = {"keep_float": others, "target": target, "biases": given}
+            int8 = quantize(detector.model, calibration, **options)
+            made = calibrated.run(int8, images, [layer.node], optimise=False)[0]
+            off.append(np.abs((made - expected).mean(axis=(0, 2, 3), dtype=float)).max())
+        assert off[1] < 0.05 * off[0]

@@ -156,8 +156,20 @@ def test_what_cannot_be_matched_is_refused_by_name(place, classes, categories, s
 def test_exact_names_come_before_alike_ones(place):
     named(place / "grey.onnx", ("c", "C", "c+"))
     content = {"categories": [{"id": 5, "name": "c+"}, {"id": 9, "name": "C"}]}
-    found = in_order_of(place / "grey.onnx", content, place / "own.json")
+    found, said = in_order_of(place / "grey.onnx", content, place / "own.json")
     assert [one["id"] for one in found["categories"]] == [1, 9, 5]
+    assert not said
+
+
+def test_names_that_are_not_the_very_same_are_said(place):
+    """Punctuation alone may tell classes apart that the model does not have."""
+    assert (
+        "warning: 2 categories are not named as the model's classes that they are taken for, "
+        in (add("--model", "grey.onnx").output)
+    )
+    content = {"categories": [{"id": 1, "name": "ash"}, {"id": 2, "name": "Fir++"}]}
+    _, (said,) = in_order_of(place / "grey.onnx", content, place / "own.json")
+    assert said.endswith("as 'Fir++' for 'fir'")
 
 
 def test_names_of_another_number_than_the_classes(place):
