@@ -25,8 +25,13 @@ export ENTRY
 OWN += --entry "$$ENTRY"
 endif
 
-# The detector of the demo: ssd-resnet34 or retinanet
-MODEL ?= ssd-resnet34
+# The detector of the demo, of the command line alone
+ifneq ($(origin MODEL),command line)
+MODEL := ssd-resnet34
+endif
+ifeq ($(filter ssd-resnet34 retinanet,$(MODEL)),)
+$(error MODEL='$(MODEL)': ssd-resnet34 or retinanet)
+endif
 
 BIN := .venv/bin
 HARNESS := $(BIN)/python -m harness
@@ -82,7 +87,7 @@ demo: demo_onnx ## The whole route on a CPU [MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
 # have spaces. Yours: harness predict --help
 IMAGES ?= demo/data/val
 export IMAGES
-predict: demo_onnx ## What the checkpoint detects [IMAGES, MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
+predict: demo_onnx ## What it detects [IMAGES, MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
 	@if test -e "$$IMAGES"; then set -- "$$IMAGES"; else set -- $(IMAGES); fi; \
 	  $(HARNESS) predict $(DEMO) "$$@"
 
@@ -146,7 +151,7 @@ triton_server: $(TRITON) ## Triton with its Python backend, without a container
 $(TRITON): .venv/installed
 	$(BIN)/python -m harness.triton.server $(BUILD_DIR)/triton-server
 
-demo_onnx: .venv/installed ## The demo checkpoint's ONNX file [MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
+demo_onnx: .venv/installed ## The demo's ONNX file [MODEL, WEIGHTS, IMAGE_SIZE, ENTRY]
 	$(HARNESS) make onnx --benchmarks=$(MODEL)-demo
 
 # DOWNLOAD_ARGS="--benchmark retinanet --mirror URL"; data also takes --demo, which checks what is

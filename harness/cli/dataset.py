@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from engine.support.progress import progress_bar
+from harness.benchmarks import DEFAULT, benchmark_of_file
 from harness.cli.options import BuildDir
 
 dataset_app = typer.Typer(help="Data sets of your own.", no_args_is_help=True)
@@ -71,6 +72,8 @@ def add(
         f"objects in {len(added.categories)} categories; {len(added.cal)} calibration images"
     )
     for number, (category, count) in enumerate(added.categories.items(), 1):
+        if model is not None and not count:
+            continue  # a class of the model alone
         shown = category if category.isprintable() else ascii(category)
         typer.echo(f"  category {number}: {shown}, {count} objects")
     for oddity in added.oddities:
@@ -82,11 +85,16 @@ def add(
             f"categories are the classes of {model}, in a copy of {annotations}: where that "
             "changes, add it again"
         )
+    else:
+        typer.echo("for a MODEL with other classes, or in another order: add it with --model MODEL")
     quoted, accuracy = shlex.quote(name), "--test_mode=AccuracyOnly"
-    given = "MODEL" if model is None else shlex.quote(str(model))
+    given, known = "MODEL", DEFAULT
+    if model is not None:
+        given, known = shlex.quote(str(model)), benchmark_of_file(model)
     if added.cal:
+        of = "" if known == DEFAULT else f"--benchmarks={known.name} "
         typer.echo(
-            f'next, for INT8: make run WEIGHTS=FILE RUN_ARGS="--dataset {quoted} {accuracy}"'
+            f'next, for INT8: make run WEIGHTS=FILE RUN_ARGS="{of}--dataset {quoted} {accuracy}"'
         )
     typer.echo(
         f"next, for {given} as it is: harness preprocess {given} --dataset {quoted} --val_only, "

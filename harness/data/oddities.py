@@ -9,6 +9,7 @@ from typing import Any
 from engine.data.coco import load_annotations
 from engine.data.preprocessed import PreprocessedSet
 from engine.manifest import load_manifest
+from harness.benchmarks import benchmark_of_file
 from harness.data.dataset import Dataset, again_with_model
 from harness.errors import HarnessError
 
@@ -49,6 +50,11 @@ def oddities(
     }
     found = [*annotation_oddities(content), *size_oddities(content, shapes)]
     if model is not None:
+        if (guess := image_size_guess(model)) and not _is_of(dataset, model):
+            found.append(
+                f"the model's image size, {guess}, is a guess, which its weights do not tell; if "
+                "it was trained at another, export it with --image-size (make: IMAGE_SIZE)"
+            )
         count, names = model_classes(model)
         found += class_oddities([entry["name"] for entry in content["categories"]], count, names)
     return tuple(found)
@@ -182,6 +188,19 @@ def class_oddities(categories: Sequence[str], count: int | None, names: Sequence
 def plain_name(name: str) -> str:
     """Name without case, spaces and punctuation, in which those of one class may differ."""
     return "".join(filter(str.isalnum, name.casefold()))
+
+
+def image_size_guess(model: Path) -> str:
+    """`engine.model.size_guess` of an ONNX file or an engine."""
+    from engine.model import load_detector, size_guess
+
+    known = load_detector(model) if model.suffix == ".onnx" else load_manifest(model)
+    return size_guess(known.metadata)
+
+
+def _is_of(dataset: Dataset, model: Path) -> bool:
+    """Whether it is the data set of the model's benchmark, at whose size a guess is no wonder."""
+    return benchmark_of_file(model).dataset == dataset.name.rpartition("-")[0]
 
 
 def model_classes(model: Path) -> tuple[int | None, tuple[str, ...]]:

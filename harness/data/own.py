@@ -130,7 +130,7 @@ def add_dataset(
     categories = {str(one["name"]): objects[one["id"]] for one in content["categories"]}
     oddities = [*matched, *annotation_oddities(content), *size_oddities(content, of_val)]
     oddities += _left_out(images, annotations, files, len(val))
-    oddities += _without_ap(content, categories)
+    oddities += _without_ap(content, {} if model is not None else categories)
     try:
         _write_maps(name, {"val": val, "cal": cal})
         data = known_dataset(name, "val", build_dir)
@@ -150,7 +150,7 @@ def add_dataset(
 
 
 def _without_ap(content: Mapping[str, Any], objects: Mapping[str, int]) -> Iterator[str]:
-    """Say which categories have no AP; `objects` is the number of each by its name."""
+    """Say which categories have no AP; `objects` is the number of each that should have some."""
     unused = [ascii(one) for one, count in objects.items() if not count]
     if unused:
         yield f"{len(unused)} categories have no object, as {unused[0]}"

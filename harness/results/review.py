@@ -95,9 +95,7 @@ def review_classes(found: Evaluation) -> tuple[ClassReview, ...]:
     """Review each category that has annotations on the images seen, in order of their ids."""
     names = {entry["id"]: str(entry["name"]) for entry in found.content["categories"]}
     precision = found.coco.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category
-    truths = dict.fromkeys(names, 0)
-    for entry in _by_image(found):
-        truths[entry["category_id"]] += int((~entry["gtIgnore"].astype(bool)).sum())
+    truths = _truths(found)
     return tuple(
         ClassReview(
             names[category],
@@ -112,7 +110,11 @@ def review_classes(found: Evaluation) -> tuple[ClassReview, ...]:
 
 
 def review_images(found: Evaluation) -> Sequence[ImageReview]:
-    """Review every image, in the log's order."""
+    """Review every image, in the log's order.
+
+    Detections of categories without annotations are not false: no AP counts them.
+    """
+    truths = _truths(found)
     names = {entry["id"]: str(entry["name"]) for entry in found.content["categories"]}
     reviews = {image["id"]: ImageReview(image["file_name"]) for image in found.images}
     sizes = {image["id"]: np.array([image["width"], image["height"]] * 2) for image in found.images}
@@ -129,11 +131,20 @@ def review_images(found: Evaluation) -> Sequence[ImageReview]:
         for number, match, ignored in zip(
             entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0], strict=True
         ):
-            if not ignored and scores[number] >= SCORE_THRESHOLD:
+            judged = not ignored and truths[entry["category_id"]]
+            if judged and scores[number] >= SCORE_THRESHOLD:
                 kind = review.right if match else review.false
                 text = f"{name} {scores[number]:.2f}"
                 kind.append((text, _box(found.coco.cocoDt.anns[number], size)))
     return tuple(reviews.values())
+
+
+def _truths(found: Evaluation) -> dict[int, int]:
+    """Objects of each category on the images seen that a detection can match."""
+    truths = {int(entry["id"]): 0 for entry in found.content["categories"]}
+    for entry in _by_image(found):
+        truths[entry["category_id"]] += int((~entry["gtIgnore"].astype(bool)).sum())
+    return truths
 
 
 def _by_image(found: Evaluation) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from harness.data.oddities import (
     annotation_oddities,
     check_classes,
     class_oddities,
+    oddities,
     size_oddities,
 )
 from harness.data.transform import preprocess_image
@@ -64,6 +66,20 @@ def test_a_model_with_more_classes_than_categories_is_refused(demo_surgered, tmp
     onnx.save(model, tmp_path / "nameless.onnx")
     with pytest.raises(HarnessError, match=r"79 categories: .*; list all categories of the model"):
         check_classes(replace(data, annotations=few), tmp_path / "nameless.onnx")
+
+
+def test_a_guessed_image_size_is_said(demo_surgered, tmp_path) -> None:
+    """On another data set than the benchmark's own, at whose size a guess is no wonder."""
+    model = onnx.load(demo_surgered)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, metadata | {"image_size_guess": "400x400"})
+    onnx.save(model, tmp_path / "guess.onnx")
+    data = known_dataset("demo", "val", tmp_path)
+    images = SimpleNamespace(manifest={"images": []})
+    (said,) = oddities(data, images, tmp_path / "guess.onnx")
+    assert "400x400, is a guess" in said
+    assert oddities(data, images, demo_surgered) == ()
+    assert oddities(replace(data, name="coco-val"), images, tmp_path / "guess.onnx") == ()
 
 
 def test_usual_annotations_are_not_odd():

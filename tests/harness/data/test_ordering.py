@@ -89,6 +89,9 @@ def test_the_map_is_that_of_annotations_ordered_by_hand(place):
     done = add("--model", "grey.onnx")
     assert done.exit_code == 0, done.exception
     (ready,) = re.findall(r"then (harness run .*)", done.output)
+    shown = re.findall(r"category \d+: (.*), \d+ objects", done.output)
+    assert len(shown) == len(json.loads(before)["categories"]) < len(NAMES)
+    assert "have no object" not in done.output
     run("preprocess", "grey.onnx", "--dataset", "trees", "--val_only")
     run(*shlex.split(ready)[1:], "--log-dir", "logs")
     (path,) = (place / "logs").rglob("result.json")

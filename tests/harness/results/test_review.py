@@ -69,9 +69,10 @@ def case(tmp_path_factory):
                     "iscrowd": 0,
                 }
             )
+        found_too = (3, (10.0, 10.0, 50.0, 50.0), 0.9)  # of a category that has no annotation
         rows = [
             (number, b[1] / SIDE, b[0] / SIDE, b[3] / SIDE, b[2] / SIDE, score, label)
-            for label, b, score in found
+            for label, b, score in (*found, found_too)
         ]
         data = np.array(rows, "<f4").reshape(-1, 7).tobytes().hex()
         log.append({"seq_id": number, "qsl_idx": number, "data": data})
@@ -95,6 +96,7 @@ def expected(entries):
 
 
 def test_images(case):
+    """What is of a category without annotations, which no AP counts, is not false."""
     evaluation, cases = case
     reviews = review_images(evaluation)
     assert [review.file for review in reviews] == [f"{number}.png" for number in range(12)]
