@@ -105,8 +105,8 @@ def test_what_cannot_be_read_is_named_and_the_others_go_on(place):
 def test_a_guessed_image_size_is_said_at_the_end(place, guess):
     model = onnx.load(place / "grey.onnx")
     onnx.helper.set_model_props(model, {"image_size_guess": guess} if guess else {})
-    onnx.save(model, place / f"grey{guess}.onnx")
-    done = harness(place, "predict", f"grey{guess}.onnx", "shots/a.png", "-o", f"out{guess}")
+    onnx.save(model, place / f"sized{guess}.onnx")
+    done = harness(place, "predict", f"sized{guess}.onnx", "shots/a.png", "-o", f"guess{guess}")
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
     assert last.startswith("the model's image size, 8x8, is a guess; ") == bool(guess)

@@ -96,7 +96,7 @@ def test_builds_where_it_is_told_and_nowhere_else(stub, tmp_path):
     assert files_of(stub) == before
     library = tmp_path / "b" / "plugins" / "libnms_opt.so"
     assert re.search(r"^libnms_opt\.so +[\d.]+ MB  sm_80 sm_90$", done.stdout, re.MULTILINE)
-    assert ctypes.CDLL(str(library)).nms_opt_version() == 1
+    assert ctypes.CDLL(str(library)).nms_opt_version() == 2
     first = library.stat()
     again = run_command("--arch", "90,80", root=stub, BUILD_DIR=str(tmp_path / "b"))
     assert again.stdout == done.stdout
@@ -143,7 +143,7 @@ def test_sources_and_flags_that_change(stub, tmp_path, monkeypatch):
         assert run_command(*found, root=stub).returncode == 0
         new = shutil.copy(library, tmp_path / "copy.so")  # one path is loaded once
         assert ctypes.CDLL(str(new)).nms_opt_version() == 77
-        assert old.nms_opt_version() == 1  # the one in use is not written over
+        assert old.nms_opt_version() == 2  # the one in use is not written over
         source.write_text(STUB.replace("return NMS_OPT_VERSION", "return SEVEN"))
         assert run_command(*found, root=stub, CUDAFLAGS="-DSEVEN=7").returncode == 0
         new = shutil.copy(library, tmp_path / "copy2.so")
