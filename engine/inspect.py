@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from engine.backends.tensorrt.engine import load as load_plan
 from engine.errors import EngineError
-from engine.manifest import check_engine, load_manifest, manifest_path
-from engine.model import load_detector
+from engine.manifest import Manifest, check_engine, load_manifest, manifest_path
+from engine.model import Detector, load_detector
 from engine.quantization.cache import Calibration, parse_trt
 from graph_surgery.errors import SurgeryError
 from graph_surgery.inspect import read_tail
@@ -20,6 +20,17 @@ from graph_surgery.protobuf import inputs, type_of
 
 if TYPE_CHECKING:
     from engine.backends.tensorrt.layers import PlanDescription
+
+
+def read_model(path: Path) -> Detector | Manifest:
+    """Read an ONNX file, or the manifest of an engine.
+
+    Raises
+    ------
+    EngineError
+        When it is missing or damaged.
+    """
+    return load_detector(path) if path.suffix == ".onnx" else load_manifest(path)
 
 
 def inspect_file(path: Path) -> Mapping[str, object]:

@@ -156,13 +156,11 @@ def benchmark_of_file(model: Path, otherwise: Description = DEFAULT) -> Descript
         When no benchmark has its detector.
     """
     from engine.errors import EngineError
-    from engine.manifest import load_manifest
-    from engine.model import load_detector
+    from engine.inspect import read_model
     from graph_surgery.names import DETECTOR_KEY
 
-    read = load_detector if model.suffix == ".onnx" else load_manifest
     try:
-        metadata = read(model).metadata
+        metadata = read_model(model).metadata
     except EngineError:
         return otherwise
     return benchmark_of(metadata[DETECTOR_KEY]) if DETECTOR_KEY in metadata else otherwise

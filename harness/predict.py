@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import one_line
-from engine.manifest import Manifest, load_manifest
-from engine.model import Detector, load_detector
+from engine.manifest import Manifest
+from engine.model import Detector
 from engine.protocol import Engine
 from engine.support.documents import parse_json
 from engine.support.files import another, write_output
@@ -101,17 +101,6 @@ def _images_of(path: Path) -> Iterable[Path]:
     return sorted(
         file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file()
     )
-
-
-def read_model(model: Path) -> Detector | Manifest:
-    """Read an ONNX file, or the manifest of an engine.
-
-    Raises
-    ------
-    EngineError
-        When it is missing or damaged.
-    """
-    return load_detector(model) if model.suffix == ".onnx" else load_manifest(model)
 
 
 def class_names(known: Detector | Manifest, file: Path | None) -> dict[int, str]:

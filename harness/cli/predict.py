@@ -58,8 +58,9 @@ def predict(
     number in the table; category_id, the model's label. An image that cannot be read is named,
     the others go on, and the exit code is 1.
     """
+    from engine.inspect import read_model
     from engine.model import size_guess
-    from harness.predict import BATCH, class_names, find_images, read_model
+    from harness.predict import BATCH, class_names, find_images
     from harness.predict import predict as predict_images
     from harness.results.run_all import new_folder
 

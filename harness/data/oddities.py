@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.data.coco import load_annotations
 from engine.data.preprocessed import PreprocessedSet
-from engine.manifest import load_manifest
+from engine.inspect import read_model
 from harness.benchmarks import benchmark_of_file
 from harness.data.dataset import Dataset, again_with_model
 from harness.errors import HarnessError
@@ -50,7 +50,11 @@ def oddities(
     }
     found = [*annotation_oddities(content), *size_oddities(content, shapes)]
     if model is not None:
-        if (guess := image_size_guess(model)) and not _is_of(dataset, model):
+        from engine.model import size_guess
+
+        # at the size of the model's own benchmark a guess is no wonder
+        own = benchmark_of_file(model).dataset == dataset.name.rpartition("-")[0]
+        if not own and (guess := size_guess(read_model(model).metadata)):
             found.append(
                 f"the model's image size, {guess}, is a guess, which its weights do not tell; if "
                 "it was trained at another, export it with --image-size (make: IMAGE_SIZE)"
@@ -190,19 +194,6 @@ def plain_name(name: str) -> str:
     return "".join(filter(str.isalnum, name.casefold()))
 
 
-def image_size_guess(model: Path) -> str:
-    """`engine.model.size_guess` of an ONNX file or an engine."""
-    from engine.model import load_detector, size_guess
-
-    known = load_detector(model) if model.suffix == ".onnx" else load_manifest(model)
-    return size_guess(known.metadata)
-
-
-def _is_of(dataset: Dataset, model: Path) -> bool:
-    """Whether it is the data set of the model's benchmark, at whose size a guess is no wonder."""
-    return benchmark_of_file(model).dataset == dataset.name.rpartition("-")[0]
-
-
 def model_classes(model: Path) -> tuple[int | None, tuple[str, ...]]:
     """Classes of an ONNX file or an engine without background, and their names.
 
@@ -213,10 +204,8 @@ def model_classes(model: Path) -> tuple[int | None, tuple[str, ...]]:
     EngineError
         Damaged model or manifest.
     """
-    from engine.model import class_names, load_detector
+    from engine.model import Detector, class_names
 
-    if model.suffix == ".onnx":
-        detector = load_detector(model)
-        return detector.classes, class_names(detector.metadata)
-    names = class_names(load_manifest(model).metadata)
-    return len(names) or None, names
+    known = read_model(model)
+    names = class_names(known.metadata)
+    return (known.classes if isinstance(known, Detector) else len(names) or None), names
